@@ -85,8 +85,9 @@ def _functions(options: Speculative, proposed: Sequence[int]) -> dict[str, Calla
     import jax
     import numpy as np
 
-    from jaxlm.cli.common import load, load_draft
+    from jaxlm.cli.common import load_draft
     from jaxlm.decoding import Sampling, SpeculativeModels, generate, speculative_generate
+    from jaxlm.tasks.loading import load
 
     target, target_params, tokenizer = load(options.target, None)
     draft, draft_params = load_draft(options.draft, None, tokenizer, [options.prompt])

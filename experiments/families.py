@@ -327,10 +327,10 @@ def to_batch(recipe: Recipe) -> Callable[[TokenBatch], Batch]:
 
 def entropy(batches: Iterable[Batch]) -> float:
     """The entropy of the weighted targets in nats: the loss of a model that knows only the target frequencies."""
-    counts: np.ndarray = np.zeros(0)
-    for batch in batches:
-        batch_counts = np.bincount(np.ravel(batch.targets), np.ravel(batch.weights), minlength=len(counts))
-        counts = batch_counts + np.pad(counts, (0, len(batch_counts) - len(counts)))
+    counts_of_batches = [
+        np.bincount(np.ravel(batch.targets), np.ravel(batch.weights), minlength=VOCABULARY) for batch in batches
+    ]
+    counts = np.sum(counts_of_batches, axis=0)
     frequencies = counts[counts > 0] / counts.sum()
     return float(-(frequencies * np.log(frequencies)).sum())
 

@@ -44,19 +44,15 @@ class Adaptation(Protocol):
 
     def specs(self, model_specs: spec.Tree) -> spec.Tree:
         """Specs of the trained tree, for the optimizer, the shardings and the checkpoints."""
-        ...
 
     def frozen_specs(self, model_specs: spec.Tree) -> spec.Tree:
         """Specs of the frozen tree."""
-        ...
 
     def split(self, model_specs: spec.Tree, params: Params, key: jax.Array) -> tuple[spec.Tree, spec.Tree]:
         """The trained and the frozen tree. ``key`` initializes parameters that ``params`` does not contain."""
-        ...
 
     def merge(self, trained: spec.Tree, frozen: spec.Tree) -> spec.Tree:
         """Parameters of the model. The function is pure and differentiable in ``trained``."""
-        ...
 
     def overwrite(self, trained: spec.Tree, frozen: spec.Tree, values: spec.Tree) -> tuple[spec.Tree, spec.Tree]:
         """Both trees with new values of some parameters, such as the running statistics of batch normalization.
@@ -67,7 +63,6 @@ class Adaptation(Protocol):
         Raises:
             ValueError: a value has another shape or structure than its parameter.
         """
-        ...
 
 
 # ------------------------------------------------------------------------------------------------- matrices
@@ -158,8 +153,7 @@ class Freeze:
 
     def __post_init__(self) -> None:
         _check_patterns("patterns", self.patterns)
-        if self.first_layers < 0:
-            raise ValueError(f"first_layers={self.first_layers} must not be negative")
+        check_min(0, first_layers=self.first_layers)
         if not self.patterns and not self.first_layers:
             raise ValueError("Freeze() freezes nothing: give patterns or first_layers, or train without an adaptation")
 
@@ -198,8 +192,7 @@ class Freeze:
         """The paths that match a pattern, after a check of the patterns and ``first_layers``."""
         paths = list(_leaves(model_specs))
         matched = _matching_paths("patterns", self.patterns, paths)
-        stacks = {path[: path.index(f"{LAYERS}/")] for path in paths if _in_stack(path)}
-        if self.first_layers and not stacks:
+        if self.first_layers and not any(map(_in_stack, paths)):
             raise ValueError(
                 f"first_layers={self.first_layers}: the model has no stack of layers; freeze by pattern, for example "
                 "'layer_0/'"
@@ -347,18 +340,18 @@ class LoRA:
     def _weight_factor_specs(self, path: str, leaf: ArraySpec) -> dict[str, ArraySpec]:
         rows = num_row_axes(path, leaf)
         assert rows is not None
-        first = num_stack_axes(leaf)  # the first axis of the matrix
         shape, axes = leaf.shape, leaf.axes
-        row_axes, column_axes = slice(first, first + rows), slice(first + rows, None)
-        a_init: Initializer = Uniform(math.prod(shape[row_axes]) ** -0.5)
+        first_row = num_stack_axes(leaf)
+        first_column = first_row + rows
+        a_init: Initializer = Uniform(math.prod(shape[first_row:first_column]) ** -0.5)
         b_init: Initializer = ZEROS
         # The rows of a table or head are the vocabulary. The factor on the side of the vocabulary starts at zero.
         if is_table(path, leaf):
-            a_init, b_init = ZEROS, Uniform(math.prod(shape[column_axes]) ** -0.5)
-        a_shape, a_axes = (*shape[:first], *shape[row_axes], self.rank), (*axes[:first], *axes[row_axes], None)
-        b_shape, b_axes = (*shape[:first], self.rank, *shape[column_axes]), (*axes[:first], None, *axes[column_axes])
+            a_init, b_init = ZEROS, Uniform(math.prod(shape[first_column:]) ** -0.5)
+        b_shape = (*shape[:first_row], self.rank, *shape[first_column:])
+        b_axes = (*axes[:first_row], None, *axes[first_column:])
         return {
-            LORA_A: ArraySpec(a_shape, a_axes, a_init, decay=True),
+            LORA_A: ArraySpec((*shape[:first_column], self.rank), (*axes[:first_column], None), a_init, decay=True),
             LORA_B: ArraySpec(b_shape, b_axes, b_init, decay=True),
         }
 
@@ -459,48 +452,36 @@ def _filter(tree: spec.Tree, keep: Callable[[str], bool], prefix: str = "") -> s
 
 def _slice_layers(tree: spec.Tree, start: int, stop: int | None) -> spec.Tree:
     """``tree`` with only the layers [start, stop) of each stack. Stacks that become empty are left out."""
-    sliced = {}
-    for name, child in tree.items():
-        if name != LAYERS:
-            sliced[name] = _slice_layers(child, start, stop) if isinstance(child, dict) else child
-            continue
-        count = len(child) if isinstance(child, tuple) else jax.tree.leaves(child)[0].shape[0]
+
+    def slice_leaf(leaf: Any) -> Any:
+        if isinstance(leaf, ArraySpec):
+            return dataclasses.replace(leaf, shape=(len(range(leaf.shape[0])[start:stop]), *leaf.shape[1:]))
+        return leaf[start:stop]
+
+    def slice_stack(stack: spec.Tree) -> spec.Tree:
+        count = len(stack) if isinstance(stack, tuple) else jax.tree.leaves(stack)[0].shape[0]
         needed = start if stop is None else stop
         if count < needed:
             raise ValueError(f"first_layers={needed}, but a stack of the model has {count} layers")
-        if count > start:
-            sliced[name] = _slice_stack(child, start, stop)
-    return {name: child for name, child in sliced.items() if not isinstance(child, dict) or child}
+        if isinstance(stack, tuple):
+            return stack[start:stop]
+        return jax.tree.map(slice_leaf, stack) if count > start else {}
 
-
-def _slice_stack(stack: spec.Tree, start: int, stop: int | None) -> spec.Tree:
-    """The layers [start, stop) of one stack of arrays or specs, in either layout."""
-    if isinstance(stack, tuple):
-        return stack[start:stop]
-
-    def slice_leaf(leaf: Any) -> Any:
-        if not isinstance(leaf, ArraySpec):
-            return leaf[start:stop]
-        count = len(range(leaf.shape[0])[start:stop])
-        return dataclasses.replace(leaf, shape=(count, *leaf.shape[1:]))
-
-    return jax.tree.map(slice_leaf, stack)
+    return _filter(spec.map_layers(slice_stack, tree), lambda path: True)  # removes empty stacks
 
 
 def _join_layers(first: spec.Tree, rest: spec.Tree) -> spec.Tree:
     """``rest`` with the layers of ``first`` inserted before the layers of ``rest``."""
-
-    def concatenate(first: spec.Tree, rest: spec.Tree) -> spec.Tree:
-        if isinstance(first, tuple):
-            return first + rest
-        return jax.tree.map(lambda *layers: jnp.concatenate(layers), first, rest)
-
     tree = dict(rest)
     for name, child in first.items():
         if name not in rest:
             tree[name] = child
+        elif name != LAYERS:
+            tree[name] = _join_layers(child, rest[name])
+        elif isinstance(child, tuple):
+            tree[name] = child + rest[name]
         else:
-            tree[name] = concatenate(child, rest[name]) if name == LAYERS else _join_layers(child, rest[name])
+            tree[name] = jax.tree.map(lambda *layers: jnp.concatenate(layers), child, rest[name])
     return tree
 
 

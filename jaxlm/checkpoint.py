@@ -17,7 +17,6 @@ or per-layer can be restored into either layout (``spec.layers``).
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import functools
 import hashlib
@@ -28,7 +27,7 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
@@ -49,10 +48,7 @@ _LEFTOVER = re.compile(r"\d+\.(deleted|orbax-checkpoint-tmp.*)")
 
 
 class CorruptCheckpointError(ValueError):
-    """A checkpoint is damaged: its files differ from the saved files, are incomplete, or have another format version.
-
-    ``jaxlm.training.loop.train`` also raises this error if the arrays and the metadata of a checkpoint do not match.
-    """
+    """A checkpoint is damaged: its files differ from the saved files, are incomplete, or have another version."""
 
 
 # --------------------------------------------------------------------------------------------- checksums
@@ -137,17 +133,22 @@ def _is_key(leaf: Any) -> bool:
     return bool(jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key))
 
 
+def _sharding_of(leaf: Any) -> jax.sharding.Sharding | None:
+    """The sharding of a leaf; None if it has no sharding or is an uncommitted array."""
+    return getattr(leaf, "sharding", None) if getattr(leaf, "committed", True) else None
+
+
 def _orbax_target(name: str, leaf: Any) -> jax.ShapeDtypeStruct | np.ndarray:
     """The target with which orbax restores a leaf: a ``ShapeDtypeStruct`` with the sharding of the leaf.
 
-    If the leaf has no sharding or is an uncommitted array, the target is an array on the host.
+    Without a sharding (:func:`_sharding_of`), the target is an array on the host.
     """
     raw = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
     raw = jax.eval_shape(jax.random.key_data, raw) if _is_key(leaf) else raw
     if jax.dtypes.canonicalize_dtype(raw.dtype) != raw.dtype:
         raise ValueError(f"{name!r} is {raw.dtype}: set jax_enable_x64 to restore it")
-    sharding = getattr(leaf, "sharding", None)
-    if sharding is None or not getattr(leaf, "committed", True):
+    sharding = _sharding_of(leaf)
+    if sharding is None:
         return np.empty(raw.shape, raw.dtype)
     if isinstance(getattr(sharding, "mesh", None), jax.sharding.AbstractMesh):
         raise ValueError(
@@ -308,7 +309,7 @@ class Checkpointer:
     def _prune(self, last_saved: int) -> None:
         """Delete the steps that are not kept, and the leftovers of killed processes. No save may be running."""
         records = self._scan()[0]
-        scheduled = [step for step in records if not _is_extra(records[step])]
+        scheduled = [step for step in records if not records[step]["extra"]]
         steps_to_keep = {*scheduled[-self.keep_last :], last_saved, self.best}
         self._mark_deleted(step for step in records if step not in steps_to_keep)
         self.remove_leftovers()
@@ -347,7 +348,7 @@ class Checkpointer:
     def latest_scheduled(self) -> int | None:
         """The largest step with an intact record that is not ``extra``, or None."""
         records = self._scan()[0]
-        return max((step for step in records if not _is_extra(records[step])), default=None)
+        return max((step for step in records if not records[step]["extra"]), default=None)
 
     @property
     def best(self) -> int | None:
@@ -409,7 +410,7 @@ class Checkpointer:
             raise CorruptCheckpointError(
                 f"{path / 'record'} has format {record['format']}, this jaxlm reads {FORMAT}: update jaxlm"
             )
-        if record.get("step", step) != step:  # the oldest records of this format do not contain the step
+        if record["step"] != step:
             raise CorruptCheckpointError(f"{path} is the checkpoint of step {record['step']}: it was renamed")
         if not (path / "state").is_dir():
             raise CorruptCheckpointError(f"{path / 'state'}, the directory of the arrays, is missing")
@@ -536,7 +537,8 @@ class Checkpointer:
         path = self._path(step)
         saved = {name: _ShapeDtype(tuple(entry["shape"]), entry["dtype"]) for name, entry in record["arrays"].items()}
         flat = _flatten(target)
-        sources, saved_layout = _sources(flat, saved)
+        abstract, to_target_layout = _in_saved_layout(target, saved.keys())
+        saved_layout = {name: flat.get(name, leaf) for name, leaf in spec.flatten(abstract).items()}
         spec.require_same(_shapes_and_dtypes(saved_layout), saved, f"the target and the checkpoint {path}")
         targets = {name: _orbax_target(name, leaf) for name, leaf in saved_layout.items()}
         empty = {
@@ -559,64 +561,36 @@ class Checkpointer:
         wrong = [name for name in saved_layout if sums[name] != record["arrays"][name]["checksum"]]
         if wrong:
             raise CorruptCheckpointError(f"{path} is damaged: wrong checksum of {', '.join(wrong)}")
+        tree = jax.tree.unflatten(jax.tree.structure(abstract), [arrays[name] for name in saved_layout])
         leaves = []
-        for name, leaf in flat.items():
-            array = sources[name].array(arrays)
-            array = array if name in saved_layout else _with_sharding_of(leaf, array)
+        for (name, leaf), array in zip(flat.items(), jax.tree.leaves(to_target_layout(tree)), strict=True):
+            sharding = _sharding_of(leaf)
+            if name not in saved_layout and sharding is not None:  # orbax restored the array in the other layout
+                array = jax.device_put(np.asarray(array) if jax.process_count() > 1 else array, sharding)
             leaves.append(_wrap_key(array, leaf))
         return jax.tree.unflatten(jax.tree.structure(target), leaves), record["meta"]
 
 
-@dataclasses.dataclass(frozen=True)
-class _Source:
-    """The saved arrays from which one array of the target is computed.
+def _in_saved_layout(target: spec.Tree, saved: Collection[str]) -> tuple[spec.Tree, Callable[[spec.Tree], spec.Tree]]:
+    """``target`` as shapes in the layer layout of the saved arrays (``spec.layers``), and a function that undoes this.
 
-    The target and the saved arrays may have different layer layouts (``spec.layers``).
+    The function converts a tree in the layout of the saved arrays to the layout of ``target``.
 
-    Attributes:
-        names: names of the saved arrays.
-        layer: the layer to take from a saved stacked array; None: the complete array.
-        is_stack: whether the target array is the stack of the saved arrays, one for each layer.
+    Args:
+        saved: the names of the saved arrays.
     """
-
-    names: tuple[str, ...]
-    layer: int | None = None
-    is_stack: bool = False
-
-    def array(self, saved: dict[str, jax.Array]) -> jax.Array:
-        """The array of the target."""
-        arrays = [saved[name] for name in self.names]
-        if self.is_stack:
-            return jnp.stack(arrays)
-        return arrays[0] if self.layer is None else arrays[0][self.layer]
+    abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), target)
+    names, saved_names = set(spec.flatten(target)), set(saved)
+    if names != saved_names:
+        if _without_layer_numbers(names) == saved_names:
+            return jax.eval_shape(spec.restack, abstract), spec.unstack
+        if names == _without_layer_numbers(saved_names):
+            return jax.eval_shape(spec.unstack, abstract), spec.restack
+    return abstract, lambda tree: tree
 
 
-def _sources(flat: dict[str, Any], saved: dict[str, _ShapeDtype]) -> tuple[dict[str, _Source], dict[str, Any]]:
-    """The source of each array of a flat target, and the flat target in the layer layout of the saved arrays."""
-    counts = collections.Counter(name for name, layer in map(spec.split_layer, flat) if layer is not None)
-    sources, saved_layout = {}, {}
-    for name, leaf in flat.items():
-        stacked_name, layer = spec.split_layer(name)
-        if name not in saved and layer is not None and stacked_name in saved:
-            sources[name] = _Source((stacked_name,), layer)
-            saved_layout[stacked_name] = jax.ShapeDtypeStruct((counts[stacked_name], *leaf.shape), leaf.dtype)
-        elif name not in saved and leaf.shape and spec.join_layer(name, 0) in saved:
-            sources[name] = _Source(tuple(spec.join_layer(name, i) for i in range(leaf.shape[0])), is_stack=True)
-            saved_layout |= dict.fromkeys(sources[name].names, jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype))
-        else:
-            sources[name], saved_layout[name] = _Source((name,)), leaf
-    return sources, saved_layout
-
-
-def _with_sharding_of(leaf: Any, array: jax.Array) -> jax.Array:
-    """``array`` with the sharding of ``leaf``.
-
-    If ``leaf`` has no sharding or is an uncommitted array, the result is ``array`` itself.
-    """
-    sharding = getattr(leaf, "sharding", None)
-    if sharding is None or not getattr(leaf, "committed", True):
-        return array
-    return jax.device_put(np.asarray(array) if jax.process_count() > 1 else array, sharding)
+def _without_layer_numbers(names: Iterable[str]) -> set[str]:
+    return {spec.split_layer(name)[0] for name in names}
 
 
 def _keep_log_record(record: logging.LogRecord) -> bool:
@@ -649,10 +623,6 @@ def _ignore_closed_event_loop() -> None:
             previous_hook(error)
 
     sys.unraisablehook = hook
-
-
-def _is_extra(record: dict[str, Any]) -> bool:
-    return bool(record.get("extra", False))
 
 
 def _digest(record: dict[str, Any]) -> str:

@@ -329,7 +329,6 @@ def _one_line(text: str) -> str:
     )
 
 
-_HELP_HINT = re.compile(r"For full helptext")
 _REPLACEMENTS = (
     (r"^Error parsing ", ""),
     (r"invalid literal for int\(\) with base 10: (.*)", r"\1 is not a whole number"),
@@ -359,7 +358,7 @@ def _parse_error_box(box: str, program: str) -> str:
     parts: list[str] = []
     for section in sections:
         text = " ".join(section)
-        if not section or _HELP_HINT.match(text):
+        if not section or text.startswith("For full helptext"):
             continue
         if section[0].startswith(("Perhaps you meant", "Arguments similar to")):
             # tyro also lists options of the same name that other commands have.

@@ -107,32 +107,41 @@ def suggest_name(name: str, names: Iterable[str]) -> str:
 
 
 def _parse_value(hint: Any, value: Any, where: str) -> Any:
-    for option in _union_members(hint):
-        if isinstance(value, dict) and dataclasses.is_dataclass(option) and isinstance(option, type):
-            return from_json(option, value, where)
-        if isinstance(value, list) and typing.get_origin(option) is tuple:
-            value = _lists_to_tuples(value)
-            if Path in typing.get_args(option):
-                value = tuple(Path(entry) if isinstance(entry, str) else entry for entry in value)
-        elif isinstance(value, str) and option is Path:
-            return Path(value)
+    """The value of a field with the type ``hint`` from a JSON ``value``, checked."""
+    value = _convert_json(hint, value, where)
     check_value(hint, value, where)
     return value
 
 
-def check_value(hint: Any, value: Any, where: str, *, choices: bool = True) -> None:
+def _convert_json(hint: Any, value: Any, where: str) -> Any:
+    """``value`` with the types that JSON does not have: dataclasses, tuples and paths. Other values are not changed.
+
+    JSON has lists for tuples, and a config with lists is not hashable.
+    """
+    for option in _union_members(hint):
+        if isinstance(value, dict) and dataclasses.is_dataclass(option) and isinstance(option, type):
+            return from_json(option, value, where)
+        if isinstance(value, str) and option is Path:
+            return Path(value)
+        if isinstance(value, list) and typing.get_origin(option) is tuple:
+            entries = _entry_types(option, len(value))
+            entries += (Any,) * (len(value) - len(entries))
+            pairs = enumerate(zip(entries, value, strict=False))
+            return tuple(_convert_json(entry, item, f"{where}[{number}]") for number, (entry, item) in pairs)
+    return value
+
+
+def check_value(hint: Any, value: Any, where: str) -> None:
     """Raise ``ValueError`` unless ``value`` has the field type ``hint``.
 
     The hint ``float`` accepts integers. Neither ``float`` nor ``int`` accepts booleans. A ``float`` must be finite. The
-    entries of a tuple must have the types of its hint. ``Any`` and generic types other than tuples, such as
+    entries of a tuple or list must have the types of its hint. ``Any`` and other generic types, such as
     ``dict[str, int]``, accept every value.
 
     Args:
         where: name of the value in the error message.
-        choices: whether a ``Literal`` accepts only its listed values. If False, it accepts every value of the same
-            types.
     """
-    if not _has_type(hint, value, choices):
+    if not _has_type(hint, value):
         raise ValueError(f"{where}={value!r} must be {_type_name(hint)}")
 
 
@@ -140,7 +149,7 @@ def check_choices(config: Any) -> None:
     """Raise ``ValueError`` if a field of a config with a ``Literal`` type has a value that the type does not list."""
     for name, hint in field_types(type(config)).items():
         literals = [option for option in _union_members(hint) if typing.get_origin(option) is typing.Literal]
-        if literals and not _has_type(hint, value := getattr(config, name), True):
+        if literals and not _has_type(hint, value := getattr(config, name)):
             choices = ", ".join(repr(choice) for literal in literals for choice in typing.get_args(literal))
             raise ValueError(f"{name}={value!r} is unknown: choose from {choices}")
 
@@ -265,13 +274,15 @@ def _type_name(hint: Any) -> str:
         if ... in arguments:
             return f"a tuple in which each entry is {entries[0]}"
         return f"a tuple of ({', '.join(entries)})"
+    if typing.get_origin(hint) is list:
+        return f"a list in which each entry is {_type_name(arguments[0])}"
     return _TYPE_NAMES.get(hint, getattr(hint, "__name__", str(hint)))
 
 
-def _has_type(hint: Any, value: Any, choices: bool) -> bool:
+def _has_type(hint: Any, value: Any) -> bool:
     options = _union_members(hint)
     if len(options) > 1:
-        return any(_has_type(option, value, choices) for option in options)
+        return any(_has_type(option, value) for option in options)
     if hint is int:
         return isinstance(value, numbers.Integral) and not isinstance(value, bool)
     if hint is float:
@@ -280,15 +291,21 @@ def _has_type(hint: Any, value: Any, choices: bool) -> bool:
         return True
     arguments = typing.get_args(hint)
     if typing.get_origin(hint) is typing.Literal:
-        return any(type(value) is type(choice) and (value == choice or not choices) for choice in arguments)
+        return any(type(value) is type(choice) and value == choice for choice in arguments)
     if typing.get_origin(hint) is tuple:
         if not isinstance(value, tuple):
             return False
-        entries = arguments[:1] * len(value) if ... in arguments else arguments
-        return len(entries) == len(value) and all(
-            _has_type(entry, part, choices) for entry, part in zip(entries, value, strict=True)
-        )
+        entries = _entry_types(hint, len(value))
+        return len(entries) == len(value) and all(map(_has_type, entries, value))
+    if typing.get_origin(hint) is list:
+        return isinstance(value, list) and all(_has_type(arguments[0], entry) for entry in value)
     return isinstance(value, hint) if isinstance(hint, type) else True
+
+
+def _entry_types(hint: Any, length: int) -> tuple[Any, ...]:
+    """The types of the entries of a tuple with the type ``hint`` and ``length`` entries."""
+    arguments = typing.get_args(hint)
+    return arguments[:1] * length if ... in arguments else arguments
 
 
 def _is_finite(value: Any) -> bool:
@@ -296,11 +313,6 @@ def _is_finite(value: Any) -> bool:
         return math.isfinite(value)
     except OverflowError:  # an integer that is too large for a float
         return False
-
-
-def _lists_to_tuples(value: Any) -> Any:
-    """``value`` with lists replaced by tuples. JSON has no tuples, and a config with lists is not hashable."""
-    return tuple(map(_lists_to_tuples, value)) if isinstance(value, list) else value
 
 
 def write(config: Any, path: Path) -> None:

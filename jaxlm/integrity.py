@@ -113,22 +113,19 @@ def install_files(temporary: Path, directory: Path, names: Sequence[str], *, del
     for name in names:
         sync(temporary / name)
     changed: list[str] = []
-
-    def explain() -> contextlib.AbstractContextManager[None]:
-        state = f"already replaced, created or deleted: {', '.join(changed)}; all other files are unchanged"
-        return explain_disk_errors(directory, state if changed else _UNCHANGED)
-
-    for name in delete_first:
-        if (directory / name).exists():
-            with explain():
+    try:
+        for name in delete_first:
+            if (directory / name).exists():
                 (directory / name).unlink()
-            changed.append(name)
-    for name in (CHECKSUMS, *names):
-        with explain():
+                changed.append(name)
+        for name in (CHECKSUMS, *names):
             os.replace(temporary / name, directory / name)
-        changed.append(name)
-    with explain():
+            changed.append(name)
         sync(directory)
+    except OSError:
+        state = f"already replaced, created or deleted: {', '.join(changed)}; all other files are unchanged"
+        with explain_disk_errors(directory, state if changed else _UNCHANGED):
+            raise
 
 
 @contextlib.contextmanager
@@ -156,7 +153,7 @@ def explain_disk_errors(directory: Path, state_of_files: str) -> Iterator[None]:
             codes = (*_DISK_FULL, *_NOT_WRITABLE, errno.EFBIG)
             error_number = next((code for code in codes if os.strerror(code) in str(error)), None)
         if error_number in _DISK_FULL:
-            free = _format_bytes(shutil.disk_usage(_nearest_existing(directory)).free)
+            free = _format_bytes(shutil.disk_usage(nearest_existing(directory)).free)
             reason = f"{os.strerror(error_number)}, {free} free"
             message = f"the disk of {directory} is full ({reason}): {state_of_files}. Free some space and try again"
         elif error_number in _NOT_WRITABLE:
@@ -183,7 +180,7 @@ def _os_error(error_number: int, message: str) -> OSError:
     return error
 
 
-def _nearest_existing(directory: Path) -> Path:
+def nearest_existing(directory: Path) -> Path:
     """``directory``, or its nearest parent that exists."""
     return next(path for path in (directory.absolute(), *directory.absolute().parents) if path.exists())
 

@@ -98,8 +98,7 @@ def script(
     is_default = command is None
     if command is None:
         command = ["python", "-m", "benchmarks.training", "--against", "", "--json", f"{_RESULTS}/training.json"]
-    if list(command[:2]) != ["python", "-m"] or len(command) < 3:
-        raise ValueError(f"the command must be python -m MODULE ..., got {shlex.join(command) or 'nothing'}")
+    _check_command(command)
     if topology == "gpu":
         if host is None or zone is not None or spot or name != "jaxlm":
             raise ValueError(
@@ -128,6 +127,11 @@ def script(
             )
         command = _gpt2_command(chips)
     return _tpu_script(_TPUS[kind], chips, multi_host, command, zone, name, spot)
+
+
+def _check_command(command: Sequence[str]) -> None:
+    if list(command[:2]) != ["python", "-m"] or len(command) < 3:
+        raise ValueError(f"the command must be python -m MODULE ..., got {shlex.join(command) or 'nothing'}")
 
 
 def _gpt2_command(chips: int) -> list[str]:
@@ -230,8 +234,7 @@ def run_local(command: Sequence[str], count: int, *, restarts: int = 0, lost_aft
             no run directory for restarts (``--output`` or ``--resume``), the directory of a new run is not empty, or
             the directory of a resumed run has no ``config.json``.
     """
-    if list(command[:2]) != ["python", "-m"] or len(command) < 3:
-        raise ValueError(f"the command must be python -m MODULE ..., got {shlex.join(command) or 'nothing'}")
+    _check_command(command)
     check_min(1, processes=count, lost_after=lost_after)
     check_min(0, restarts=restarts)
     module, arguments = command[2], list(command[3:])
@@ -267,7 +270,7 @@ def run_local(command: Sequence[str], count: int, *, restarts: int = 0, lost_aft
                 assert directory is not None
                 arguments = _resume_arguments(arguments, directory)
             status, cause = _run_once(module, arguments, count, lost_after, received_signals)
-            if status in (0, _USER_ERROR) or received_signals:
+            if status in (0, processes.USER_ERROR) or received_signals:
                 break
             next_action = "no restarts are left"
             if attempt < restarts:
@@ -282,7 +285,6 @@ def run_local(command: Sequence[str], count: int, *, restarts: int = 0, lost_aft
             signal.signal(number, handler)
 
 
-_USER_ERROR = 2  # exit status of a command after a user error
 _GRACE_SECONDS = 10.0  # seconds after the first failure in which the other processes may end by themselves
 
 
@@ -338,9 +340,9 @@ def _run_once(
                 first_failure = _first_failure(statuses)
                 deadline = time.monotonic() + _GRACE_SECONDS
             if None not in statuses or time.monotonic() > deadline:
-                if _USER_ERROR in statuses:  # the other processes failed because of this user error
-                    index = statuses.index(_USER_ERROR)
-                    return _USER_ERROR, f"process {index} of {count} ended with status {_USER_ERROR}"
+                if processes.USER_ERROR in statuses:  # the other processes failed because of this user error
+                    index = statuses.index(processes.USER_ERROR)
+                    return processes.USER_ERROR, f"process {index} of {count} ended with status {processes.USER_ERROR}"
                 return first_failure or (0, "")
             time.sleep(0.1)
     finally:

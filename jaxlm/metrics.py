@@ -102,7 +102,11 @@ def mean(name: str, values: npt.ArrayLike, seed: int = 0) -> Score:
     Raises:
         ValueError: there are no values, or a value is not finite.
     """
-    numbers = _check_numbers(values)
+    numbers = np.asarray(values, np.float64)
+    if numbers.ndim != 1 or not numbers.size:
+        raise ValueError(f"values must have the shape [N] with N at least one, got shape {list(numbers.shape)}")
+    if not np.all(np.isfinite(numbers)):
+        raise ValueError(f"values[{int(np.argmin(np.isfinite(numbers)))}] is not finite")
     if np.ptp(numbers) == 0:
         return Score(name, float(numbers[0]), count=len(numbers))
     low, high = bootstrap(lambda indices: float(numbers[indices].mean()), len(numbers), seed)
@@ -360,16 +364,6 @@ def predictions_and_answers(
 # --------------------------------------------------------------------------------------------- shared functions
 
 
-def _check_numbers(values: npt.ArrayLike) -> np.ndarray:
-    """Check that the values are finite numbers [N], and return them as a float64 array."""
-    numbers = np.asarray(values, np.float64)
-    if numbers.ndim != 1 or not numbers.size:
-        raise ValueError(f"values must have the shape [N] with N at least one, got shape {list(numbers.shape)}")
-    if not np.all(np.isfinite(numbers)):
-        raise ValueError(f"values[{int(np.argmin(np.isfinite(numbers)))}] is not finite")
-    return numbers
-
-
 def _bootstrap_detail(seed: int) -> str:
     return f"bootstrap of {BOOTSTRAP_SAMPLES} samples, seed {seed}"
 
@@ -418,21 +412,13 @@ def _check_texts(texts: Sequence[str], references: Sequence[str], name: str) -> 
 
 def import_sacrebleu() -> Any:
     """The module ``sacrebleu.metrics``. If sacrebleu is not installed, an ``ImportError`` names the extra."""
-    try:
-        import sacrebleu.metrics
-    except ImportError as error:
-        raise ImportError(f"BLEU and chrF need sacrebleu: {extras.install_command('metrics')}") from error
-    return sacrebleu.metrics
+    return extras.import_optional("sacrebleu.metrics", "metrics", "BLEU and chrF need sacrebleu")
 
 
 def import_rouge_scorer() -> Any:
     """The module ``rouge_scorer`` of the package rouge-score. If the package is not installed, an ``ImportError`` names
     the extra that installs it."""
-    try:
-        from rouge_score import rouge_scorer
-    except ImportError as error:
-        raise ImportError(f"ROUGE needs rouge-score: {extras.install_command('metrics')}") from error
-    return rouge_scorer
+    return extras.import_optional("rouge_score.rouge_scorer", "metrics", "ROUGE needs rouge-score")
 
 
 def _corpus_score(name: str, metric: Any, hypotheses: Sequence[str], references: Sequence[str]) -> Score:
@@ -447,5 +433,7 @@ def _corpus_score(name: str, metric: Any, hypotheses: Sequence[str], references:
     metric._compute_score_from_stats = compute_float
     result = metric.corpus_score(list(hypotheses), [list(references)], n_bootstrap=BOOTSTRAP_SAMPLES)
     # sacrebleu returns the interval only as text and in two private attributes: its center and half of its width.
-    low, high = max(0.0, result._mean - result._ci), min(100.0, result._mean + result._ci)
-    return Score(name, float(result.score), float(low), float(high), len(hypotheses), str(metric.get_signature()))
+    # The score of equal texts is above 100 by a rounding error.
+    numbers = (result.score, result._mean - result._ci, result._mean + result._ci)
+    value, low, high = (min(100.0, max(0.0, float(number))) for number in numbers)
+    return Score(name, value, low, high, len(hypotheses), str(metric.get_signature()))

@@ -44,6 +44,8 @@ import numpy as np
 
 from jaxlm import stderr_relay
 
+USER_ERROR = 2
+"""Exit status of a process after a user error."""
 LOST_AFTER = 30
 """Seconds without a heartbeat after which a process counts as lost."""
 JOIN_WITHIN = 300
@@ -51,7 +53,6 @@ JOIN_WITHIN = 300
 
 _OUTCOME_PREFIX = "jaxlm/ended/"  # the key ends with the process index; the value is _DONE or the cause of a failure
 _DONE = "done"
-_USER_ERROR = 2  # exit status after a user error
 _POLL_SECONDS = 1.0  # seconds between two reads of the key-value store
 _GRACE_SECONDS = 1.0  # seconds that the main thread has to end by itself after a signal
 # Process 0 serves the key-value store. After a failure, process 0 waits up to this number of seconds before it ends, so
@@ -235,7 +236,7 @@ def run(
     except (RuntimeError, ValueError) as error:
         hint = "" if coordinator else ": give --coordinator, --processes and --process"
         print(f"{process_name} cannot join the run: {_first_line(error).rstrip('.')}{hint}", file=sys.stderr)
-        raise SystemExit(_USER_ERROR) from error
+        raise SystemExit(USER_ERROR) from error
     # JAX has no public API for the client, and jax.process_count() would initialize a backend.
     from jax._src import distributed
 
@@ -287,7 +288,7 @@ def _check_coordinator(coordinator: str, *, serve: bool) -> None:
             problem = f"process 0 cannot serve at port {port} ({reason}): choose another port for all processes"
     if problem:
         print(f"jaxlm.launch: {problem}", file=sys.stderr)
-        raise SystemExit(_USER_ERROR)
+        raise SystemExit(USER_ERROR)
 
 
 def is_joined() -> bool:

@@ -86,7 +86,7 @@ class Rules:
         experts = table.get(spec_lib.EXPERT, ())
         table["expert_batch"] = tuple(axis for axis in table.get("batch", ()) if axis not in experts)
         used_by: dict[str, str | None] = {}
-        entries: list[str | tuple[str, ...] | None] = []
+        entries: list[tuple[str, ...]] = []
         for name in axes:
             if name is not None and name not in LOGICAL_AXES:
                 raise ValueError(
@@ -100,7 +100,7 @@ class Rules:
                         f"mapped to mesh axis {axis!r}: give one of them another mesh axis in the rules"
                     )
                 used_by[axis] = name
-            entries.append(mesh_axes if len(mesh_axes) > 1 else mesh_axes[0] if mesh_axes else None)
+            entries.append(mesh_axes)
         return PartitionSpec(*entries)
 
 
@@ -169,11 +169,6 @@ def _format_sizes(sizes: Mapping[str, int]) -> str:
     return ",".join(f"{name}={size}" for name, size in sizes.items())
 
 
-def _entry_axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    """The mesh axes in one entry of a ``PartitionSpec``."""
-    return (entry,) if isinstance(entry, str) else (entry or ())
-
-
 @dataclasses.dataclass(frozen=True)
 class Sharding:
     """A mesh and the rules that map logical axes to its axes.
@@ -213,22 +208,26 @@ class Sharding:
         """
         partition = self.rules.partition(axes, self.mesh)
         if shape is not None:
-            for name, size, entry in zip(axes, shape, partition, strict=True):
-                mesh_axes = _entry_axes(entry)
-                shards = math.prod(self.mesh.shape[axis] for axis in mesh_axes)
+            for name, size in zip(axes, shape, strict=True):
+                shards = self.num_shards((name,))
                 if size % shards:
+                    sizes = {axis: self.mesh.shape[axis] for axis in self.mesh_axes((name,))}
                     raise ValueError(
                         f"{what}: axis {name!r} of size {size} is not divisible by mesh axes "
-                        f"{_format_sizes({axis: self.mesh.shape[axis] for axis in mesh_axes})} ({shards} shards): "
+                        f"{_format_sizes(sizes)} ({shards} shards): "
                         f"make {name!r} a multiple of {shards} or change the mesh {_format_sizes(self.mesh.shape)}"
                         + (" (for vocab: vocab_multiple)" if name == "vocab" else "")
                     )
         return NamedSharding(self.mesh, partition)
 
+    def mesh_axes(self, axes: Axes) -> tuple[str, ...]:
+        """The mesh axes that split an array with logical ``axes``."""
+        entries = self.rules.partition(axes, self.mesh)  # an entry is a mesh axis, a tuple of mesh axes, or None
+        return tuple(axis for entry in entries for axis in ((entry,) if isinstance(entry, str) else entry or ()))
+
     def num_shards(self, axes: Axes) -> int:
         """The number of shards into which an array with logical ``axes`` is split."""
-        partition = self.rules.partition(axes, self.mesh)
-        return math.prod(self.mesh.shape[axis] for entry in partition for axis in _entry_axes(entry))
+        return math.prod(self.mesh.shape[axis] for axis in self.mesh_axes(axes))
 
     def tree(self, specs: spec_lib.Tree) -> spec_lib.Tree:
         """The sharding of each array in a tree of specs. The errors are those of :meth:`named_sharding`."""
@@ -286,18 +285,13 @@ class Sharding:
         indices = self.named_sharding(("batch",)).addressable_devices_indices_map((num_blocks,)).values()
         return num_blocks, sorted({range(num_blocks)[index[0]].start for index in indices if index is not None})
 
-    @contextlib.contextmanager
-    def scope(self) -> Iterator[None]:
+    def scope(self) -> contextlib.AbstractContextManager[None]:
         """A context manager in which :func:`constrain` applies this sharding.
 
         Enter the context INSIDE the jitted function. Otherwise, ``jit`` can reuse a cached trace in which
         :func:`constrain` has applied another sharding.
         """
-        token = _active.set(self)
-        try:
-            yield
-        finally:
-            _active.reset(token)
+        return _activate(self)
 
 
 def cpu_sharding(count: int) -> Sharding:
@@ -319,6 +313,15 @@ def cpu_sharding(count: int) -> Sharding:
 
 
 _active: contextvars.ContextVar[Sharding | None] = contextvars.ContextVar("jaxlm_sharding", default=None)
+
+
+@contextlib.contextmanager
+def _activate(sharding: Sharding | None) -> Iterator[None]:
+    token = _active.set(sharding)
+    try:
+        yield
+    finally:
+        _active.reset(token)
 
 
 def active() -> Sharding | None:
@@ -393,16 +396,11 @@ def map_shards(
         return function
     for axes in out_axes if isinstance(out_axes, list) else [out_axes]:
         sharding.rules.partition((*axes, *sum_over), sharding.mesh)
-    mesh_axes = tuple(
-        axis for entry in sharding.rules.partition(sum_over, sharding.mesh) for axis in _entry_axes(entry)
-    )
+    mesh_axes = sharding.mesh_axes(sum_over)
 
     def function_of_shards(*shards: jax.Array) -> Any:
-        token = _active.set(None)
-        try:
+        with _activate(None):
             result = function(*shards)
-        finally:
-            _active.reset(token)
         return jax.lax.psum(result, mesh_axes) if mesh_axes else result
 
     def out_spec(axes: Axes) -> PartitionSpec:

@@ -195,14 +195,6 @@ def split_layer(name: str) -> tuple[str, int | None]:
     return (name, None) if match is None else (name[: match.start(1)] + name[match.end() :], int(match[1]))
 
 
-def join_layer(name: str, layer: int) -> str:
-    """The inverse of :func:`split_layer`: ``("layers/mlp/up", 3)`` gives ``layers/3/mlp/up``.
-
-    A name without ``layers`` is returned unchanged.
-    """
-    return re.sub(rf"(^|/){LAYERS}/", rf"\g<1>{LAYERS}/{layer}/", name, count=1)
-
-
 def fold_in_name(key: jax.Array | None, name: str) -> jax.Array | None:
     """A random key for ``name``, derived from ``key``; None if ``key`` is None.
 
@@ -290,10 +282,11 @@ def unstack(tree: Tree) -> Tree:
         return x[layer]
 
     def split_layers(stack: Tree) -> tuple[Tree, ...]:
-        layers = jax.tree.leaves(stack)[0].shape[0]
-        return tuple(jax.tree.map(functools.partial(select_layer, layer=layer), stack) for layer in range(layers))
+        leaves = jax.tree.leaves(stack)
+        count = leaves[0].shape[0] if leaves else 0  # an optimizer state may have only optax.MaskedNode here
+        return tuple(jax.tree.map(functools.partial(select_layer, layer=layer), stack) for layer in range(count))
 
-    return _map_layers(lambda child: child if isinstance(child, tuple) else split_layers(child), tree)
+    return map_layers(lambda child: child if isinstance(child, tuple) else split_layers(child), tree)
 
 
 def restack(tree: Tree) -> Tree:
@@ -308,20 +301,20 @@ def restack(tree: Tree) -> Tree:
         return np.stack(leaves) if isinstance(leaves[0], np.ndarray) else jnp.stack(leaves)
 
     def stack_layers(layers: tuple[Tree, ...]) -> Tree:
-        if len({jax.tree.structure(layer) for layer in layers}) > 1:
+        if len({jax.tree.structure(layer) for layer in layers}) != 1:
             return layers
         return jax.tree.map(stack_leaves, *layers)
 
-    return _map_layers(lambda child: stack_layers(child) if isinstance(child, tuple) else child, tree)
+    return map_layers(lambda child: stack_layers(child) if isinstance(child, tuple) else child, tree)
 
 
-def _map_layers(change: Callable[[Any], Any], tree: Tree) -> Tree:
+def map_layers(change: Callable[[Any], Any], tree: Tree) -> Tree:
     """``tree`` with ``change`` applied to the value of each key ``layers``."""
 
     def walk(node: Any) -> Any:
         if not isinstance(node, dict):
             return node
-        return {name: change(child) if name == LAYERS else _map_layers(change, child) for name, child in node.items()}
+        return {name: change(child) if name == LAYERS else map_layers(change, child) for name, child in node.items()}
 
     return jax.tree.map(walk, tree, is_leaf=lambda node: isinstance(node, dict))
 
@@ -436,8 +429,9 @@ def differences(expected: Tree, actual: Tree, *, dtypes: bool = True) -> list[st
     for name in want:
         if name not in have:
             continue
-        same = tuple(want[name].shape) == tuple(have[name].shape)
-        if not same or (dtypes and want[name].dtype != have[name].dtype):
+        shape = getattr(have[name], "shape", None)  # a Python number has no shape
+        same_shape = shape is not None and tuple(shape) == tuple(want[name].shape)
+        if not same_shape or (dtypes and want[name].dtype != have[name].dtype):
             lines.append(f"differs: {name} expected {_describe(want[name])}, got {_describe(have[name])}")
     return lines
 
@@ -484,19 +478,19 @@ def map_axis(specs: Tree, axis: str, function: Callable[..., Any], *trees: Tree,
     return jax.tree_util.tree_map_with_path(map_leaf, specs, *trees)
 
 
-def take_rows_clipped(specs: Tree, tree: Tree, indices: jax.Array, axis: str = "batch") -> Tree:
-    """``tree`` with each leaf gathered at ``indices`` [rows] of the axis with the name ``axis``.
+def take_rows_clipped(specs: Tree, tree: Tree, indices: jax.Array) -> Tree:
+    """``tree`` with each leaf gathered at ``indices`` [rows] of the axis ``batch``.
 
     Beam search uses this function to reorder a model state. Indices out of range are clipped without an error.
     """
-    return map_axis(specs, axis, lambda leaf, dim: jnp.take(leaf, indices, axis=dim, mode="clip"), tree)
+    return map_axis(specs, "batch", lambda leaf, dim: jnp.take(leaf, indices, axis=dim, mode="clip"), tree)
 
 
-def reset(specs: Tree, tree: Tree, rows: jax.Array, axis: str = "batch") -> Tree:
-    """``tree`` with the initial values of ``specs`` in all rows of ``axis`` whose entry in ``rows`` is True.
+def reset(specs: Tree, tree: Tree, rows: jax.Array) -> Tree:
+    """``tree`` with the initial values of ``specs`` in all rows of the axis ``batch`` whose entry in ``rows`` is True.
 
     Args:
-        rows: bool [size of ``axis``].
+        rows: bool [size of the axis ``batch``].
 
     Raises:
         ValueError: a leaf has no such axis, or has an initializer other than ``Constant``.
@@ -507,4 +501,4 @@ def reset(specs: Tree, tree: Tree, rows: jax.Array, axis: str = "batch") -> Tree
         shape[dim] = rows.shape[0]
         return jnp.where(rows.reshape(shape), initial, leaf)
 
-    return map_axis(specs, axis, reset_leaf, tree, init(specs))
+    return map_axis(specs, "batch", reset_leaf, tree, init(specs))

@@ -195,7 +195,7 @@ def test_the_first_layers_of_every_stack_are_frozen():
         (lambda: Freeze(), r"Freeze\(\) freezes nothing"),
         (lambda: Freeze("embedding"), r"patterns='embedding' must be a tuple"),
         (lambda: Freeze(("(",)), r"patterns: '\(' is not a regular expression"),
-        (lambda: Freeze(first_layers=-1), "first_layers=-1 must not be negative"),
+        (lambda: Freeze(first_layers=-1), "first_layers=-1 must be at least 0"),
         (lambda: Freeze(("attension",)).specs(BERT.specs), "patterns: 'attension' matches none of the paths"),
         (lambda: Freeze((".",)).specs(BERT.specs), "nothing is left to train"),
         (lambda: Freeze(first_layers=3).specs(BERT.specs), "first_layers=3, but a stack of the model has 2 layers"),

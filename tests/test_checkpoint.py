@@ -251,7 +251,7 @@ def test_restore_onto_another_mesh(tmp_path: Path, saved: str, restored: str) ->
 @pytest.mark.parametrize("stacked", [False, True])
 @pytest.mark.parametrize("count", [1, 3])
 def test_restore_into_the_other_layer_layout(tmp_path: Path, stacked: bool, count: int) -> None:
-    """The tree also has arrays without layers, and one target is on a mesh."""
+    """The tree also has arrays without layers, and layers without arrays. One target is on a mesh."""
     key = jax.random.key(3)
     layer = {
         "w": spec.ArraySpec((8, 4), ("embed", "mlp"), spec.Normal(1.0)),
@@ -262,12 +262,13 @@ def test_restore_into_the_other_layer_layout(tmp_path: Path, stacked: bool, coun
         for is_stacked in (True, False)
     }
     saved, wanted = spec.init(specs[stacked], key), spec.init(specs[not stacked], key)
+    masked = {True: {"layers": {"w": optax.MaskedNode()}}, False: {"layers": ({"w": optax.MaskedNode()},) * count}}
     with Checkpointer(tmp_path) as checkpointer:
-        checkpointer.save(1, {"params": saved, "key": key}, {}, wait=True)
+        checkpointer.save(1, {"params": saved, "key": key, "masked": masked[stacked]}, {}, wait=True)
     mesh = NamedSharding(jax.make_mesh((4,), ("data",), devices=jax.devices()[:4]), PartitionSpec())
     for sharding in (None, mesh):
         shape = lambda leaf, sharding=sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)  # noqa: E731
-        target = jax.tree.map(shape, {"params": wanted, "key": key})
+        target = jax.tree.map(shape, {"params": wanted, "key": key, "masked": masked[not stacked]})
         restored, _ = Checkpointer(tmp_path).restore(target)
         assert_same_bits(wanted, restored["params"])
         assert bool(restored["key"] == key)

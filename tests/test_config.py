@@ -32,12 +32,22 @@ class Outer:
     """A choice."""
     pairs: tuple[tuple[int, float | None], ...] = ()
     """Pairs."""
+    parts: tuple[Multipliers, ...] = ()
+    """Configs."""
 
 
 def test_json_round_trip(tmp_path):
     for config in (
         Outer(),
-        Outer(gpt.Config(num_layers=3, mlp_dim=7), Path("a/b"), 2.0, (Path("a"), Path("b")), "max", ((1, None),)),
+        Outer(
+            gpt.Config(num_layers=3, mlp_dim=7),
+            Path("a/b"),
+            2.0,
+            (Path("a"), Path("b")),
+            "max",
+            ((1, None),),
+            (Multipliers(),),
+        ),
     ):
         assert config_lib.from_json(Outer, config_lib.to_json(config)) == config
         config_lib.write(config, tmp_path / "config.json")
@@ -96,6 +106,14 @@ def test_a_choice_of_an_optional_field_is_checked():
     config_lib.check_value(tuple[Any, ...], (1, "a"), "anything")
     with pytest.raises(ValueError, match="mode='up' is unknown: choose from 'min', 'max'"):
         config_lib.check_choices(Choices("up"))
+
+
+def test_the_entries_of_a_list_are_checked():
+    for ids in (None, [], [1, 2]):
+        config_lib.check_value(list[int] | None, ids, "ids")
+    for ids in ([1, True], (1, 2), 1):
+        with pytest.raises(ValueError, match="must be a list in which each entry is a whole number or None"):
+            config_lib.check_value(list[int] | None, ids, "ids")
 
 
 def test_get_model_rejects_values_of_the_wrong_type():

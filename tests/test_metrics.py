@@ -130,6 +130,11 @@ def test_bleu_equals_sacrebleu_and_includes_its_signature():
     assert "tok:none" in lower.detail
 
 
+def test_bleu_of_equal_texts_is_100():
+    score = metrics.bleu(["a b c d e"] * 3, ["a b c d e"] * 3)  # sacrebleu: 100.00000000000004
+    assert score.low <= score.value <= score.high <= 100
+
+
 def test_chrf_of_texts_without_common_characters():
     """Bootstrap samples without a match have a score of 0."""
     score = metrics.chrf(["", "", "a cat sits"], ["b dog", "c x", "a cat sits"])
@@ -218,7 +223,8 @@ def test_error_for_an_unknown_sacrebleu_tokenizer():
 
 
 @pytest.mark.parametrize(
-    ("package", "metric"), [("sacrebleu.metrics", "bleu"), ("sacrebleu.metrics", "chrf"), ("rouge_score", "rouge")]
+    ("package", "metric"),
+    [("sacrebleu.metrics", "bleu"), ("sacrebleu.metrics", "chrf"), ("rouge_score.rouge_scorer", "rouge")],
 )
 def test_error_for_a_missing_package_names_the_extra(monkeypatch, package, metric):
     monkeypatch.setitem(sys.modules, package, None)

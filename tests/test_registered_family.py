@@ -1,16 +1,25 @@
 """A family of another package: it passes the contract; files, decoding and experiments find it by name."""
 
+import dataclasses
 import importlib.metadata
 import types
 
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import jaxlm
 from experiments import families
 from jaxlm.cli import main
 from jaxlm.data import CharTokenizer
-from jaxlm.decoding import GenerationConfig, generate_text
+from jaxlm.decoding import GenerationConfig, SpeculativeModels, generate, generate_text, speculative_generate
+from jaxlm.interop import formats
 from jaxlm.models import family_names, registry, variant_names
+from jaxlm.nn.scan import linear_scan
+from jaxlm.nn.segments import segment_boundaries
+from jaxlm.spec import ArraySpec, Normal
 from jaxlm.tasks import text_generation
 from jaxlm.testing.contract import *  # noqa: F403
 from jaxlm.testing.helpers import initial_params, tiny_model
@@ -92,8 +101,79 @@ def test_a_family_can_be_replaced(monkeypatch):
     module = types.SimpleNamespace(**{name: getattr(mingru, name) for name in ("Config", "specs", "apply", "logits")})
     jaxlm.register_family("mingru", module, replace=True)
     assert registry.family("mingru") is module
+    assert formats.of("mingru") == ()
+    module.FORMATS = ("a format",)
+    assert formats.of("mingru") == ("a format",)
     with pytest.raises(ValueError, match="family 'gpt' is already registered: choose another name"):
         jaxlm.register_family("gpt", module, replace=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class AverageConfig:
+    """The config of a family without layers. It has none of the optional fields, such as ``vocab_multiple``."""
+
+    vocab_size: int = 11
+    width: int = 6
+
+
+def average_specs(cfg):
+    return {
+        "table": ArraySpec((cfg.vocab_size, cfg.width), ("vocab", "embed"), Normal(1.0)),
+        "scale": ArraySpec((), ()),
+    }
+
+
+def average_apply(cfg, params, tokens, *, state=None, segment_ids=None, key=None):
+    segments = jnp.ones_like(tokens) if segment_ids is None else segment_ids
+    reset, keep, last = segment_boundaries(segments, None if state is None else state["segment_ids"])
+    x = params["table"][tokens] + params["scale"]
+    hidden = None if state is None else state["hidden"]
+    hidden, last_hidden = linear_scan(jnp.full_like(x, 0.8), x, hidden, reset_BT=reset, keep_BT=keep)
+    if state is None:
+        return hidden, None
+    return hidden, {"hidden": last_hidden, "segment_ids": last, "length": state["length"] + keep.sum(axis=1)}
+
+
+def average_state_specs(cfg, batch, length):
+    rows = ArraySpec((batch,), ("batch",), dtype=jnp.int32)
+    hidden = ArraySpec((batch, cfg.width), ("batch", "embed"))
+    return {"hidden": hidden, "segment_ids": rows, "length": rows}
+
+
+@pytest.fixture
+def average(monkeypatch):
+    """A model whose state has arrays with the names of a key-value cache."""
+    monkeypatch.setattr(registry, "_registered", dict(registry._registered))
+    module = types.SimpleNamespace(
+        Config=AverageConfig, specs=average_specs, apply=average_apply, state_specs=average_state_specs,
+        logits=lambda cfg, params, hidden: hidden @ params["table"].T,
+    )  # fmt: skip
+    jaxlm.register_family("average", module)
+    model = jaxlm.get_model("average")
+    return model, model.init(jax.random.key(0))
+
+
+def test_files_of_a_family_with_a_scalar_parameter_and_no_optional_config_fields(tmp_path, average):
+    jaxlm.save_pretrained(tmp_path, *average)
+    loaded, loaded_params = jaxlm.load_pretrained(tmp_path)
+    assert loaded == average[0]
+    chex.assert_trees_all_equal(loaded_params, average[1])
+
+
+@pytest.mark.thorough
+def test_the_names_in_a_state_are_free(average):
+    model, params = average
+    assert not model.has_cache
+    tokens = np.array([[1, 2, 3], [4, 5, 6]], np.int32)
+    want = generate(model, params, tokens, max_new_tokens=4).tokens
+    before = model.init_state(2, 8)
+    _, state = model.apply(params, tokens[:, :2], state=before)
+    np.testing.assert_array_equal(generate(model, params, tokens[:, 2:], max_new_tokens=4, state=state).tokens, want)
+    models = SpeculativeModels(model, params, model, params, 2)
+    proposed = speculative_generate(models, tokens[:, 2:], max_new_tokens=4, states=(state, state))
+    np.testing.assert_array_equal(proposed.generation.tokens, want)
+    kept = model.rollback(params, before, jnp.asarray(tokens[:, :2]), state, jnp.array([1, 1]))
+    chex.assert_trees_all_close(kept, model.apply(params, tokens[:, :1], state=before)[1])
 
 
 def test_a_package_that_cannot_be_loaded_is_named_and_does_not_break_other_families(monkeypatch):

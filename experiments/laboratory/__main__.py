@@ -31,6 +31,7 @@ from jaxlm.training.checks import check_output
 
 DOCS = Path("docs")
 QUICK_STEPS = 30
+ALL_MODELS = [*MODELS, *ENCODER_DECODERS]
 
 
 def quick(experiment: Experiment) -> Experiment:
@@ -80,9 +81,8 @@ def _report(result: Result) -> None:
     )
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command line and return its exit status."""
-    arguments, debug = split_debug(arguments)
+def make_parser() -> Parser:
+    """The parser of the command line."""
     parser = Parser(
         prog="python -m experiments.laboratory", description=(__doc__ or "").split("\n")[0], allow_abbrev=False
     )
@@ -90,10 +90,9 @@ def main(arguments: list[str] | None = None) -> int:
         "experiment", nargs="*", choices=[*EXPERIMENTS, []], metavar="EXPERIMENT",
         help=f"experiments: {', '.join(EXPERIMENTS)} (default: all)",
     )  # fmt: skip
-    all_models = [*MODELS, *ENCODER_DECODERS]
     parser.add_argument(
-        "--model", nargs="+", choices=all_models, metavar="MODEL",
-        help=f"models: {', '.join(map(repr, all_models))} (default: all)",
+        "--model", nargs="+", choices=ALL_MODELS, metavar="MODEL",
+        help=f"models: {', '.join(map(repr, ALL_MODELS))} (default: all)",
     )  # fmt: skip
     all_cases = list(dict.fromkeys(case for experiment in EXPERIMENTS.values() for case in experiment.cases))
     parser.add_argument(
@@ -115,10 +114,17 @@ def main(arguments: list[str] | None = None) -> int:
         "--page", type=Path, nargs="?", const=DOCS,
         help="train nothing; write laboratory.md, from the results in OUTPUT, to this directory (default: docs)",
     )  # fmt: skip
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line and return its exit status."""
+    arguments, debug = split_debug(arguments)
+    parser = make_parser()
     parsed = parser.parse_args(arguments)
     if parsed.page is not None and (parsed.experiment or parsed.model or parsed.case or parsed.width):
         parser.error("--page writes all results: omit the experiments, --model, --case and --width")
-    names, models = parsed.experiment or list(EXPERIMENTS), parsed.model or all_models
+    names, models = parsed.experiment or list(EXPERIMENTS), parsed.model or ALL_MODELS
     directory = parsed.output / "quick" if parsed.quick else parsed.output
     experiments = {name: quick(experiment) for name, experiment in EXPERIMENTS.items()} if parsed.quick else EXPERIMENTS
 
@@ -126,7 +132,7 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = {
         name: experiment
         for name, experiment in chosen.items()
-        if experiment.has_runs and not set(experiment.models).isdisjoint(models)
+        if experiment.cases and experiment.plan.widths and not set(experiment.models).isdisjoint(models)
     }
     if not chosen:
         parser.error(f"{', '.join(names)}: no experiment has the cases, widths and models that you chose")

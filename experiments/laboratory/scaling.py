@@ -41,11 +41,10 @@ class PowerLaw:
     """
 
     def __init__(self, x: Sequence[float], loss: Sequence[float]) -> None:
-        self._log_x = np.log(x)
-        self._fit = scipy.stats.linregress(self._log_x, np.log(loss))
-        residuals = np.log(loss) - self._fit.intercept - self._fit.slope * self._log_x
-        freedom = len(self._log_x) - 2  # degrees of freedom of the residuals
-        self._residual_deviation = math.sqrt(float(residuals @ residuals) / freedom) if freedom else math.nan
+        self._center = float(np.log(x).mean())
+        # With centered x, the errors of the intercept and the slope are independent.
+        self._fit = scipy.stats.linregress(np.log(x) - self._center, np.log(loss))
+        freedom = len(x) - 2  # degrees of freedom of the residuals
         self._t_quantile = float(scipy.stats.t.ppf(0.975, freedom)) if freedom else math.nan
 
     @property
@@ -55,11 +54,9 @@ class PowerLaw:
 
     def loss(self, x: float) -> tuple[float, float, float]:
         """The fitted loss at ``x``, and the ends of its 95 % interval (NaN for two runs)."""
-        distance = math.log(x) - float(self._log_x.mean())
-        squares = float(((self._log_x - self._log_x.mean()) ** 2).sum())
-        deviation = self._residual_deviation * math.sqrt(1 / len(self._log_x) + distance**2 / squares)
-        half_width = self._t_quantile * deviation
-        log_loss = float(self._fit.intercept) + float(self._fit.slope) * math.log(x)
+        distance = math.log(x) - self._center
+        log_loss = float(self._fit.intercept) + float(self._fit.slope) * distance
+        half_width = self._t_quantile * math.hypot(self._fit.intercept_stderr, self._fit.stderr * distance)
         return math.exp(log_loss), math.exp(log_loss - half_width), math.exp(log_loss + half_width)
 
 

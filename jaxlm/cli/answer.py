@@ -5,22 +5,20 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from jaxlm.cli.common import STANDARD_INPUT, Directory, load, standard_input
+from jaxlm.cli.common import STANDARD_INPUT, ModelCommand, standard_input
 from jaxlm.data import read_text
 from jaxlm.data.examples import read_jsonl
 from jaxlm.data.text_files import escape_field
 from jaxlm.tasks.question_answering import answer
 
 
-@dataclasses.dataclass(frozen=True)
-class Answer:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Answer(ModelCommand):
     """Answer questions with spans of a text. Prints each answer and its score, separated by a tab.
 
     The score is the logit of the answer (its first and last token, summed) minus the logit of "no answer".
     """
 
-    directory: Directory
-    """A run directory (written by an experiment) or a model in Hugging Face layout with its tokenizer."""
     question: tuple[str, ...] = ()
     """One or more questions about one text, for example --question "Who?" "Where?"."""
     context: Path | None = None
@@ -38,13 +36,11 @@ class Answer:
     """Tokens of the text that two consecutive windows share; None: a third of --max-length."""
     batch_size: int = 32
     """Windows per batch."""
-    dtype: str | None = None
-    """Compute dtype, for example bfloat16; None: the dtype of the model's config."""
 
     def run(self) -> int:
         """Print one line per question and return the exit status."""
         questions, contexts = self._questions()
-        model, params, tokenizer = load(self.directory, self.dtype)
+        model, params, tokenizer = self.load()
         answers = answer(
             model, params, tokenizer, questions, contexts, max_answer_tokens=self.max_answer_tokens,
             max_length=self.max_length, stride=self.stride, no_answer_threshold=self.no_answer_threshold,

@@ -5,20 +5,18 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from jaxlm.cli.common import Directory, Texts, load, read_texts, split_pairs
+from jaxlm.cli.common import ModelCommand, Texts, read_texts, split_pairs
 from jaxlm.data.text_files import escape_field
 from jaxlm.tasks.predict import classify
 
 
-@dataclasses.dataclass(frozen=True)
-class Classify:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Classify(ModelCommand):
     """Classify texts. Prints the most probable label of each text and its probability, separated by a tab.
 
     In a label, a line break is printed as \\n, a tab as \\t and a backslash as \\\\.
     """
 
-    directory: Directory
-    """A run directory (written by an experiment) or a model in Hugging Face layout with its tokenizer."""
     texts: Texts = ()
     """Texts, or pairs TEXT<tab>TEXT. Without texts and --file, standard input is read: one text (or pair) per line.
     Messages count the texts from 0."""
@@ -28,12 +26,10 @@ class Classify:
     """Print all labels with their probabilities, in descending order of probability."""
     batch_size: int = 32
     """Texts per batch."""
-    dtype: str | None = None
-    """Compute dtype, for example bfloat16; None: the dtype of the model's config."""
 
     def run(self) -> int:
         """Print one line per text and return the exit status."""
-        model, params, tokenizer = load(self.directory, self.dtype)
+        model, params, tokenizer = self.load()
         texts, pairs = split_pairs(read_texts(self.texts, self.file))
         result = classify(model, params, tokenizer, texts, pairs, batch_size=self.batch_size)
         for probabilities in result.probabilities:

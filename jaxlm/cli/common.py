@@ -1,38 +1,37 @@
-"""Functions of several subcommands: load a trained model, and read texts from arguments, a file or standard input."""
+"""Options and functions of several subcommands: load a model, and read texts from the command line or a file."""
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import tyro
 
-from jaxlm import Model, load_pretrained
-from jaxlm.data import load_tokenizer
 from jaxlm.data.text_files import check_no_surrogate, decode_pieces, read_lines, split_lines
 from jaxlm.data.tokenizers import Tokenizer
+from jaxlm.models import Model
 from jaxlm.spec import Params
-from jaxlm.training.checks import check_tokenizer
+from jaxlm.tasks.loading import load
 
-Directory = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
 Texts = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[TEXT ...]")]
 
 
-def load(directory: Path, dtype: str | None) -> tuple[Model, Any, Tokenizer]:
-    """The model, its parameters and its tokenizer from a run directory or a directory in Hugging Face layout.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelCommand:
+    """The options of all commands that load a model."""
 
-    Args:
-        dtype: compute dtype. None: the dtype of the model's config.
-    """
-    model_directory = directory / "model" if (directory / "model").is_dir() else directory
-    overrides: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
-    model, params = load_pretrained(model_directory, **overrides)
-    tokenizer = load_tokenizer(model_directory)
-    check_tokenizer(model, tokenizer)
-    return model, params, tokenizer
+    directory: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
+    """A run directory (written by an experiment) or a model in Hugging Face layout with its tokenizer."""
+    dtype: str | None = None
+    """Compute dtype, for example bfloat16; None: the dtype of the model's config."""
+
+    def load(self) -> tuple[Model, Params, Tokenizer]:
+        """The model, its parameters and its tokenizer."""
+        return load(self.directory, self.dtype)
 
 
 def load_draft(directory: Path, dtype: str | None, tokenizer: Tokenizer, texts: Sequence[str]) -> tuple[Model, Params]:
@@ -54,11 +53,6 @@ def load_draft(directory: Path, dtype: str | None, tokenizer: Tokenizer, texts: 
             "that was trained with the same tokenizer"
         )
     return model, params
-
-
-def sampling_options(**options: float | None) -> dict[str, Any]:
-    """The options that are not None."""
-    return {name: value for name, value in options.items() if value is not None}
 
 
 STANDARD_INPUT = "standard input"

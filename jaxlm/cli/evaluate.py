@@ -7,19 +7,17 @@ import json
 from pathlib import Path
 from typing import Any
 
-from jaxlm.cli.common import Directory, load
+from jaxlm.cli.common import ModelCommand
 from jaxlm.command_line import check_output_file
 
 
-@dataclasses.dataclass(frozen=True)
-class Evaluate:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Evaluate(ModelCommand):
     """Evaluate a model on tasks of lm-evaluation-harness. Prints a table. Needs the extra eval of jaxlm.
 
     The data sets of most tasks are downloaded from the Hugging Face Hub.
     """
 
-    directory: Directory
-    """A run directory (written by an experiment) or a model in Hugging Face layout with its tokenizer."""
     tasks: tuple[str, ...]
     """Names of tasks or task groups, from the harness or from --include-path."""
     include_path: Path | None = None
@@ -41,8 +39,6 @@ class Evaluate:
     """Seed for sampling in tasks that generate text."""
     output: Path | None = None
     """JSON file for the results."""
-    dtype: str | None = None
-    """Compute dtype, for example bfloat16; None: the dtype of the model's config."""
 
     def run(self) -> int:
         """Print the table of results and return the exit status."""
@@ -60,7 +56,7 @@ class Evaluate:
         from lm_eval.tasks import TaskManager
         from lm_eval.utils import handle_non_serializable, make_table
 
-        model, params, tokenizer = load(self.directory, self.dtype)
+        model, params, tokenizer = self.load()
         harness_model = HarnessModel(
             model, params, tokenizer, batch_size=self.batch_size, max_length=self.max_length,
             prefix_token_id=self.prefix_token_id, max_gen_toks=self.max_gen_toks, seed=self.seed,

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from pathlib import Path
 
 import jax
 
-from jaxlm.cli.common import Directory, Texts, load, load_draft, read_texts, sampling_options
+from jaxlm.cli.common import ModelCommand, Texts, load_draft, read_texts
 from jaxlm.data.text_files import escape_line_breaks
 from jaxlm.decoding import GenerationConfig, Sampling, generate_text, stream_text
 from jaxlm.decoding.describe import describe
 
 
-@dataclasses.dataclass(frozen=True)
-class Generate:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Generate(ModelCommand):
     """Generate text from prompts. Prints each prompt with its continuation.
 
     With one prompt on the command line, the text is printed while it is generated (not with beam search or a draft
@@ -28,8 +27,6 @@ class Generate:
     top-k 50). All other missing options have the defaults below.
     """
 
-    directory: Directory
-    """A run directory (written by an experiment) or a model in Hugging Face layout with its tokenizer."""
     texts: Texts = ()
     """Prompts. If neither prompts nor --file are given, standard input has one prompt per line. Messages count
     the prompts from 0."""
@@ -63,8 +60,6 @@ class Generate:
     """Number of tokens that the draft model proposes in each round. Default: 4."""
     seed: int = 0
     """Seed for sampling."""
-    dtype: str | None = None
-    """Compute dtype, for example bfloat16; None: the dtype of the model's config."""
 
     def run(self) -> int:
         """Print each prompt with its continuation and return the exit status."""
@@ -73,7 +68,7 @@ class Generate:
         if self.num_proposed is not None and self.draft is None:
             raise ValueError(f"--num-proposed {self.num_proposed} needs --draft, the directory of a draft model")
         arguments = self.texts if self.prompt is None else (self.prompt,)
-        model, params, tokenizer = load(self.directory, self.dtype)
+        model, params, tokenizer = self.load()
         if model.reads_source:
             raise ValueError(
                 f"this is {describe(model)}: it reads a source, so it cannot continue a prompt; use jaxlm "
@@ -83,10 +78,10 @@ class Generate:
             max_new_tokens=self.max_new_tokens, num_beams=self.num_beams, stop=self.stop, batch_size=self.batch_size
         ).resolve(
             model, tokenizer, default=GenerationConfig(500, Sampling(temperature=0.8)),
-            sampling=sampling_options(
-                temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, min_p=self.min_p,
-                repetition_penalty=self.repetition_penalty,
-            ),
+            sampling={
+                "temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p, "min_p": self.min_p,
+                "repetition_penalty": self.repetition_penalty,
+            },
         )  # fmt: skip
         key = jax.random.key(self.seed)
         prompts = read_texts(arguments, self.file)
@@ -99,9 +94,8 @@ class Generate:
                 print(escape_line_breaks(prompt + text) if len(arguments) != 1 else prompt + text)
             return 0
         pieces = stream_text(model, params, tokenizer, prompts[0], config, key=key)
-        sys.stdout.write(prompts[0])
+        print(prompts[0], end="")
         for piece in pieces:
-            sys.stdout.write(piece)
-            sys.stdout.flush()
-        sys.stdout.write("\n")
+            print(piece, end="", flush=True)
+        print()
         return 0

@@ -60,13 +60,11 @@ class Launch:
         for option, value in (("zone", self.zone), ("host", self.host)):
             if value is not None and not re.fullmatch(r"[\w.@:-]+", value):
                 raise ValueError(f"--{option} {value!r} must have only letters, digits and . @ : _ -")
-        chips = math.prod(map(int, re.findall(r"\d+", self.topology.partition(":")[2])))
+        chips = math.prod(map(int, re.findall(r"\d+", number)))
         if chips > MAX_CHIPS:
             raise ValueError(f"--topology {self.topology} has {chips:,} chips: the largest pod has {MAX_CHIPS:,}")
         command = None if self.command is None else _words(self.command)
-        print(
-            script(self.topology, command, zone=self.zone, name=self.name, host=self.host, spot=self.spot), end=""
-        )  # fmt: skip
+        print(script(self.topology, command, zone=self.zone, name=self.name, host=self.host, spot=self.spot), end="")
         return 0
 
     def _run_local(self, number: str) -> int:

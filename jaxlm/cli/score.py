@@ -5,22 +5,20 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from jaxlm.cli.common import Directory, Texts, load, read_texts, split_pairs
+from jaxlm.cli.common import ModelCommand, Texts, read_texts, split_pairs
 from jaxlm.decoding.describe import describe
 from jaxlm.decoding.score import perplexity_of
 from jaxlm.tasks.predict import score_texts
 
 
-@dataclasses.dataclass(frozen=True)
-class Score:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Score(ModelCommand):
     """Score texts. Prints for each text, separated by tabs: log-likelihood (nats), number of scored tokens, perplexity.
 
     The perplexity is exp(-log-likelihood / number of tokens). A causal model does not score the first token of a text.
     An encoder-decoder scores all tokens of the target and, if the tokenizer has one, the end token.
     """
 
-    directory: Directory
-    """A run directory (written by an experiment) or a model in Hugging Face layout with its tokenizer."""
     texts: Texts = ()
     """Texts; SOURCE<tab>TARGET for an encoder-decoder. If neither texts nor --file are given, standard input
     has one text per line. Messages count the texts from 0."""
@@ -28,12 +26,10 @@ class Score:
     """File with one text (or SOURCE<tab>TARGET) per line."""
     batch_size: int = 32
     """Texts per batch."""
-    dtype: str | None = None
-    """Compute dtype, for example bfloat16; None: the dtype of the model's config."""
 
     def run(self) -> int:
         """Print one line per text and return the exit status."""
-        model, params, tokenizer = load(self.directory, self.dtype)
+        model, params, tokenizer = self.load()
         texts, sources = read_texts(self.texts, self.file), None
         if model.reads_source:
             sources, targets = split_pairs(texts)

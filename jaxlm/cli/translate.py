@@ -8,16 +8,14 @@ from typing import ClassVar
 
 import jax
 
-from jaxlm.cli.common import Directory, Texts, load, read_texts, sampling_options
+from jaxlm.cli.common import ModelCommand, Texts, read_texts
 from jaxlm.data.text_files import escape_line_breaks
 from jaxlm.decoding import GenerationConfig, generate_text
 from jaxlm.decoding.describe import describe
 
 
-@dataclasses.dataclass(frozen=True)
-class _SourceCommand:
-    directory: Directory
-    """A run directory (written by an experiment) or a model in Hugging Face layout with its tokenizer."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _SourceCommand(ModelCommand):
     texts: Texts = ()
     """Sources. If neither sources nor --file are given, standard input has one source per line. Messages count
     the sources from 0."""
@@ -42,14 +40,12 @@ class _SourceCommand:
     """Sources per batch."""
     seed: int = 0
     """Seed for sampling."""
-    dtype: str | None = None
-    """Compute dtype, for example bfloat16; None: the dtype of the model's config."""
 
     verb: ClassVar[str]
 
     def run(self) -> int:
         """Print one line per source and return the exit status."""
-        model, params, tokenizer = load(self.directory, self.dtype)
+        model, params, tokenizer = self.load()
         if not model.reads_source:
             raise ValueError(
                 f"this is {describe(model)}: it reads no source, so it cannot {self.verb}; load an encoder-decoder "
@@ -60,7 +56,7 @@ class _SourceCommand:
             batch_size=self.batch_size,
         ).resolve(
             model, tokenizer, default=GenerationConfig(num_beams=5),
-            sampling=sampling_options(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p),
+            sampling={"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p},
         )  # fmt: skip
         sources = [self.prefix + text for text in read_texts(self.texts, self.file)]
         for text in generate_text(model, params, tokenizer, sources, config, key=jax.random.key(self.seed)):

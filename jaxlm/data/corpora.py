@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.resources
 
-from jaxlm.config import check_min
 from jaxlm.data.examples import Examples
 from jaxlm.data.text_files import read_text
 
@@ -42,17 +41,13 @@ PLAYS = (
 """The titles of the plays of :func:`shakespeare`, in the order of the text."""
 
 
-def play_passages(words: int = 60) -> Examples:
-    """Examples ``{"text", "label"}``: passages of at least ``words`` words, labelled with the title of their play.
+def play_passages() -> Examples:
+    """Examples ``{"text", "label"}``: passages of at least 60 words, labelled with the title of their play.
 
-    A passage consists of consecutive lines. It ends with the line that brings it to ``words`` words. Lines with the
-    name of a speaker (in capitals, with a colon) are removed, because the names identify the play. The last lines of a
-    play are dropped if they have fewer than ``words`` words.
-
-    Raises:
-        ValueError: ``words`` is below 1.
+    A passage consists of consecutive lines. It ends with the line that brings it to 60 words. Lines with the name of a
+    speaker (in capitals, with a colon) are removed, because the names identify the play. The last lines of a play are
+    dropped if they have fewer than 60 words.
     """
-    check_min(1, words=words)
     text = shakespeare()
     starts = [text.index(f"{title}\n\n") for title in PLAYS]
     rows = []
@@ -62,7 +57,7 @@ def play_passages(words: int = 60) -> Examples:
         for line in lines:
             if not (line.endswith(":") and line.isupper()):
                 passage += line.split()
-            if len(passage) >= words:
+            if len(passage) >= 60:
                 rows.append({"text": " ".join(passage), "label": title})
                 passage = []
     return Examples(rows, "the passages of the included plays")

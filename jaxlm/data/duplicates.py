@@ -117,7 +117,7 @@ def trigrams(text: str) -> set[str]:
     words = re.findall(r"\w+", text.lower())
     if not words:
         return {text}
-    return {" ".join(words[start : start + 3]) for start in range(max(1, len(words) - 2))}
+    return set(_word_ngrams(words, 3))
 
 
 def _signatures(texts: Sequence[str]) -> np.ndarray:

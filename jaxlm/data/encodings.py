@@ -64,20 +64,17 @@ def truncate(encoding: Encoding, max_length: int, side: Literal["right", "left"]
     """
     if len(encoding.ids) <= max_length:
         return encoding
-    sizes = [int(np.sum(encoding.sequence_ids == number)) for number in (0, 1)]
-    first, second = sizes
+    first, second = (int(np.sum(encoding.sequence_ids == number)) for number in (0, 1))
     budget = max_length - (len(encoding.ids) - first - second)
     if budget < (first > 0) + (second > 0):
         raise ValueError(
             f"max_length={max_length} is too short: {max_length - budget} special tokens leave room for "
             f"{max(budget, 0)} tokens of {'two texts' if first and second else 'the text'}"
         )
-    if min(first, second) <= budget // 2:
-        first, second = min(first, budget - min(second, budget // 2)), min(second, budget - min(first, budget // 2))
-    else:
-        first, second = (budget // 2, budget - budget // 2) if first <= second else (budget - budget // 2, budget // 2)
-    starts = (0, 0) if side == "right" else (sizes[0] - first, sizes[1] - second)
-    return _select_tokens(encoding, {0: (starts[0], starts[0] + first), 1: (starts[1], starts[1] + second)})
+    shorter = min(first, second, budget // 2)
+    kept = (shorter, budget - shorter) if first <= second else (budget - shorter, shorter)
+    starts = (0, 0) if side == "right" else (first - kept[0], second - kept[1])
+    return _select_tokens(encoding, {number: (starts[number], starts[number] + kept[number]) for number in (0, 1)})
 
 
 def split_windows(encoding: Encoding, max_length: int, stride: int) -> list[Encoding]:

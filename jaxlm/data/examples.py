@@ -125,7 +125,7 @@ class Examples(Sequence[Example]):
         rows = _RenamedExamples(
             [dict(zip(values, row, strict=True)) for row in zip(*values.values(), strict=True)], fields, name
         )
-        return cls([rows.read(number) for number in range(len(rows))], name, class_names=class_names)
+        return cls(list(rows), name, class_names=class_names)
 
     @classmethod
     def from_random_access(
@@ -258,9 +258,7 @@ class Examples(Sequence[Example]):
 class _RenamedExamples(Sequence[Example]):
     """The examples ``numbers`` of a random-access source, with renamed fields. Each access reads the source."""
 
-    def __init__(
-        self, source: Any, fields: Mapping[str, str] | None, name: str = "the data set", numbers: range | None = None
-    ) -> None:
+    def __init__(self, source: Any, fields: Mapping[str, str] | None, name: str, numbers: range | None = None) -> None:
         self._source, self._fields, self._name = source, fields, name
         self._numbers = range(len(source)) if numbers is None else numbers
 
@@ -323,12 +321,13 @@ def _class_name(number: Any, names: Sequence[str], column: str, example: int) ->
     return names[number]
 
 
-def label_ids(labels: Sequence[Any], names: Sequence[str], name: str = "the examples") -> np.ndarray:
-    """The index of each label in ``names``, int32 [N]. Labels that are not strings are converted with ``str``.
+def label_ids(labels: Sequence[Any], names: Sequence[Any], name: str = "the examples") -> np.ndarray:
+    """The index of each label in ``names``, int32 [N]. Labels and names are converted with ``str``.
 
     Raises:
         ValueError: a label is not in ``names``.
     """
+    names = [str(name) for name in names]
     index = {label: number for number, label in enumerate(names)}
     for number, label in enumerate(labels):
         if str(label) not in index:

@@ -264,11 +264,7 @@ def check_notation(notation: str) -> None:
 
 def import_chess() -> ModuleType:
     """The package ``chess``. If it is not installed, an ``ImportError`` names the extra that installs it."""
-    try:
-        import chess
-    except ImportError as error:
-        raise ImportError(f"chess games need the package `chess`: {extras.install_command('chess')}") from error
-    return chess
+    return extras.import_optional("chess", "chess", "chess games need the package `chess`")
 
 
 # ------------------------------------------------------------------------------------------- reading one game
@@ -327,35 +323,33 @@ def _canonical_san(board: Any, move: Any, word: str) -> str:
 
 
 def _split_result(line: str) -> tuple[list[str], str]:
-    """The moves of a line, and its result ("*" if the line has none)."""
+    """The moves of a line, and its result ("*" if the line has none). Raises ``ValueError`` if there are no moves."""
     words = line.split()
     result = words.pop() if words and words[-1] in RESULTS else "*"
+    if not words:
+        raise ValueError("no moves")
     return words, result
 
 
-def _read_with_rules(line: int, text: str, notation: Notation) -> _ParsedGame:
+def _read_with_rules(text: str, notation: Notation) -> tuple[str, str]:
     words, result = _split_result(text)
-    if not words:
-        return _ParsedGame(line, reason="no moves")
     try:
-        return _ParsedGame(line, _replay(words, notation), result)
+        return _replay(words, notation), result
     except ValueError as error:
         hint = "; a file with move numbers or tags needs the suffix .pgn" if re.match(r"\d+\.|\[", words[0]) else ""
-        return _ParsedGame(line, reason=f"{error}{hint}")
+        raise ValueError(f"{error}{hint}") from error
 
 
-def _read_with_syntax(line: int, text: str, notation: Notation) -> _ParsedGame:
+def _read_with_syntax(text: str, notation: Notation) -> tuple[str, str]:
     words, result = _split_result(text)
     pattern = UCI_MOVE if notation == "uci" else SAN_MOVE
-    bad = next(((i, word) for i, word in enumerate(words) if not pattern.fullmatch(word)), None)
-    if not words:
-        return _ParsedGame(line, reason="no moves")
-    if bad is not None:
-        return _ParsedGame(line, reason=f"{_move_name(*bad)} is not a {notation} move")
-    return _ParsedGame(line, " ".join(word.rstrip("+#") for word in words), result)
+    for number, word in enumerate(words):
+        if not pattern.fullmatch(word):
+            raise ValueError(f"{_move_name(number, word)} is not a {notation} move")
+    return " ".join(word.rstrip("+#") for word in words), result
 
 
-def _read_pgn(line: int, text: str, notation: Notation) -> _ParsedGame:
+def _read_pgn(text: str, notation: Notation) -> tuple[str, str]:
     import_chess()
     import chess.pgn
 
@@ -372,26 +366,23 @@ def _read_pgn(line: int, text: str, notation: Notation) -> _ParsedGame:
     unknown_word = _unknown_word(text)
     if unknown_word is not None:  # chess.pgn.read_game ignores unknown words
         problem = "is not closed" if unknown_word in ("{", "(") else "is not a move"
-        return _ParsedGame(line, reason=f"{unknown_word!r} in the text of the game {problem}")
+        raise ValueError(f"{unknown_word!r} in the text of the game {problem}")
     game = chess.pgn.read_game(io.StringIO(text), Visitor=MainLine)
     assert game is not None
     if game.errors:  # board() raises an error if a tag is invalid
-        return _ParsedGame(line, reason=str(game.errors[0]))
+        raise ValueError(str(game.errors[0]))
     board = game.board()
     first_number = re.match(r"(\d+)(?:\.|\s)", _pgn_moves(text))
     if board.uci_variant != "chess" or board.chess960 or board.fen() != chess.STARTING_FEN:
-        return _ParsedGame(line, reason="the game is not standard chess from the initial position")
+        raise ValueError("the game is not standard chess from the initial position")
     if game.next() is None:
-        return _ParsedGame(line, reason="no moves")
+        raise ValueError("no moves")
     if first_number is not None and first_number[1] != "1":
-        return _ParsedGame(line, reason=f"the game begins with move {first_number[1]}, not with move 1")
-    try:
-        moves = _replay([move.uci() for move in game.mainline_moves()], notation)
-    except ValueError as error:  # a null move
-        return _ParsedGame(line, reason=str(error))
+        raise ValueError(f"the game begins with move {first_number[1]}, not with move 1")
+    moves = _replay([move.uci() for move in game.mainline_moves()], notation)
     # If the tag has no result, the result after the moves counts.
     tag, (_, after_moves) = game.headers.get("Result", "*").strip(), _split_result(_pgn_moves(text))
-    return _ParsedGame(line, moves, tag if tag in RESULTS and tag != "*" else after_moves)
+    return moves, tag if tag in RESULTS and tag != "*" else after_moves
 
 
 def _pgn_moves(text: str) -> str:
@@ -500,9 +491,18 @@ def _pgn_pieces(text: str) -> Iterator[tuple[int, str, str]]:
             yield start, kind, match[0]
 
 
-_READERS: dict[str, Callable[[int, str, Notation], _ParsedGame]] = {
+_READERS: dict[str, Callable[[str, Notation], tuple[str, str]]] = {
     "rules": _read_with_rules, "syntax": _read_with_syntax, "pgn": _read_pgn,
 }  # fmt: skip
+"""Functions that return the moves and the result of a game. They raise ``ValueError`` if the game is rejected."""
+
+
+def _read_game(reader: str, line: int, text: str, notation: Notation) -> _ParsedGame:
+    try:
+        moves, result = _READERS[reader](text, notation)
+    except ValueError as error:
+        return _ParsedGame(line, reason=str(error))
+    return _ParsedGame(line, moves, result)
 
 
 # ---------------------------------------------------------------------------------------------- many games
@@ -510,7 +510,7 @@ _READERS: dict[str, Callable[[int, str, Notation], _ParsedGame]] = {
 
 def _read_all(reader: str, items: list[tuple[int, str]], notation: Notation, workers: int) -> list[_ParsedGame]:
     if workers == 1:
-        return [_READERS[reader](line, text, notation) for line, text in items]
+        return [_read_game(reader, line, text, notation) for line, text in items]
     bounds = np.linspace(0, len(items), workers + 1).astype(int)
     with ThreadPoolExecutor(workers) as pool:
         parts = pool.map(

@@ -80,9 +80,10 @@ class MoveTokenizer(EncodeInputsMixin):
             if not pattern.fullmatch(move) or move[-1] in "+#":
                 raise ValueError(f"{move!r} is not a {notation} move, or it ends with '+' or '#': remove these signs")
         repeated = [move for move, count in Counter(moves).items() if count > 1]
-        if repeated or not moves:
-            raise ValueError(f"the moves of a vocabulary must be distinct, got {repeated[0]!r} twice" if repeated
-                             else "a vocabulary needs at least one move")  # fmt: skip
+        if repeated:
+            raise ValueError(f"the moves of a vocabulary must be distinct, got {repeated[0]!r} twice")
+        if not moves:
+            raise ValueError("a vocabulary needs at least one move")
         self.notation: Notation = notation
         self.moves = tuple(moves)
         special = _SPECIAL[notation]

@@ -53,7 +53,7 @@ def read_squad(path: str | Path, *, on_error: OnError = "raise") -> Examples:
         try:
             question = _parse_record(record)
             question_id = question.get("id")
-            return _make_example(question)
+            return squad_example(question)
         except ValueError as error:
             raise ValueError(f"id {question_id!r}: {error}") from error
 
@@ -110,8 +110,18 @@ def _parse_record(record: Any) -> Mapping[str, Any]:
     return record
 
 
-def _make_example(record: Mapping[str, Any]) -> Example:
-    """The example of a question. Raises ``ValueError`` for invalid fields or answers."""
+def squad_example(record: Mapping[str, Any]) -> Example:
+    """The example of a question in SQuAD's format, for example of a row of a data set of ``datasets``.
+
+    The result has ``id``, ``context``, ``question``, ``answers`` and their ``starts``, and ``group`` (the title).
+
+    Args:
+        record: ``id``, ``context``, ``question``, ``answers`` and optionally ``title``. ``answers`` is a list of
+            ``{"text", "answer_start"}``, or ``{"text": [...], "answer_start": [...]}``.
+
+    Raises:
+        ValueError: a field is missing or invalid, or an answer is not at its start in the context.
+    """
     for name in ("id", "context", "question", "answers"):
         if name not in record:
             raise ValueError(f"no field {name!r}: the fields are {', '.join(map(repr, record))}")

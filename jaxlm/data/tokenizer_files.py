@@ -89,12 +89,9 @@ def find_special_token(backend: Any, role: str, given: Mapping[str, str | None])
 
 def read_backend(directory: Path) -> Any:
     """The ``tokenizers.Tokenizer`` of a directory, with the tokens that its other files declare."""
-    try:
-        import tokenizers
-    except ImportError as error:
-        raise ImportError(
-            f"the tokenizer in {directory} needs the package `tokenizers`: {extras.install_command('tokenizers')}"
-        ) from error
+    tokenizers = extras.import_optional(
+        "tokenizers", "tokenizers", f"the tokenizer in {directory} needs the package `tokenizers`"
+    )
     file, vocab = directory / "tokenizer.json", directory / "tokenizer.json"
     is_gpt2 = not file.exists()
     if is_gpt2:

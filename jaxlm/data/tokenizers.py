@@ -31,6 +31,7 @@ from jaxlm.data.tokenizer_files import (
     read_if_exists,
     settings_to_save,
 )
+from jaxlm.data.tokens import check_tokens
 from jaxlm.json_files import read_object
 
 _LOG = logging.getLogger("jaxlm")
@@ -258,12 +259,7 @@ def check_ids(ids: Sequence[int] | np.ndarray, vocab_size: int) -> np.ndarray:
     array = np.asarray(ids)
     if array.size == 0:
         return np.zeros(0, np.int64)
-    if array.ndim != 1 or array.dtype.kind not in "iu":
-        raise ValueError(f"decode needs a 1-D array of integer ids, got {array.dtype}{list(array.shape)}")
-    invalid = np.flatnonzero((array < 0) | (array >= vocab_size))
-    if invalid.size:
-        index = invalid[0]
-        raise ValueError(f"id {array[index]} at position {index} is outside the vocabulary of {vocab_size} ids")
+    check_tokens(array, vocab_size, name="ids to decode")
     return array
 
 
@@ -517,7 +513,7 @@ class PretrainedTokenizer(EncodeInputsMixin):
         """
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        remove_tokenizer_files(directory)
+        _remove_tokenizer_files(directory)
         for name, data in self._files.items():
             (directory / name).write_bytes(data)
         copied = read_if_exists(directory / "tokenizer_config.json")
@@ -527,7 +523,7 @@ class PretrainedTokenizer(EncodeInputsMixin):
             config = {**default, **config, "tokenizer_class": default["tokenizer_class"]}
         config = {**config, **settings_to_save(self.backend, config)}
         if config != copied:
-            write_json(directory / "tokenizer_config.json", config)
+            _write_json(directory / "tokenizer_config.json", config)
         content = {**json.loads(self.backend.to_str()), **self._padding_and_truncation}
         text = json.dumps(content, indent=2, ensure_ascii=False)
         (directory / "tokenizer.json").write_text(text + "\n", encoding="utf-8")
@@ -539,7 +535,7 @@ class PretrainedTokenizer(EncodeInputsMixin):
             file, override = directory / "tokenizer_config.json", directory / "special_tokens_map.json"
             if override.exists() and config.get("added_tokens_decoder") is None:
                 file = override
-            write_json(file, {**read_object(file), **lost})
+            _write_json(file, {**read_object(file), **lost})
 
     def _default_config(self) -> dict[str, Any]:
         """The fields of ``tokenizer_config.json`` for a tokenizer that has no such file, or a file without a class."""
@@ -633,18 +629,18 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
 
 def save_jaxlm_file(directory: str | Path, content: dict[str, Any]) -> None:
     """Write ``jaxlm_tokenizer.json``, the only file of a tokenizer, and remove the files of an earlier tokenizer."""
-    remove_tokenizer_files(Path(directory))
-    write_json(Path(directory) / JAXLM_TOKENIZER_FILE, content)
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    _remove_tokenizer_files(directory)
+    _write_json(directory / JAXLM_TOKENIZER_FILE, content)
 
 
-def remove_tokenizer_files(directory: Path) -> None:
+def _remove_tokenizer_files(directory: Path) -> None:
     """Remove the files of an earlier tokenizer: :func:`load_tokenizer` might read them instead of the new files."""
     integrity.remove_checksums(directory, TOKENIZER_FILES)
     for name in TOKENIZER_FILES:
         (directory / name).unlink(missing_ok=True)
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    integrity.remove_checksums(path.parent, (path.name,))
+def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

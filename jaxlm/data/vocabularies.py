@@ -20,6 +20,7 @@ from typing import Any, Literal, get_args
 
 from jaxlm import extras
 from jaxlm.config import check_min
+from jaxlm.data.text_files import check_no_surrogate
 from jaxlm.data.tokenizers import NO_TOKEN_TYPES, PretrainedTokenizer
 
 Kind = Literal["bpe", "unigram", "word", "character"]
@@ -128,12 +129,9 @@ def train_tokenizer(
         'to be'
     """
     specials = _check_special_tokens(texts, kind, vocab_size, template, min_frequency, extra_tokens)
-    try:
-        import tokenizers
-    except ImportError as error:
-        raise ImportError(
-            f"training a tokenizer needs the package `tokenizers`: {extras.install_command('tokenizers')}"
-        ) from error
+    tokenizers = extras.import_optional(
+        "tokenizers", "tokenizers", "training a tokenizer needs the package `tokenizers`"
+    )
     build = _subword_backend if kind in _SUBWORDS else _word_or_character_backend
     backend, trainer = build(tokenizers, kind, lowercase, vocab_size, specials, min_frequency)
     backend.train_from_iterator(_training_texts(texts, specials, kind), trainer)
@@ -196,14 +194,15 @@ def _training_texts(texts: Iterable[str], specials: Sequence[str], kind: str) ->
 
     Raises:
         TypeError: a text is not a string.
-        ValueError: there are no texts; or the kind is ``"unigram"``, and all texts consist of white space and special
-            tokens.
+        ValueError: there are no texts; a text has a surrogate, which has no UTF-8 bytes; or the kind is ``"unigram"``,
+            and all texts consist of white space and special tokens.
     """
     position, is_empty = -1, True
     special_pattern = re.compile("|".join(map(re.escape, specials)))
     for position, text in enumerate(texts):
         if not isinstance(text, str):
             raise TypeError(f"text {position} must be a string, got {type(text).__name__}: {text!r}")
+        check_no_surrogate(text, f"text {position}")
         for part in special_pattern.split(text):
             is_empty = is_empty and not part.strip()
             yield part

@@ -122,10 +122,10 @@ class GenerationConfig:
 
         Args:
             default: defaults of the calling program, which replace those of the class.
-            sampling: values for ``do_sample`` and for fields of :class:`Sampling`, which override the file. This
-                argument is used only if ``self.sampling`` is None. If the mapping has a ``temperature``, its
-                ``do_sample`` has no effect. As in transformers, 0 turns ``top_k`` and ``min_p`` off, and 1 turns
-                ``top_p`` off.
+            sampling: values for ``do_sample`` and for fields of :class:`Sampling`, which override the file. None: the
+                field is not set. This argument is used only if ``self.sampling`` is None. If the mapping has a
+                ``temperature``, its ``do_sample`` has no effect. As in transformers, 0 turns ``top_k`` and ``min_p``
+                off, and 1 turns ``top_p`` off.
 
         Raises:
             ValueError: the file has an unsupported field with a value that changes the text; the file has a value of
@@ -157,7 +157,8 @@ class GenerationConfig:
         if resolved_sampling is None:
             fallback = _DEFAULT.sampling if default is None or default.sampling is None else default.sampling
             assert fallback is not None
-            resolved_sampling = _resolve_sampling(file_fields, file, fallback, sampling or {}, num_beams, ids)
+            overrides = {name: value for name, value in (sampling or {}).items() if value is not None}
+            resolved_sampling = _resolve_sampling(file_fields, file, fallback, overrides, num_beams, ids)
         try:
             return GenerationConfig(
                 max_new_tokens=length_config.max_new_tokens,
@@ -186,8 +187,7 @@ def _model_end_ids(model: Model, tokenizer: Tokenizer) -> tuple[int, ...]:
     If ``eos_token_id`` in ``config.json`` is a list that contains this end id, the ids of the list that may be
     generated are end ids too.
     """
-    metadata = getattr(model, "metadata", None)
-    listed = None if metadata is None else metadata.config.get("eos_token_id")
+    listed = model.metadata.config.get("eos_token_id")
     if isinstance(listed, list) and tokenizer.end_id in listed:
         further = (i for i in listed if i != tokenizer.end_id and 0 <= i < num_ids(model, tokenizer))
         return (tokenizer.end_id, *further)
@@ -204,8 +204,7 @@ def num_ids(model: Model, tokenizer: Tokenizer) -> int:
 
 def settings_file(model: Model) -> str:
     """The name of the file with the generation settings: ``config.json`` if there is no ``generation_config.json``."""
-    metadata = getattr(model, "metadata", None)
-    in_config = metadata is not None and metadata.generation_config is None and metadata.config
+    in_config = model.metadata.generation_config is None and model.metadata.config
     return CONFIG_FILE if in_config else GENERATION_CONFIG_FILE
 
 
@@ -226,8 +225,8 @@ SUPPORTED_FIELDS: dict[str, Any] = {
     "num_beams": int,
     "length_penalty": float,
     "early_stopping": bool | str,
-    "stop_strings": str | list,
-    "eos_token_id": int | list,
+    "stop_strings": str | list[str],
+    "eos_token_id": int | list[int],
     "decoder_start_token_id": int,
     "do_sample": bool,
     "temperature": float,
@@ -269,10 +268,8 @@ def _read_file_fields(model: Model, ignored: tuple[str, ...]) -> dict[str, Any]:
 
     Fields with the value None and the fields in ``ignored`` are left out.
     """
-    metadata, file = getattr(model, "metadata", None), settings_file(model)
-    content: Mapping[str, Any] = {}
-    if metadata is not None:
-        content = generation_settings(metadata.config) if file == CONFIG_FILE else metadata.generation_config or {}
+    metadata, file = model.metadata, settings_file(model)
+    content = generation_settings(metadata.config) if file == CONFIG_FILE else metadata.generation_config or {}
     unknown = sorted(set(ignored) - content.keys() - SUPPORTED_FIELDS.keys() - _NEUTRAL_VALUES.keys() - _NO_EFFECT)
     if unknown:
         raise ValueError(f"ignored_fields has {unknown[0]!r}, which is not a field of {file}")
@@ -290,10 +287,6 @@ def _read_file_fields(model: Model, ignored: tuple[str, ...]) -> dict[str, Any]:
     fields = {name: value for name, value in values.items() if name in SUPPORTED_FIELDS}
     for name, value in fields.items():
         check_value(SUPPORTED_FIELDS[name], value, f"{file}: {name}")
-    for name, kind in (("stop_strings", str), ("eos_token_id", int)):
-        entries = fields.get(name)
-        if isinstance(entries, list) and any(type(entry) is not kind for entry in entries):
-            raise ValueError(f"{file}: {name}={entries!r} must be a list of {kind.__name__}")
     if fields.get("top_k", 0) < 0:
         raise ValueError(f"{file}: top_k={fields['top_k']} must be at least 0 (0 turns the filter off)")
     return fields

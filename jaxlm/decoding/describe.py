@@ -51,3 +51,13 @@ def require_task(model: Model, tasks: Sequence[str], problem: str, remedy: str) 
     """
     if model.task not in tasks:
         raise ValueError(f"this is {describe(model)}: {problem}; {remedy}")
+
+
+def require_next_token_head(model: Model, problem: str) -> None:
+    """Raise ``ValueError`` if the head of the model does not predict the next token.
+
+    Args:
+        problem: as in :func:`require_task`.
+    """
+    remedy = "load a language model (GPT, Llama, LSTM, ...) or an encoder-decoder (T5, attention RNN)"
+    require_task(model, ("causal", "permutation", "seq2seq"), problem, remedy)

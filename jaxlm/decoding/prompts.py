@@ -15,14 +15,11 @@ import numpy as np
 
 from jaxlm import processes, spec
 from jaxlm.config import check_min, check_value
-from jaxlm.decoding.describe import require_task
+from jaxlm.decoding.describe import require_next_token_head
 from jaxlm.models import Model
 from jaxlm.models.heads import last_token_hidden
 from jaxlm.sharding import Sharding, active
 from jaxlm.spec import Array, Params, State
-
-GENERATIVE_TASKS = ("causal", "permutation", "seq2seq")
-"""The values of ``Model.task`` for which the head of the model predicts the next token."""
 
 EndId = int | Sequence[int] | Array | None
 """The token id or token ids that end a row. None: no id ends a row."""
@@ -34,7 +31,10 @@ def as_end_ids(end_id: EndId) -> tuple[int, ...]:
     Raises:
         ValueError: an id is not an integer.
     """
-    ids = [] if end_id is None else np.atleast_1d(np.asarray(end_id)).tolist()
+    if end_id is None:
+        return ()
+    entries = end_id if isinstance(end_id, Sequence) else np.atleast_1d(np.asarray(end_id))
+    ids = [np.asarray(entry).tolist() for entry in entries]  # np.asarray(entries) would convert True and 2 to [1, 2]
     for i in ids:
         check_value(int, i, "end_id")
     return tuple(dict.fromkeys(ids))
@@ -88,7 +88,7 @@ def check_prompts(
     batch, length = prompts_BT.shape
     slots = length + max_new_tokens - 1  # the model does not read the last new token
     specs = model.state_specs(batch, slots)
-    require_task(model, GENERATIVE_TASKS, "it generates no tokens", "use a language model or an encoder-decoder")
+    require_next_token_head(model, "it generates no tokens")
     if state is None and model.reads_source:
         raise ValueError(
             f"{model.family} reads a source: for text, call jaxlm.decoding.generate_text(model, params, tokenizer, "
@@ -98,7 +98,7 @@ def check_prompts(
         )
     if state is not None:
         _check_state(specs, state, batch)
-        check_free_slots(state, slots)
+        check_free_slots(model, state, slots)
     vocab_size = model.config.vocab_size
     num_ids = vocab_size if allowed_ids is None else allowed_ids
     if not 1 <= num_ids <= vocab_size:
@@ -134,12 +134,12 @@ def _check_state(specs: spec.Tree, state: State | None, batch: int) -> None:
             )
 
 
-def check_free_slots(state: State, num_new: int) -> None:
+def check_free_slots(model: Model, state: State, num_new: int) -> None:
     """Raise ``ValueError`` if a row of the key-value cache of ``state`` has fewer than ``num_new`` free slots.
 
     A state without a key-value cache has no limit. Inside ``jit``, the number of used slots is unknown and counts as 0.
     """
-    if "length" not in state:
+    if not model.has_cache:
         return
     slots, used = state["segment_ids"].shape[1], 0
     if not _traced(state["length"]):
@@ -162,10 +162,10 @@ def check_memory_slots(model: Model, state: State, num_new: int) -> None:
     tokens attend only to a window, this number is at most the size of the window. The array ``segment_ids`` of a memory
     has one entry per slot. Inside ``jit``, the number of used slots is unknown and counts as 0.
     """
-    if "length" in state:  # a key-value cache (check_free_slots)
+    if model.has_cache:  # see check_free_slots
         return
     for name, segment_ids in spec.flatten(state).items():
-        if name.rpartition("/")[2] != "segment_ids":
+        if name.rpartition("/")[2] != "segment_ids" or segment_ids.ndim != 2:
             continue
         (batch, slots), used = segment_ids.shape, 0
         if not _traced(segment_ids):

@@ -438,7 +438,7 @@ def _prefill(
         tokens=jnp.full((B, max_new_tokens), end_ids[0] if end_ids else 0, jnp.int32),
         log_probs=jnp.zeros((B, max_new_tokens), jnp.float32),
         lengths=jnp.zeros((B,), jnp.int32),
-        ended=jnp.zeros((B,), bool),
+        ended=jnp.zeros_like(prompts_BT[:, 0], bool),  # in shard_map, it varies over the same mesh axes as the prompts
         step=jnp.zeros((), jnp.int32),
         finite=jnp.ones((B,), bool),
         seen=seen_BV,

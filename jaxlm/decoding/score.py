@@ -23,7 +23,8 @@ from jaxlm.decoding.prompts import check_ids, source_vocab_size
 from jaxlm.models import Model
 from jaxlm.nn.embedding import argmax, widen_ids
 from jaxlm.nn.loss import cross_entropy
-from jaxlm.nn.loss.chunked import chunk_length, join_time, split_time
+from jaxlm.nn.loss.chunked import chunk_length
+from jaxlm.nn.time_chunks import join_time, split_time
 from jaxlm.sharding import Sharding, active
 from jaxlm.spec import Array, Params
 
@@ -264,9 +265,7 @@ def perplexity(
     """
     _check_predicts_next_token(model)
     ids = np.asarray(ids)
-    if ids.ndim != 1 or ids.dtype.kind not in "iu" or ids.size < 2:
-        raise ValueError(f"ids must have shape [tokens] with at least 2 integers, got {ids.dtype}{list(ids.shape)}")
-    check_tokens(ids, model.config.vocab_size, name="ids")
+    check_tokens(ids, model.config.vocab_size, min_length=2, name="ids")
     if window < 2:
         raise ValueError(f"window={window} must be at least 2: the first token of a window is not predicted")
     if not 1 <= stride < window:

@@ -53,6 +53,9 @@ class SpeculativeModels:
         draft, draft_params: a smaller model, which proposes tokens.
         num_proposed: K, number of tokens that the draft model proposes in each round. The best value is larger for a
             higher acceptance rate and for a faster draft model.
+
+    Raises:
+        ValueError: ``num_proposed`` is below 1.
     """
 
     target: Model = struct.field(pytree_node=False)
@@ -60,6 +63,15 @@ class SpeculativeModels:
     draft: Model = struct.field(pytree_node=False)
     draft_params: Any
     num_proposed: int = struct.field(pytree_node=False, default=4)
+
+    def __post_init__(self) -> None:
+        check_min(1, num_proposed=self.num_proposed)
+
+    @property
+    def max_positions(self) -> int | None:
+        """The maximum number of tokens of a text that both models can read; None if there is no limit."""
+        limits = (self.target.max_positions, self.draft.max_positions)
+        return min((limit for limit in limits if limit is not None), default=None)
 
     @property
     def pairs(self) -> tuple[tuple[Model, Any], tuple[Model, Any]]:
@@ -114,9 +126,9 @@ def speculative_generate(
     Raises:
         TypeError, ValueError: the errors of :func:`jaxlm.decoding.generate`, for each model. Each model needs
             ``num_proposed`` more positions than in ``generate``.
-        ValueError: the models have different vocabulary sizes, and ``allowed_ids`` is None; ``num_proposed`` is below
-            1; ``sampling`` has a repetition penalty; the target model has a ``capacity_factor``; or the state of the
-            target model has a rolling memory that is too short for all tokens.
+        ValueError: the models have different vocabulary sizes, and ``allowed_ids`` is None; ``sampling`` has
+            a repetition penalty; the target model has a ``capacity_factor``; or the state of the target model has a
+            rolling memory that is too short for all tokens.
         NotFiniteError: logits of the target model or of the draft model are not finite.
 
     Example:
@@ -128,7 +140,6 @@ def speculative_generate(
         >>> result.generation.tokens.shape
         (1, 6)
     """
-    check_min(1, num_proposed=models.num_proposed)
     sizes = models.target.config.vocab_size, models.draft.config.vocab_size
     if allowed_ids is None and sizes[0] != sizes[1]:
         raise ValueError(
@@ -163,7 +174,7 @@ def speculative_generate(
     for model, state in ((models.target, target_state), (models.draft, draft_state)):
         model.state_specs(prompts.shape[0], settings.slots)  # raises if the model has fewer positions
         if state is not None:
-            check_free_slots(state, settings.slots)
+            check_free_slots(model, state, settings.slots)
     if target_state is not None:
         check_memory_slots(models.target, target_state, settings.slots)
     result = _generate(models, prompts, segment_ids, key, (target_state, draft_state), settings)

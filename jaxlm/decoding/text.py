@@ -7,7 +7,6 @@ a stop string are discarded, so the text does not depend on ``CHUNK``.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
@@ -18,13 +17,13 @@ import numpy as np
 from jaxlm.config import check_min
 from jaxlm.data.encodings import SPECIAL_TOKEN
 from jaxlm.data.tokenizers import Tokenizer
-from jaxlm.data.tokens import check_ids_1d
+from jaxlm.data.tokens import check_tokens
 from jaxlm.decoding.batches import length_batches
 from jaxlm.decoding.beam import BeamConfig, beam_search
 from jaxlm.decoding.config import GenerationConfig, num_ids, settings_file
-from jaxlm.decoding.describe import require_task
+from jaxlm.decoding.describe import require_next_token_head
 from jaxlm.decoding.finite import rename_rows_in_errors
-from jaxlm.decoding.prompts import GENERATIVE_TASKS, source_vocab_size
+from jaxlm.decoding.prompts import source_vocab_size
 from jaxlm.decoding.sample import check_key, row_keys
 from jaxlm.decoding.speculative import SpeculativeModels, speculative_generate
 from jaxlm.decoding.windows import BatchSettings, WindowedGeneration, next_window_error, pad_prompts, read_sources
@@ -107,21 +106,14 @@ def generate_text(
         >>> generate_text(model, params, tokenizer, ["To be", "O"], GenerationConfig(stop=(".",)))   # doctest: +SKIP
     """
     generator = _TextGenerator(model, params, tokenizer, config, key, skip_special_tokens)
-    if draft is None and num_proposed is not None:
-        raise ValueError(f"num_proposed={num_proposed} needs a draft model: pass draft=(model, params)")
-    num_proposed = 4 if num_proposed is None else num_proposed
     if draft is not None:
-        _check_draft(model, draft, num_proposed, tokenizer, generator.num_beams)
+        generator.use_draft(draft, 4 if num_proposed is None else num_proposed)
+    elif num_proposed is not None:
+        raise ValueError(f"num_proposed={num_proposed} needs a draft model: pass draft=(model, params)")
     rows = generator.encode(texts)
     results = [""] * len(rows)
     for numbers in length_batches([ids.size for ids in rows], config.batch_size):
-        batch = [rows[number] for number in numbers]
-        if generator.num_beams > 1:
-            outputs = generator.beam_texts(batch, numbers)
-        elif draft is not None:
-            outputs = generator.speculative_texts(batch, numbers, draft, num_proposed)
-        else:
-            outputs = generator.sampled_texts(batch, numbers)
+        outputs = generator.texts([rows[number] for number in numbers], numbers)
         for number, output in zip(numbers, outputs, strict=True):
             results[number] = output
     return results
@@ -225,10 +217,7 @@ class _TextGenerator:
         skip_special_tokens: bool | None = None,
     ) -> None:
         check_key(key)
-        require_task(
-            model, GENERATIVE_TASKS, "it generates no text",
-            "load a language model (GPT, Llama, LSTM, ...) or an encoder-decoder (T5, attention RNN)",
-        )  # fmt: skip
+        require_next_token_head(model, "it generates no text")
         self._model, self._tokenizer = model, tokenizer
         skip = model.reads_source if skip_special_tokens is None else skip_special_tokens
         self._decode = functools.partial(tokenizer.decode, skip_special_tokens=True) if skip else tokenizer.decode
@@ -238,8 +227,9 @@ class _TextGenerator:
         assert resolved.early_stopping is not None
         assert resolved.sampling is not None
         self.num_beams, self.stop = resolved.num_beams, resolved.stop or ()
-        self._length_penalty, self._early_stopping = resolved.length_penalty, resolved.early_stopping
+        self._beams = BeamConfig(resolved.num_beams, resolved.length_penalty, resolved.early_stopping)
         self._max_new_tokens, self._max_length = resolved.max_new_tokens, resolved.max_length
+        self._speculative: SpeculativeModels | None = None
         if key is None and config.sampling is None and resolved.sampling.temperature > 0.0:
             raise ValueError(
                 f"{settings_file(model)} sets do_sample=True: pass key, e.g. jax.random.key(0), or sampling=GREEDY"
@@ -256,6 +246,29 @@ class _TextGenerator:
             num_ids=num_ids(model, tokenizer),
         )
 
+    def use_draft(self, draft: tuple[Model, Params], num_proposed: int) -> None:
+        """Generate with the proposals of a draft model. Raises an error if it cannot propose tokens."""
+        if not (isinstance(draft, tuple) and len(draft) == 2 and hasattr(draft[0], "apply")):
+            raise TypeError(f"draft is a pair (model, params), got {type(draft).__name__}")
+        draft_model = draft[0]
+        if self.num_beams > 1:
+            raise ValueError(f"num_beams={self.num_beams}: beam search does not use a draft model; set num_beams=1")
+        require_next_token_head(draft_model, "it cannot propose tokens")
+        if draft_model.reads_source and not self._model.reads_source:
+            raise ValueError(
+                f"the draft model ({draft_model.family}) reads a source, but {self._model.family} does not: use a "
+                "model without an encoder"
+            )
+        num_draft_ids, num_needed = draft_model.config.vocab_size, self._request.num_ids
+        if draft_model.reads_source:
+            num_draft_ids = min(num_draft_ids, source_vocab_size(draft_model))
+        if num_draft_ids < num_needed:
+            raise ValueError(
+                f"the draft model has {num_draft_ids} token ids, but {num_needed} ids may be generated or read: use a "
+                "draft model with the same tokenizer"
+            )
+        self._speculative = SpeculativeModels(self._model, self._request.params, *draft, num_proposed)
+
     def encode(self, texts: Sequence[str] | Sequence[np.ndarray]) -> list[np.ndarray]:
         """The token ids of each prompt or source, after a check."""
         what = self._input_name
@@ -268,7 +281,6 @@ class _TextGenerator:
             )
         if not texts:
             raise ValueError(f"there are no {what}s: pass at least one")
-        limit = self._request.max_positions
         strings = [text for text in texts if isinstance(text, str)]
         rows = [text for text in texts if isinstance(text, np.ndarray)]
         others = [type(text).__name__ for text in texts if not isinstance(text, str | np.ndarray)]
@@ -278,34 +290,38 @@ class _TextGenerator:
             raise TypeError(
                 f"pass all {what}s as strings or all as ids, got {len(strings)} strings of {len(texts)} {what}s"
             )
-        if rows:
-            for row, ids in enumerate(rows):
-                check_ids_1d(ids, min_length=0, name=f"{what} {row}")
-            empty = [ids.size == 0 for ids in rows]
-        elif self._model.reads_source:
+        is_empty = [ids.size == 0 for ids in rows]
+        if strings and self._model.reads_source:
             encodings = self._tokenizer.encode_inputs_batch(strings)
             rows = [encoding.ids for encoding in encodings]
-            empty = [bool(np.all(encoding.sequence_ids == SPECIAL_TOKEN)) for encoding in encodings]
-        else:
+            is_empty = [bool(np.all(encoding.sequence_ids == SPECIAL_TOKEN)) for encoding in encodings]
+        elif strings:
             rows = [self._tokenizer.encode(text) for text in strings]
-            empty = [ids.size == 0 for ids in rows]
+            is_empty = [ids.size == 0 for ids in rows]
         for row, (ids, text) in enumerate(zip(rows, texts, strict=True)):
-            if empty[row]:
+            if is_empty[row]:
                 raise ValueError(f"{what} {row} is {text!r}, which has no tokens: pass at least one character")
-            check_ids_in_vocabulary(ids, source_vocab_size(self._model), f"{what} {row}")
-            if limit is not None and ids.size > limit:
-                raise ValueError(f"{what} {row} has {ids.size} tokens, but max_positions={limit}: shorten it")
-            count, reason = ids.size, f"{what} {row} has {ids.size} tokens"
-            if self._model.reads_source:
-                count, reason = 1, "the decoder starts with one token"
-            if self._max_length is not None and count >= self._max_length:
-                raise ValueError(
-                    f"{reason}, and max_length={self._max_length} leaves no room for new tokens: set max_new_tokens "
-                    "instead"
-                )
-            if self._needs_second_window([ids]) and not (self.stop or self._request.end_ids):
-                raise next_window_error(self._model, f"{what} {row}", self._positions_needed([ids]))
+            self._check_ids(ids, f"{what} {row}")
         return [ids.astype(np.int32, copy=False) for ids in rows]  # uint64 and int32 together would become float64
+
+    def _check_ids(self, ids: np.ndarray, what: str) -> None:
+        """Raise ``ValueError`` if the model cannot read a prompt or source, or cannot generate new tokens after it."""
+        check_tokens(ids, source_vocab_size(self._model), name=what)
+        limit = self._model.max_positions
+        if limit is not None and ids.size > limit:
+            raise ValueError(f"{what} has {ids.size} tokens, but max_positions={limit}: shorten it")
+        count, reason = ids.size, f"{what} has {ids.size} tokens"
+        if self._model.reads_source:
+            count, reason = 1, "the decoder starts with one token"
+        if self._max_length is not None and count >= self._max_length:
+            raise ValueError(
+                f"{reason}, and max_length={self._max_length} leaves no room for new tokens: set max_new_tokens instead"
+            )
+        if self._speculative is not None or self.stop or self._request.end_ids:
+            return  # `_speculative_texts` checks the positions, or the text may end before it fills the context
+        prompts = self._prompts([ids])
+        if self._model.needs_whole_text and self._exceeds_context(prompts):
+            raise next_window_error(self._model, what, self._positions_needed(prompts))
 
     def _limits(self, prompts: Sequence[np.ndarray]) -> np.ndarray:
         """The maximum number of new tokens for each prompt, [B]."""
@@ -318,78 +334,77 @@ class _TextGenerator:
 
         The model does not read the last new token, so this token needs no position.
         """
-        return max(ids.size for ids in prompts) + int(self._limits(prompts).max()) - 1
+        num_proposed = 0 if self._speculative is None else self._speculative.num_proposed
+        return max(ids.size for ids in prompts) + int(self._limits(prompts).max()) - 1 + num_proposed
 
-    def _needs_second_window(self, prompts: Sequence[np.ndarray]) -> bool:
-        """Whether the model needs the whole text, and rows that do not end early exceed its context."""
-        limit = self._request.max_positions
-        if not self._model.needs_whole_text or self._model.reads_source or limit is None:
-            return False
-        return self._positions_needed(prompts) > limit
+    def _exceeds_context(self, prompts: Sequence[np.ndarray]) -> bool:
+        """Whether rows that do not end early exceed the context of the model (or of the draft model)."""
+        models = self._model if self._speculative is None else self._speculative
+        return models.max_positions is not None and self._positions_needed(prompts) > models.max_positions
 
     @property
     def _input_name(self) -> str:
         """The word for an input text in error messages."""
         return "source" if self._model.reads_source else "prompt"
 
-    def sampled_texts(self, batch: Sequence[np.ndarray], numbers: np.ndarray) -> list[str]:
-        """The text of each row, generated token by token."""
-        if len(batch) > 1 and self._needs_second_window(batch):
+    def _prompts(self, batch: Sequence[np.ndarray]) -> Sequence[np.ndarray]:
+        """The tokens that the decoder reads first. ``batch`` has prompts or, for an encoder-decoder, sources."""
+        return batch if self._start is None else [self._start] * len(batch)
+
+    def texts(self, batch: Sequence[np.ndarray], numbers: np.ndarray) -> list[str]:
+        """The text of each row.
+
+        Args:
+            batch: token ids of each prompt or source.
+            numbers: [B] index of each text.
+        """
+        prompts = self._prompts(batch)
+        has_one_window = self.num_beams > 1 or self._speculative is not None or self._model.needs_whole_text
+        if len(batch) > 1 and has_one_window and self._exceeds_context(prompts):
             # A row alone may need fewer positions: it has no padding and its own limit.
-            return [text for i, ids in enumerate(batch) for text in self.sampled_texts([ids], numbers[i : i + 1])]
+            return [text for i, ids in enumerate(batch) for text in self.texts([ids], numbers[i : i + 1])]
+        if self.num_beams > 1:
+            return self._beam_texts(batch, prompts, numbers)
+        if self._speculative is not None:
+            return self._speculative_texts(self._speculative, batch, prompts, numbers)
         *_, texts = self.partial_texts(batch, numbers, CHUNK if self.stop else None)
         return texts
 
-    def beam_texts(self, batch: Sequence[np.ndarray], numbers: np.ndarray) -> list[str]:
+    def _beam_texts(self, batch: Sequence[np.ndarray], prompts: Sequence[np.ndarray], numbers: np.ndarray) -> list[str]:
         """The text of the best hypothesis for each row."""
-        request, prompts = self._request, batch if self._start is None else [self._start] * len(batch)
-        limits = self._limits(prompts)
-        limit = request.max_positions
-        if limit is not None and self._positions_needed(prompts) > limit and len(batch) > 1:
-            # A row alone may need fewer positions: it has no padding and its own limit.
-            return [text for i, ids in enumerate(batch) for text in self.beam_texts([ids], numbers[i : i + 1])]
-        state = None if self._start is None else read_sources(request, batch, int(limits.max()))
-        tokens_BT, segment_ids_BT = pad_prompts(prompts, limit, int(limits.max()))
+        request, limits = self._request, self._limits(prompts)
+        state = None
+        if self._model.reads_source:
+            state = read_sources(self._model, request.params, batch, int(limits.max()))
+        tokens_BT, segment_ids_BT = pad_prompts(prompts, self._model.max_positions, int(limits.max()))
         with rename_rows_in_errors(self._input_name, numbers):
             beams = beam_search(
-                request.model, request.params, tokens_BT, segment_ids_BT, max_new_tokens=limits,
-                beams=BeamConfig(self.num_beams, self._length_penalty, self._early_stopping),
+                self._model, request.params, tokens_BT, segment_ids_BT, max_new_tokens=limits, beams=self._beams,
                 end_id=request.end_ids, allowed_ids=request.num_ids, state=state,
             )  # fmt: skip
         return self._final_texts(prompts, np.asarray(beams.tokens[:, 0]), np.asarray(beams.lengths[:, 0]))
 
-    def speculative_texts(
-        self, batch: Sequence[np.ndarray], numbers: np.ndarray, draft: tuple[Model, Params], num_proposed: int
+    def _speculative_texts(
+        self, models: SpeculativeModels, batch: Sequence[np.ndarray], prompts: Sequence[np.ndarray], numbers: np.ndarray
     ) -> list[str]:
         """The text of each row, generated with the proposals of a draft model."""
-        request, prompts = self._request, batch if self._start is None else [self._start] * len(batch)
-        limits = self._limits(prompts)
+        request, limits = self._request, self._limits(prompts)
         max_new_tokens = int(limits.max())
-        draft_request = dataclasses.replace(request, model=draft[0], params=draft[1])
-        positions = [each.max_positions for each in (request, draft_request) if each.max_positions is not None]
-        max_positions = min(positions, default=None)
-        needed = max(ids.size for ids in prompts) + max_new_tokens + num_proposed - 1
-        if max_positions is not None and needed > max_positions:
-            if len(batch) > 1:  # a row alone may need fewer positions: it has no padding and its own limit
-                return [
-                    text
-                    for i, ids in enumerate(batch)
-                    for text in self.speculative_texts([ids], numbers[i : i + 1], draft, num_proposed)
-                ]
+        if self._exceeds_context(prompts):
             raise ValueError(
                 f"{self._input_name} {numbers[0]} has {batch[0].size} tokens. With {max_new_tokens} new tokens and "
-                f"num_proposed={num_proposed} it needs {needed} positions, but the target model or the draft model has "
-                f"{max_positions}: reduce max_new_tokens, or generate without a draft model"
+                f"num_proposed={models.num_proposed} it needs {self._positions_needed(prompts)} positions, but the "
+                f"target model or the draft model has {models.max_positions}: reduce max_new_tokens, or generate "
+                "without a draft model"
             )
+        length = max_new_tokens + models.num_proposed
         target_state, draft_state = (
-            read_sources(each, batch, max_new_tokens + num_proposed) if each.model.reads_source else None
-            for each in (request, draft_request)
+            read_sources(model, params, batch, length) if model.reads_source else None for model, params in models.pairs
         )
-        tokens_BT, segment_ids_BT = pad_prompts(prompts, max_positions, max_new_tokens + num_proposed)
+        tokens_BT, segment_ids_BT = pad_prompts(prompts, models.max_positions, length)
         with rename_rows_in_errors(self._input_name, numbers):
             generation = speculative_generate(
-                SpeculativeModels(request.model, request.params, *draft, num_proposed), tokens_BT, segment_ids_BT,
-                max_new_tokens=max_new_tokens, sampling=request.sampling,
+                models, tokens_BT, segment_ids_BT, max_new_tokens=max_new_tokens, sampling=request.sampling,
                 key=None if request.key is None else row_keys(request.key, numbers),
                 end_id=request.end_ids, allowed_ids=request.num_ids, states=(target_state, draft_state),
             ).generation  # fmt: skip
@@ -415,7 +430,7 @@ class _TextGenerator:
             numbers: [B] index of each text.
             chunk: number of tokens between two results. None: one chunk has all remaining tokens of a window.
         """
-        prompts = batch if self._start is None else [self._start] * len(batch)
+        prompts = self._prompts(batch)
         limits = self._limits(prompts)
         max_new_tokens = int(limits.max())
         new_texts = [self._new_text(prompt) for prompt in prompts]
@@ -509,39 +524,6 @@ class _IncrementalDecoder:
         """The text of ``ids[start:]``, decoded after ``ids[context:start]``."""
         before, text = self._decode(ids[self._context : self._start]), self._decode(ids[self._context :])
         return text[len(before) :] if text.startswith(before) else self._decode(ids[self._start :])
-
-
-def _check_draft(
-    target: Model, draft: tuple[Model, Params], num_proposed: int, tokenizer: Tokenizer, num_beams: int
-) -> None:
-    """Raise an error if ``draft`` cannot propose tokens for ``target``."""
-    if not (isinstance(draft, tuple) and len(draft) == 2 and hasattr(draft[0], "apply")):
-        raise TypeError(f"draft is a pair (model, params), got {type(draft).__name__}")
-    check_min(1, num_proposed=num_proposed)
-    draft_model, _ = draft
-    if num_beams > 1:
-        raise ValueError(f"num_beams={num_beams}: beam search does not use a draft model; set num_beams=1")
-    require_task(draft_model, GENERATIVE_TASKS, "it cannot propose tokens", "use a generative language model")
-    if draft_model.reads_source and not target.reads_source:
-        raise ValueError(
-            f"the draft model ({draft_model.family}) reads a source, but {target.family} does not: use a model without "
-            "an encoder"
-        )
-    sizes = [draft_model.config.vocab_size] + ([source_vocab_size(draft_model)] if draft_model.reads_source else [])
-    if min(sizes) < num_ids(target, tokenizer):
-        raise ValueError(
-            f"the draft model has {min(sizes)} token ids, but {num_ids(target, tokenizer)} ids may be generated or "
-            "read: use a draft model with the same tokenizer"
-        )
-
-
-def check_ids_in_vocabulary(ids: np.ndarray, vocab_size: int, what: str) -> None:
-    """Raise ``ValueError`` if an id is not in [0, ``vocab_size``)."""
-    outside = ids[(ids < 0) | (ids >= vocab_size)]
-    if outside.size:
-        raise ValueError(
-            f"{what} has id {outside.max()}, outside the model's {vocab_size} ids: is this the tokenizer of the model?"
-        )
 
 
 def _final_part(text: str, stop: Sequence[str], *, is_complete: bool) -> tuple[str, bool]:

@@ -45,11 +45,6 @@ class BatchSettings:
     end_ids: tuple[int, ...]
     num_ids: int
 
-    @property
-    def max_positions(self) -> int | None:
-        """The maximum number of positions for a prompt and its output together. None: the model has no limit."""
-        return self.model.max_positions
-
 
 def pad_prompts(prompts: Sequence[np.ndarray], limit: int | None, new_tokens: int) -> tuple[np.ndarray, np.ndarray]:
     """Prompts padded on the left, and their segment ids; both [B, T].
@@ -83,12 +78,12 @@ def next_window_error(model: Model, what: str, num_tokens: int) -> ValueError:
     )
 
 
-def read_sources(request: BatchSettings, sources: Sequence[np.ndarray], length: int) -> Any:
+def read_sources(model: Model, params: Params, sources: Sequence[np.ndarray], length: int) -> Any:
     """The initial state of an encoder-decoder, with the encoded ``sources`` and cache slots for ``length`` tokens."""
     check_sharding(active())
     longest = max(ids.size for ids in sources)
-    source_BS, segment_ids_BS = pad_rows(sources, bucket_length(longest, request.max_positions))
-    return _read_sources(request.model, request.params, source_BS, segment_ids_BS, length=length, sharding=active())
+    source_BS, segment_ids_BS = pad_rows(sources, bucket_length(longest, model.max_positions))
+    return _read_sources(model, params, source_BS, segment_ids_BS, length=length, sharding=active())
 
 
 @functools.partial(jax.jit, static_argnames=("model", "length", "sharding"))
@@ -134,7 +129,7 @@ class WindowedGeneration:
         self._request, self._numbers = request, numbers
         self._remaining, self._window = max_new_tokens, 0
         self.rows = list(prompts)
-        state = None if sources is None else read_sources(request, sources, max_new_tokens)
+        state = None if sources is None else read_sources(request.model, request.params, sources, max_new_tokens)
         self.progress = self._open(self.rows, state)
 
     def _open(
@@ -146,7 +141,7 @@ class WindowedGeneration:
             state: the state of an encoder-decoder; None for other models.
             seen: ``PartialGeneration.seen`` of the previous window; None in the first window.
         """
-        request, limit = self._request, self._request.max_positions
+        request, limit = self._request, self._request.model.max_positions
         tokens_BT, segment_ids_BT = pad_prompts(prompts, limit, self._remaining)
         new_tokens = self._remaining if limit is None else min(self._remaining, limit - tokens_BT.shape[1] + 1)
         key = request.key
@@ -189,7 +184,7 @@ class WindowedGeneration:
             return
         new = [np.asarray(self.progress.tokens)[row, :n] for row, n in enumerate(np.asarray(self.progress.lengths))]
         self.rows = [np.concatenate(pair) for pair in zip(self.rows, new, strict=True)]
-        limit = self._request.max_positions
+        limit = self._request.model.max_positions
         assert limit is not None
         if self._request.model.needs_whole_text:
             row = int(np.argmin(ended))

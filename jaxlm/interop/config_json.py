@@ -131,14 +131,12 @@ def _native_format(model: Model) -> Format:
 
     The name of a tensor is the path of the parameter with dots, such as ``layers.3.mlp.up.weight``.
     """
-
-    def name(path: str, *, is_layer: bool) -> str:
-        return ".".join(f"{key}.{{layer}}" if key == spec.LAYERS and is_layer else key for key in path.split("/"))
-
     names = {}
     for path, leaf in spec.flatten(model.specs).items():
         path, layer = spec.split_layer(path)
-        names[path] = name(path, is_layer=layer is not None or leaf.is_stacked)
+        is_layer = layer is not None or leaf.is_stacked
+        keys = (f"{key}.{{layer}}" if key == spec.LAYERS and is_layer else key for key in path.split("/"))
+        names[path] = ".".join(keys)
     return Format(
         architectures={}, model_type=JAXLM_PREFIX + model.family, prefix="", hf_name_of_field={}, tensors=names,
         renamed={"tagger.weight": "token_classifier.weight", "tagger.bias": "token_classifier.bias"},
@@ -335,8 +333,7 @@ def special_token_fields(config: Mapping[str, Any], path: Path) -> dict[str, Any
     """
     fields = {field: ids for field, ids in config.items() if field.endswith("_token_id")}
     for field, ids in fields.items():
-        if ids is not None and not all(type(item) is int for item in (ids if isinstance(ids, list) else [ids])):
-            raise ValueError(f"{path}: {field}={ids!r} must be an integer, a list of integers or null")
+        config_lib.check_value(int | list[int] | None, ids, f"{path}: {field}")
     return fields
 
 

@@ -364,7 +364,7 @@ class _Tensor:
     shape: tuple[int, ...]
     dtype: str
 
-    def read(self, rows: slice = slice(None)) -> np.ndarray:
+    def read(self, rows: slice) -> np.ndarray:
         return self.file.get_tensor(self.name) if rows == slice(None) else self.file.get_slice(self.name)[rows]
 
 

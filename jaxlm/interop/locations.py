@@ -70,7 +70,8 @@ class Location:
     def to_file(self, array: np.ndarray) -> np.ndarray:
         """One matrix of :meth:`matrices`, converted to the layout of files, without vocabulary padding."""
         array = array[tuple(slice(size) for size in self.model_shape)]
-        return np.ascontiguousarray(array.transpose(self._file_axis_order).reshape(self.shape_in_file))
+        # np.ascontiguousarray would change the shape () to (1,).
+        return np.asarray(array.transpose(self._file_axis_order).reshape(self.shape_in_file), order="C")
 
     def to_model(self, array: np.ndarray) -> np.ndarray:
         """The inverse of :meth:`to_file`: one matrix in the layout of the model, without vocabulary padding."""
@@ -84,8 +85,10 @@ class Location:
             tensors: the :attr:`rows` of the tensor of each of :attr:`names`, read by the caller.
         """
         array = np.zeros(shape, dtype)
-        for matrix, tensor in zip(self.matrices(array), tensors, strict=True):
-            matrix[tuple(slice(size) for size in self.model_shape)] = self.to_model(tensor)
+        matrices, unpadded = self.matrices(array), tuple(slice(size) for size in self.model_shape)
+        for number, tensor in zip(range(len(self.names)), tensors, strict=True):
+            # The index "..." gives a view, also for a parameter without axes.
+            matrices[number, ...][unpadded] = self.to_model(tensor)
         return array
 
 
@@ -101,7 +104,7 @@ def locations_of(model: Model, table: Format, prefix: str | None = None) -> dict
         ValueError: the format has no tensor for a parameter of the model.
     """
     prefix = table.prefix if prefix is None else prefix
-    specs = spec.flatten(model.with_fields(vocab_multiple=1).specs)
+    specs = spec.flatten(model.with_known_fields(vocab_multiple=1).specs)
     names = {path: prefix + name for path, name in table.tensors.items()} | dict(table.unprefixed_tensors)
     locations = {}
     for path, leaf in specs.items():

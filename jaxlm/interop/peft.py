@@ -128,7 +128,8 @@ def load_adapter(directory: str | os.PathLike[str], model: Model) -> tuple[LoRA,
             "as all tensor names in PEFT files do"
         )
     tensors = {name.removeprefix(_NAME_PREFIX): tensor for name, tensor in tensors.items()}
-    weights = _weights(model, with_prefix=_has_prefix(model, tensors))
+    prefix = format_of(model).prefix  # of the base model's tensors, in transformers classes with a head
+    weights = _weights(model, with_prefix=any(name.startswith(prefix) for name in tensors))
     weight_of = {name: weight for weight in weights.values() for name in weight.names}
     names_and_suffixes = [_weight_name_and_suffix(name, weight_of, directory) for name in tensors]
     lora_paths = {weight_of[name].path_without_layer for name, suffix in names_and_suffixes if suffix}
@@ -371,7 +372,7 @@ class _Weight:
         if self.is_table:
             lora_a = np.pad(lora_a, ((0, 0), (0, self.padded_shape[0] - self.shape[0]), (0, 0)))
         factors = {f"{self.path}/{LORA_A}": lora_a, f"{self.path}/{LORA_B}": lora_b}
-        return {path: self._stack(x) for path, x in factors.items()}
+        return {path: x.reshape(*self.location.stack, *x.shape[1:]) for path, x in factors.items()}
 
     def full_weight_to_peft(self, x: np.ndarray) -> dict[str, np.ndarray]:
         """PEFT's ``{name: tensor}``, from a parameter that is trained in full."""
@@ -402,10 +403,6 @@ class _Weight:
                 "with the merged parameters (lora.merge). To load: merge the adapter with PEFT (merge_and_unload), "
                 "and load the result"
             )
-
-    def _stack(self, matrices: np.ndarray) -> np.ndarray:
-        """The inverse of ``Location.matrices``."""
-        return matrices.reshape(*self.location.stack, *matrices.shape[1:])
 
 
 def _weights(model: Model, *, with_prefix: bool) -> dict[str, _Weight]:
@@ -491,12 +488,6 @@ def _rank_and_alpha(config: dict[str, Any], path: Path) -> tuple[int, float]:
         )
     # With use_rslora, the scale is alpha / sqrt(r) instead of alpha / r (Kalajdzievski 2023).
     return rank, float(alpha) * math.sqrt(rank) if config.get("use_rslora") else float(alpha)
-
-
-def _has_prefix(model: Model, tensors: dict[str, np.ndarray]) -> bool:
-    """Whether the tensor names have the prefix of the base model, as in transformers classes with a head."""
-    prefix = format_of(model).prefix if formats.of(model.family) else ""
-    return any(name.startswith(prefix) for name in tensors)
 
 
 def _weight_name_and_suffix(name: str, weight_of: dict[str, _Weight], directory: Path) -> tuple[str, str]:

@@ -49,7 +49,7 @@ def from_torch(weights: Mapping[str, Any], *, layer: int = 0, reverse: bool = Fa
     Raises:
         ValueError: a weight is missing, the shapes do not fit an LSTM or GRU, or the LSTM uses ``proj_size``.
     """
-    suffix = _suffix(weights, layer, reverse)
+    suffix = "" if "weight_ih" in weights else _suffix(layer, reverse)  # the names of a cell have no suffix
     if f"weight_hr{suffix}" in weights:
         raise ValueError("an LSTM with proj_size (weight_hr) is not supported")
     missing = [name for name in (f"weight_ih{suffix}", f"weight_hh{suffix}") if name not in weights]
@@ -80,7 +80,7 @@ def to_torch(params: Mapping[str, Any], *, layer: int = 0, reverse: bool = False
         if "bias_hidden" not in params:
             raise ValueError("torch has no GRU with reset='before': only a GRU with reset='after' can be exported")
         bias_hidden[2] = params["bias_hidden"]
-    suffix = f"_l{layer}{'_reverse' if reverse else ''}"
+    suffix = _suffix(layer, reverse)
     return {
         f"weight_ih{suffix}": _flat(weight_input).T.copy(),
         f"weight_hh{suffix}": _flat(weight_hidden).T.copy(),
@@ -152,10 +152,8 @@ def _from_cudnn(matrix: np.ndarray, num_gates: int) -> np.ndarray:
     return np.concatenate(gate_matrices, axis=1)
 
 
-def _suffix(weights: Mapping[str, Any], layer: int, reverse: bool) -> str:
-    """The suffix of torch's names, such as ``_l0_reverse``; empty for a cell."""
-    if "weight_ih" in weights:
-        return ""
+def _suffix(layer: int, reverse: bool) -> str:
+    """The suffix of torch's names for a layer, such as ``_l0_reverse``."""
     return f"_l{layer}{'_reverse' if reverse else ''}"
 
 

@@ -228,7 +228,7 @@ def specs(cfg: Config) -> dict[str, Any]:
     for name, width in (("fc_1", num_features), ("fc_2", cfg.fc_dim)):
         tree[name] = linear_specs((width, cfg.fc_dim), ("embed", "mlp"), normal)
     if cfg.task == "causal":
-        tree["head"] = ArraySpec((V, cfg.fc_dim), ("vocab", "embed"), normal, decay=True)
+        tree["head"] = heads.table_specs(cfg, cfg.fc_dim, normal)
     return tree | heads.head_specs(cfg.task, cfg.fc_dim, cfg.num_labels, normal)
 
 

@@ -24,12 +24,12 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from jaxlm.models import bahdanau, common, luong
+from jaxlm.models import bahdanau, common, heads, luong
 from jaxlm.nn.alignment import Score, align, alignment_keys, alignment_specs, context
 from jaxlm.nn.attention.source import group_rows_by_source
 from jaxlm.nn.copying import copied_tokens, copy_gate, copy_gate_specs, mix_copied
 from jaxlm.nn.dropout import dropout
-from jaxlm.nn.embedding import embed, round_up, unembed
+from jaxlm.nn.embedding import embed, round_up
 from jaxlm.nn.recurrence import project_time_major
 from jaxlm.nn.segments import segment_boundaries, select_state
 from jaxlm.nn.weight_record import record
@@ -183,7 +183,7 @@ def _with_copied(
     weights = group_rows_by_source(outputs["weights"], source_BS.shape[0])
     copied = copied_tokens(weights, source_BS, round_up(cfg.vocab_size, cfg.vocab_multiple))
     copied = copied.reshape(*x.shape[:2], -1).astype(features.dtype)
-    return constrain(jnp.concatenate([features, gate, copied], axis=-1), ("batch", "seq", "activation_embed"))
+    return constrain(jnp.concatenate([features, gate, copied], axis=-1), ("batch", "seq", None))
 
 
 def logits(cfg: Config, params: Params, hidden: jax.Array) -> jax.Array:
@@ -196,8 +196,8 @@ def logits(cfg: Config, params: Params, hidden: jax.Array) -> jax.Array:
     """
     if cfg.task == "none":
         raise ValueError("a model with task='none' has no head: set task='seq2seq' to get logits of target tokens")
-    scores = unembed(params["head"]["weight"], hidden[..., : cfg.output_dim], cfg.vocab_size)
-    scores = constrain(scores + params["head"]["bias"].astype(jnp.float32)[None, None, :], ("batch", None, "vocab"))
+    head = params["head"]
+    scores = heads.token_logits(cfg, head["weight"], hidden[..., : cfg.output_dim], head["bias"])
     if not cfg.copy:
         return scores
     gate_BT1, copied_BTV = jnp.split(hidden[..., cfg.output_dim :], [1], axis=-1)
@@ -296,7 +296,7 @@ def specs(cfg: Config) -> dict[str, Any]:
     """The specs of all parameters."""
     E, H, D, V = cfg.embed_dim, cfg.hidden_dim, cfg.output_dim, round_up(cfg.vocab_size, cfg.vocab_multiple)
     form, uniform = _FORMS[cfg.attention], Uniform(cfg.init_bound)
-    tree: dict[str, Any] = {"token_embedding": ArraySpec((V, E), ("vocab", "embed"), uniform, decay=True)}
+    tree: dict[str, Any] = {"token_embedding": heads.table_specs(cfg, E, uniform)}
     if cfg.source_vocab_size is not None:
         rows = round_up(cfg.source_vocab_size, cfg.vocab_multiple)
         tree["source_embedding"] = ArraySpec((rows, E), ("vocab", "embed"), uniform, decay=True)
@@ -309,8 +309,7 @@ def specs(cfg: Config) -> dict[str, Any]:
     if cfg.copy:
         tree["copy"] = copy_gate_specs(H, E, C, uniform)
     if cfg.task == "seq2seq":
-        weight = ArraySpec((V, D), ("vocab", "embed"), uniform, decay=True)
-        tree["head"] = {"weight": weight, "bias": ArraySpec((V,), ("vocab",))}
+        tree["head"] = {"weight": heads.table_specs(cfg, D, uniform), "bias": ArraySpec((V,), ("vocab",))}
     return tree
 
 

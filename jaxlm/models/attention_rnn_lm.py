@@ -23,7 +23,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from jaxlm.models import common, heads
+from jaxlm.models import common, heads, recurrent
 from jaxlm.nn.alignment import (
     additive_scores,
     alignment_keys,
@@ -35,7 +35,7 @@ from jaxlm.nn.alignment import (
 )
 from jaxlm.nn.attention import memory
 from jaxlm.nn.dropout import dropout
-from jaxlm.nn.embedding import embed, round_up, unembed
+from jaxlm.nn.embedding import embed, round_up
 from jaxlm.nn.linear import linear, linear_specs
 from jaxlm.nn.recurrence import lstm, lstm_specs, lstm_state_specs
 from jaxlm.nn.segments import segment_boundaries
@@ -97,7 +97,8 @@ def apply(
     Args:
         tokens: [B, T] integer ids. An id outside the vocabulary gives NaN for all tokens of the row (causal) or of its
             document (classification).
-        state: the state that the previous call returned, or the initial state (``state_specs``).
+        state: the state that the previous call returned, or the initial state (``state_specs``). No gradient flows
+            into its memory.
         segment_ids: [B, T] int32, 0 for padding and n for document n. Documents do not interact. Default: one document.
         key: random key for dropout; None: no dropout.
 
@@ -109,7 +110,6 @@ def apply(
         raise ValueError(f"task={cfg.task!r} reads the whole sequence at once and carries no state: leave state=None")
     segments = common.segment_ids_or_ones(tokens, segment_ids)
     reset, keep, last_segment = segment_boundaries(segments, None if state is None else state["last_segment"])
-    backward_reset = segment_boundaries(segments, reverse=True)[0]
     new_state: dict[str, Any] = {"last_segment": last_segment}
     x = embed(params["token_embedding"], tokens, jnp.dtype(cfg.dtype), size=cfg.vocab_size)
     for index in range(cfg.num_layers):
@@ -120,9 +120,7 @@ def apply(
             layer_state = None if state is None else state[name]
             x, new_state[name] = lstm(weights, x, layer_state, reset_BT=reset, keep_BT=keep)
         else:
-            forward, _ = lstm(weights["forward"], x, reset_BT=reset, keep_BT=keep)
-            backward, _ = lstm(weights["backward"], x, reset_BT=backward_reset, keep_BT=keep, reverse=True)
-            x = jnp.concatenate([forward, backward], axis=-1)
+            x = recurrent.bidirectional(lstm, weights, x, segments)
     x = constrain(x, ("batch", "seq", "activation_embed"))
     if cfg.task == "causal":
         x, new_state["memory"] = _attend(cfg, params, x, tokens, None if state is None else state["memory"], segments)
@@ -179,8 +177,7 @@ def logits(cfg: Config, params: Params, hidden: jax.Array) -> jax.Array:
     """
     if cfg.task == "classification":
         return heads.head_logits(cfg.task, params, hidden)
-    scores = unembed(params["head"]["weight"], hidden, cfg.vocab_size)
-    return constrain(scores + params["head"]["bias"].astype(jnp.float32)[None, None, :], ("batch", None, "vocab"))
+    return heads.token_logits(cfg, params["head"]["weight"], hidden, params["head"]["bias"])
 
 
 def pool(
@@ -233,7 +230,7 @@ def specs(cfg: Config) -> dict[str, Any]:
     V, H, K = round_up(cfg.vocab_size, cfg.vocab_multiple), cfg.hidden_dim, cfg.hidden_dim // cfg.parts
     uniform = Uniform(cfg.init_bound)
     recurrent_init = None if cfg.recurrent_init_bound is None else Uniform(cfg.recurrent_init_bound)
-    tree: dict[str, Any] = {"token_embedding": ArraySpec((V, cfg.embed_dim), ("vocab", "embed"), uniform, decay=True)}
+    tree: dict[str, Any] = {"token_embedding": heads.table_specs(cfg, cfg.embed_dim, uniform)}
     directions = 1 if cfg.task == "causal" else 2
     inputs = cfg.embed_dim
     for index in range(cfg.num_layers):
@@ -248,15 +245,15 @@ def specs(cfg: Config) -> dict[str, Any]:
         "found": linear_specs((K, K), ("embed", "mlp"), uniform, bias=False),
         "state": linear_specs((K, K), ("embed", "mlp"), uniform),
     }
-    weight = ArraySpec((V, K), ("vocab", "embed"), uniform, decay=True)
-    tree["head"] = {"weight": weight, "bias": ArraySpec((V,), ("vocab",))}
+    tree["head"] = {"weight": heads.table_specs(cfg, K, uniform), "bias": ArraySpec((V,), ("vocab",))}
     return tree
 
 
 def state_specs(cfg: Config, batch: int, length: int) -> dict[str, Any]:
     """The specs of each layer's state, each row's last segment id, and a memory of keys and values.
 
-    The memory has ``min(window, length)`` slots, or ``length`` slots without a window.
+    The memory has ``min(window, length)`` slots, or ``length`` slots without a window. A full memory drops its oldest
+    entry. So without a window, a token attends to at most ``length`` previous outputs of earlier calls.
 
     Raises:
         TypeError: the task is not causal.

@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
+from jaxlm.models import recurrent
 from jaxlm.nn import recurrence
 from jaxlm.nn.linear import linear, linear_specs
-from jaxlm.nn.segments import segment_boundaries
 from jaxlm.sharding import constrain
 from jaxlm.spec import ArraySpec, Params, State, Uniform
 
@@ -35,11 +35,7 @@ def encode(
     cfg: Config, weights: Params, x_BSE: jax.Array, segments_BS: jax.Array, key: jax.Array | None
 ) -> dict[str, Any]:
     """The states of both directions at each source token: {"encoded": [B, S, C]}."""
-    reset, keep, _ = segment_boundaries(segments_BS)
-    forward, _ = recurrence.gru(weights["forward"], x_BSE, reset_BT=reset, keep_BT=keep)
-    reset, _, _ = segment_boundaries(segments_BS, reverse=True)
-    backward, _ = recurrence.gru(weights["backward"], x_BSE, reset_BT=reset, keep_BT=keep, reverse=True)
-    encoded = jnp.concatenate([forward, backward], axis=-1)
+    encoded = recurrent.bidirectional(recurrence.gru, weights, x_BSE, segments_BS)
     return {"encoded": constrain(encoded, ("batch", None, "activation_embed"))}
 
 

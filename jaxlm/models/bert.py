@@ -21,7 +21,7 @@ from jaxlm.nn.activation import Activation, activation
 from jaxlm.nn.attention import Implementation, attention
 from jaxlm.nn.attention.mask import Mask, document_mask
 from jaxlm.nn.dropout import dropout
-from jaxlm.nn.embedding import embed, round_up, unembed, widen_ids
+from jaxlm.nn.embedding import embed, round_up, widen_ids
 from jaxlm.nn.linear import linear, linear_specs
 from jaxlm.nn.norm import layer_norm, layer_norm_specs
 from jaxlm.nn.segments import positions_in_segments
@@ -192,8 +192,7 @@ def logits(cfg: Config, params: Params, hidden: jax.Array) -> jax.Array:
     head = params["masked"]
     x = activation(cfg.activation)(linear(head["dense"], hidden))
     x = layer_norm(head["norm"], x, cfg.norm_epsilon)
-    scores = unembed(params["token_embedding"], x, cfg.vocab_size) + head["bias"].astype(jnp.float32)[None, None, :]
-    return constrain(scores, ("batch", None, "vocab"))
+    return heads.token_logits(cfg, params["token_embedding"], x, head["bias"])
 
 
 def pool(
@@ -266,7 +265,7 @@ def specs(cfg: Config) -> dict[str, Any]:
         "mlp_norm": layer_norm_specs(D),
     }
     tree = {
-        "token_embedding": ArraySpec((V, D), ("vocab", "embed"), normal, decay=True),
+        "token_embedding": heads.table_specs(cfg, D, normal),
         "position_embedding": ArraySpec(
             (cfg.max_positions + cfg.first_position, D), ("positions", "embed"), normal, decay=True
         ),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -43,7 +43,7 @@ class ModelConfig:
         types = config_lib.field_types(type(self))
         for field in dataclasses.fields(self):
             name, value = field.name, getattr(self, field.name)
-            config_lib.check_value(types[name], value, name, choices=False)  # check_pattern checks entries of tuples
+            config_lib.check_value(types[name], value, name)
             if value is None:
                 continue
             minimum = field.metadata.get("minimum", 1)
@@ -306,13 +306,10 @@ def check_integers(input_name: str, x: Array, tokens: Array, name: str = "tokens
         config_lib.check_int32(x, input_name)
 
 
-def check_pattern(cfg: Any, allowed: Sequence[str]) -> None:
-    """Raise ``ValueError`` if ``cfg.pattern`` is empty or has an entry that is not ``allowed``.
-
-    The error is also raised if ``scan_layers`` is True and the layers are of several kinds.
-    """
-    if not cfg.pattern or not set(cfg.pattern) <= set(allowed):
-        raise ValueError(f"pattern={cfg.pattern!r} must not be empty, and each entry must be {' or '.join(allowed)}")
+def check_pattern(cfg: Any) -> None:
+    """Raise ``ValueError`` if ``cfg.pattern`` is empty, or if ``scan_layers`` is True and the layers differ in kind."""
+    if not cfg.pattern:
+        raise ValueError("pattern=() must not be empty: give the kind of at least one layer")
     if cfg.scan_layers and len(set(layer_kinds(cfg))) > 1:
         raise ValueError(
             f"scan_layers=True needs layers of one kind, but pattern={cfg.pattern}: set scan_layers to False"

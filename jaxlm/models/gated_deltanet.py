@@ -10,13 +10,13 @@ A causal model with pre-norm blocks. Each block has a mixer and then an MLP. A m
 The MLP is a SwiGLU MLP. In Qwen3-Next, it is a mixture of experts (SwiGLU MLPs) with a gated shared expert.
 
 Shapes: B batch, T time, D model width, G key heads, H value heads (delta rule) or query heads (attention), R = H / G,
-K width of queries and keys, V width of values (in ``specs``: vocabulary), C channels of the convolution.
+K width of queries and keys, V width of values, C channels of the convolution.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,7 @@ from jaxlm.nn.attention import Implementation, attention, cache
 from jaxlm.nn.attention.rotary import RotaryScaling, check_dynamic_scaling, rotary_angles, rotary_width, rotate
 from jaxlm.nn.convolution import causal_depthwise_convolution, depthwise_convolution_specs
 from jaxlm.nn.convolution.window import TokenLayout, move_padding_last, past_segment_specs, restore_order, tail_specs
-from jaxlm.nn.embedding import embed, round_up
+from jaxlm.nn.embedding import embed
 from jaxlm.nn.experts import RouterStatistics
 from jaxlm.nn.linear import linear, linear_specs
 from jaxlm.nn.norm import l2_normalize, rms_norm, rms_norm_specs
@@ -108,7 +108,7 @@ class Config(experts.ExpertsConfig):
         super().__post_init__()
         common.check_divides(self, "delta_key_heads", "delta_value_heads")
         common.check_divides(self, "num_kv_heads", "num_heads")
-        common.check_pattern(self, get_args(Mixer))
+        common.check_pattern(self)
         rotary_width(self.head_dim, self.rotary_fraction)  # raises an error if this width is not even
         check_dynamic_scaling(self.rotary_scaling, self.max_positions)
 
@@ -232,7 +232,7 @@ def specs(cfg: Config) -> dict[str, Any]:
     For each key head, ``query_key_value_gate`` computes a query, a key, R values and R output gates, and ``beta_decay``
     computes R betas and R decays.
     """
-    D, V, normal = cfg.embed_dim, round_up(cfg.vocab_size, cfg.vocab_multiple), Normal(cfg.init_stddev)
+    D, normal = cfg.embed_dim, Normal(cfg.init_stddev)
     H, G, K, bias = cfg.num_heads, cfg.num_kv_heads, cfg.head_dim, cfg.attention_bias
     G_delta, H_delta, V_delta = cfg.delta_key_heads, cfg.delta_value_heads, cfg.delta_value_dim
     R, norm = H_delta // G_delta, rms_norm_specs(D, minus_one=True)
@@ -267,15 +267,12 @@ def specs(cfg: Config) -> dict[str, Any]:
         }
         for layer, mixer in enumerate(common.layer_kinds(cfg))
     )
-    tree = {
-        "token_embedding": ArraySpec((V, D), ("vocab", "embed"), normal, decay=True),
+    return {
+        "token_embedding": heads.table_specs(cfg, D, normal),
         "layers": spec.layers(layers, stacked=cfg.scan_layers),
         "final_norm": norm,
-        **heads.head_specs(cfg.task, D, cfg.num_labels, normal, bias=cfg.task != "classification"),
+        **heads.decoder_head_specs(cfg, D, normal),
     }
-    if cfg.task == "causal" and not cfg.tie_embeddings:
-        tree["head"] = ArraySpec((V, D), ("vocab", "embed"), normal, decay=True)
-    return tree
 
 
 def state_specs(cfg: Config, batch: int, length: int) -> dict[str, Any]:

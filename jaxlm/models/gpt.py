@@ -6,7 +6,7 @@ GPT-1 (Radford et al. 2018) is the same model with post-norm blocks, and therefo
 As in the published models, the activation is tanh-GELU, epsilon is 1e-5, and the embeddings are not scaled. In GPT-2,
 the projections into the residual stream have the initial standard deviation ``init_stddev / sqrt(2 * num_layers)``.
 
-Shapes: B batch, T time, D model width, H heads, K head width (D / H), F hidden width of the MLP, V vocabulary.
+Shapes: B batch, T time, D model width, H heads, K head width (D / H), F hidden width of the MLP.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from jaxlm.nn import choices
 from jaxlm.nn.activation import Activation, activation
 from jaxlm.nn.attention import Implementation, attention, cache
 from jaxlm.nn.dropout import dropout
-from jaxlm.nn.embedding import embed, round_up
+from jaxlm.nn.embedding import embed
 from jaxlm.nn.linear import linear, linear_specs
 from jaxlm.nn.norm import layer_norm, layer_norm_specs
 from jaxlm.sharding import constrain
@@ -168,8 +168,7 @@ rollback = cache.rollback
 def specs(cfg: Config) -> dict[str, Any]:
     """The specs of all parameters."""
     D, H, K = cfg.embed_dim, cfg.num_heads, cfg.embed_dim // cfg.num_heads
-    V, F = round_up(cfg.vocab_size, cfg.vocab_multiple), 4 * D if cfg.mlp_dim is None else cfg.mlp_dim
-    normal = Normal(cfg.init_stddev)
+    F, normal = 4 * D if cfg.mlp_dim is None else cfg.mlp_dim, Normal(cfg.init_stddev)
     pre_norm = cfg.norm_position == "before"
     residual_init = Normal(cfg.init_stddev / (2 * cfg.num_layers) ** 0.5) if pre_norm else normal
     block = {
@@ -184,16 +183,13 @@ def specs(cfg: Config) -> dict[str, Any]:
             "down": linear_specs((F, D), ("mlp", "embed"), residual_init),
         },
     }
-    tree = {
-        "token_embedding": ArraySpec((V, D), ("vocab", "embed"), normal, decay=True),
+    return {
+        "token_embedding": heads.table_specs(cfg, D, normal),
         "position_embedding": ArraySpec((cfg.max_positions, D), ("positions", "embed"), normal, decay=True),
         "layers": spec.layers([block] * cfg.num_layers, stacked=cfg.scan_layers),
         **({"final_norm": layer_norm_specs(D)} if pre_norm else {}),
-        **heads.head_specs(cfg.task, D, cfg.num_labels, normal, bias=cfg.task != "classification"),
+        **heads.decoder_head_specs(cfg, D, normal),
     }
-    if cfg.task == "causal" and not cfg.tie_embeddings:
-        tree["head"] = ArraySpec((V, D), ("vocab", "embed"), normal, decay=True)
-    return tree
 
 
 def state_specs(cfg: Config, batch: int, length: int) -> dict[str, ArraySpec]:

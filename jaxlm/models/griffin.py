@@ -6,13 +6,13 @@ selects it for each layer. Hawk has only recurrent blocks. As in RecurrentGemma,
 sqrt(D), and logits are soft-capped. The models of De et al. 2024 have neither the factor nor the soft cap.
 
 Shapes: B batch, T time, D model width, W width of the RG-LRU, H query heads (also the number of diagonal blocks in each
-gate matrix of an RG-LRU), G key-value heads, K head width, F hidden width of the MLP, V vocabulary.
+gate matrix of an RG-LRU), G key-value heads, K head width, F hidden width of the MLP.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ from jaxlm.models import common, heads
 from jaxlm.nn.attention import Implementation, attention, window_cache
 from jaxlm.nn.attention.rotary import rotary_angles, rotate
 from jaxlm.nn.convolution import causal_depthwise_convolution, depthwise_convolution_specs, window
-from jaxlm.nn.embedding import embed, round_up
+from jaxlm.nn.embedding import embed
 from jaxlm.nn.linear import linear, linear_specs
 from jaxlm.nn.norm import rms_norm, rms_norm_specs
 from jaxlm.nn.recurrence import rg_lru, rg_lru_specs
@@ -76,7 +76,7 @@ class Config(common.TransformerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        common.check_pattern(self, get_args(Mixer))
+        common.check_pattern(self)
         common.check_divides(self, "num_heads", "embed_dim")
         common.check_divides(self, "num_kv_heads", "num_heads")
         if lru_width(self) % self.num_heads:
@@ -190,8 +190,7 @@ def embedding_multiplier(cfg: Config) -> float:
 def specs(cfg: Config) -> dict[str, Any]:
     """The specs of all parameters, with the initial values of the RecurrentGemma authors' code."""
     D, F, H, G, W = cfg.embed_dim, cfg.mlp_dim, cfg.num_heads, cfg.num_kv_heads, lru_width(cfg)
-    K, V = D // H, round_up(cfg.vocab_size, cfg.vocab_multiple)
-    normal = Normal(D**-0.5)
+    K, normal = D // H, Normal(D**-0.5)
     attention_output_init, lru_output_init, mlp_output_init = (
         Normal((2.0 / cfg.num_layers / width) ** 0.5) for width in (D, W, F)
     )
@@ -215,9 +214,8 @@ def specs(cfg: Config) -> dict[str, Any]:
         "down": linear_specs((F, D), ("mlp", "embed"), mlp_output_init),
     }
     blocks = {"recurrent": recurrent, "attention": attention}
-    table = ArraySpec((V, D), ("vocab", "embed"), normal, decay=True)
-    tree = {
-        "token_embedding": table,
+    return {
+        "token_embedding": heads.table_specs(cfg, D, normal),
         "layers": spec.layers(
             (
                 {"mixer_norm": norm, mixer: blocks[mixer], "mlp_norm": norm, "mlp": mlp}
@@ -226,8 +224,8 @@ def specs(cfg: Config) -> dict[str, Any]:
             stacked=cfg.scan_layers,
         ),
         "final_norm": norm,
+        **heads.decoder_head_specs(cfg, D, normal),
     }
-    return tree if cfg.tie_embeddings or cfg.task != "causal" else {**tree, "head": table}
 
 
 def state_specs(cfg: Config, batch: int, length: int) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxlm.nn.embedding import unembed
+from jaxlm.nn.embedding import round_up, unembed
 from jaxlm.nn.linear import linear, linear_specs
 from jaxlm.sharding import constrain, row_sharding
 from jaxlm.spec import ArraySpec, Initializer, Params
@@ -62,8 +62,39 @@ def decoder_logits(cfg: Any, params: Params, hidden: jax.Array) -> jax.Array:
     if cfg.task != "causal":
         return head_logits(cfg.task, params, hidden)
     table = params["token_embedding"] if getattr(cfg, "tie_embeddings", False) else params["head"]
-    soft_cap = getattr(cfg, "logits_soft_cap", None)
-    return constrain(unembed(table, hidden, cfg.vocab_size, soft_cap=soft_cap), ("batch", None, "vocab"))
+    return token_logits(cfg, table, hidden, soft_cap=getattr(cfg, "logits_soft_cap", None))
+
+
+def token_logits(
+    cfg: Any, table: jax.Array, hidden: jax.Array, bias: jax.Array | None = None, *, soft_cap: float | None = None
+) -> jax.Array:
+    """Logits of tokens, [B, T, V] float32 (V padded): the hidden states multiplied by the rows of the table, plus bias.
+
+    Args:
+        table: [V, D].
+        bias: [V]; None: no bias.
+        soft_cap: bound of the logits before the bias is added (``jaxlm.nn.embedding.unembed``); None: no bound.
+    """
+    logits = unembed(table, hidden, cfg.vocab_size, soft_cap=soft_cap)
+    if bias is not None:
+        logits = logits + bias.astype(jnp.float32)[None, None, :]
+    return constrain(logits, ("batch", None, "vocab"))
+
+
+def table_specs(cfg: Any, width: int, init: Initializer) -> ArraySpec:
+    """The spec of a token embedding or of the weights of a head for tokens, [V, width]; V is padded."""
+    return ArraySpec((round_up(cfg.vocab_size, cfg.vocab_multiple), width), ("vocab", "embed"), init, decay=True)
+
+
+def decoder_head_specs(cfg: Any, width: int, init: Initializer) -> dict[str, Any]:
+    """The specs of the head of :func:`decoder_logits`; ``{}`` if the head is the token embedding, or if there is none.
+
+    The head for task classification has no bias.
+    """
+    if cfg.task == "causal":
+        return {} if getattr(cfg, "tie_embeddings", False) else {"head": table_specs(cfg, width, init)}
+    num_labels = getattr(cfg, "num_labels", 0)
+    return head_specs(cfg.task, width, num_labels, init, bias=cfg.task != "classification")
 
 
 def head_specs(

@@ -7,14 +7,14 @@ have a mixture of experts (SwiGLU MLPs) instead of the MLP. In SmolLM3, every fo
 Gemma 3 (Gemma team 2025), five of six layers have a window, and the blocks differ from those of Llama
 (``block="gemma"``).
 
-Shapes: B batch, T time, D model width, H query heads, G key-value heads, K head width, V vocabulary.
+Shapes: B batch, T time, D model width, H query heads, G key-value heads, K head width.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ from jaxlm.models import common, experts, heads
 from jaxlm.nn.activation import activation
 from jaxlm.nn.attention import Implementation, attention, cache
 from jaxlm.nn.attention.rotary import RotaryScaling, rotary_angles, rotate
-from jaxlm.nn.embedding import embed, round_up
+from jaxlm.nn.embedding import embed
 from jaxlm.nn.experts import RouterStatistics
 from jaxlm.nn.linear import linear, linear_specs
 from jaxlm.nn.norm import rms_norm, rms_norm_specs
@@ -235,7 +235,7 @@ def layer_kinds(cfg: Config) -> tuple[LayerKind, ...]:
 
 def _check_pattern(cfg: Config) -> None:
     if cfg.pattern is not None:
-        common.check_pattern(cfg, get_args(LayerKind))
+        common.check_pattern(cfg)
     kinds = set(layer_kinds(cfg))
     if ("window" in kinds) != (cfg.window is not None):
         raise ValueError(
@@ -253,7 +253,7 @@ def embedding_multiplier(cfg: Config) -> float:
 
 def specs(cfg: Config) -> dict[str, Any]:
     """The specs of all parameters."""
-    D, V, (H, G, K) = cfg.embed_dim, round_up(cfg.vocab_size, cfg.vocab_multiple), head_sizes(cfg)
+    D, (H, G, K) = cfg.embed_dim, head_sizes(cfg)
     normal, is_gemma = Normal(cfg.init_stddev), cfg.block == "gemma"
     norm, head_norm = (rms_norm_specs(width, minus_one=is_gemma) for width in (D, K))
     block = {
@@ -269,15 +269,12 @@ def specs(cfg: Config) -> dict[str, Any]:
         **({"attention_output_norm": norm, "mlp_output_norm": norm} if is_gemma else {}),
     }
     layers = ({**block, **experts.mlp_specs(cfg, layer, normal)} for layer in range(cfg.num_layers))
-    tree = {
-        "token_embedding": ArraySpec((V, D), ("vocab", "embed"), normal, decay=True),
+    return {
+        "token_embedding": heads.table_specs(cfg, D, normal),
         "layers": spec.layers(layers, stacked=cfg.scan_layers),
         "final_norm": norm,
-        **heads.head_specs(cfg.task, D, cfg.num_labels, normal, bias=cfg.task != "classification"),
+        **heads.decoder_head_specs(cfg, D, normal),
     }
-    if cfg.task == "causal" and not cfg.tie_embeddings:
-        tree["head"] = ArraySpec((V, D), ("vocab", "embed"), normal, decay=True)
-    return tree
 
 
 def state_specs(cfg: Config, batch: int, length: int) -> dict[str, ArraySpec]:

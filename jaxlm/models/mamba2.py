@@ -17,7 +17,7 @@ of heads, N state size, K taps of the convolution, V vocabulary.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,7 @@ from jaxlm.models import common, heads, hybrid
 from jaxlm.nn.attention import cache
 from jaxlm.nn.convolution import causal_depthwise_convolution, depthwise_convolution_specs
 from jaxlm.nn.convolution.window import TokenLayout, move_padding_last, past_segment_specs, restore_order, tail_specs
-from jaxlm.nn.embedding import embed, round_up
+from jaxlm.nn.embedding import embed
 from jaxlm.nn.linear import linear, linear_specs
 from jaxlm.nn.norm import rms_norm, rms_norm_specs
 from jaxlm.nn.scan import ssd
@@ -100,7 +100,7 @@ class Config(hybrid.AttentionConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        common.check_pattern(self, get_args(Mixer))
+        common.check_pattern(self)
         width = mixer_width(self)
         if width < 1 or width % self.head_dim:
             raise ValueError(f"head_dim={self.head_dim} must divide expand * embed_dim = {width}: change one of them")
@@ -235,7 +235,7 @@ def num_heads(cfg: Config) -> int:
 def specs(cfg: Config) -> dict[str, Any]:
     """The specs of all parameters, with the initial values of the Mamba-2 authors' code."""
     D, H, BC, K = cfg.embed_dim, num_heads(cfg), 2 * cfg.num_groups * cfg.state_size, cfg.conv_width
-    V, width = round_up(cfg.vocab_size, cfg.vocab_multiple), mixer_width(cfg)
+    width = mixer_width(cfg)
     input_init, conv_init, norm = Uniform(D**-0.5), Uniform(K**-0.5), rms_norm_specs(D)
 
     def output_init(size: int) -> Uniform:
@@ -259,14 +259,12 @@ def specs(cfg: Config) -> dict[str, Any]:
     shared: dict[str, Any] = {"norm": norm}
     if cfg.mlp_dim is not None:
         shared |= {"mlp_norm": norm, "mlp": swiglu_specs(D, cfg.mlp_dim, input_init, output_init(cfg.mlp_dim))}
-    tree = {
-        "token_embedding": ArraySpec((V, D), ("vocab", "embed"), Normal(cfg.init_stddev), decay=True),
+    return {
+        "token_embedding": heads.table_specs(cfg, D, Normal(cfg.init_stddev)),
         "layers": _layers(cfg, {**shared, "mixer": mixer}, {**shared, "attention": attention}),
         "final_norm": norm,
+        **heads.decoder_head_specs(cfg, D, input_init),
     }
-    if cfg.task == "causal" and not cfg.tie_embeddings:
-        tree["head"] = ArraySpec((V, D), ("vocab", "embed"), input_init, decay=True)
-    return tree
 
 
 def state_specs(cfg: Config, batch: int, length: int) -> dict[str, Any]:

@@ -495,7 +495,15 @@ class Model:
         _, state = self.apply(params, tokens, state=before, segment_ids=segments, **inputs)
         from jaxlm.nn.attention import cache  # imported here, because `import jaxlm` must not import flax
 
-        return cache.rollback(state, T - count) if "length" in state else state
+        return cache.rollback(state, T - count) if self.has_cache else state
+
+    @property
+    def has_cache(self) -> bool:
+        """Whether the state has a key-value cache, which has a fixed number of slots (``jaxlm.nn.attention.cache``)."""
+        from jaxlm.nn.attention import cache  # imported here, because `import jaxlm` must not import flax
+
+        specs = self.state_specs(1, 1)
+        return cache.num_slots(specs, specs) is not None
 
     @property
     def carried_state_length(self) -> int | None:

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from jaxlm.models import common, heads
 from jaxlm.nn.dropout import dropout
-from jaxlm.nn.embedding import embed, round_up, unembed
+from jaxlm.nn.embedding import embed, round_up
 from jaxlm.nn.segments import segment_boundaries
 from jaxlm.sharding import constrain
 from jaxlm.spec import ArraySpec, Initializer, Params, State, Uniform, fold_in_name
@@ -145,12 +145,11 @@ def apply_with_outputs(
         x = x * embed(dropout(ones_V1, cfg.embedding_dropout, fold_in_name(key, "words")), tokens, x.dtype)
     x = constrain(_dropout(cfg, x, cfg.input_dropout, fold_in_name(key, "input")), ("batch", "seq", "activation_embed"))
 
-    forward_masks, backward_masks, last_segment = {}, {}, None
+    segments, masks, last_segment = None, {}, None
     if segment_ids is not None or state is not None:
         segments = common.segment_ids_or_ones(tokens, segment_ids)
         reset, keep, last_segment = segment_boundaries(segments, None if state is None else state["last_segment"])
-        forward_masks = {"reset_BT": reset, "keep_BT": keep}
-        backward_masks = {"reset_BT": segment_boundaries(segments, reverse=True)[0], "keep_BT": keep}
+        masks = {"reset_BT": reset, "keep_BT": keep}
     new_state: dict[str, Any] = {"last_segment": last_segment}
     for index in range(cfg.num_layers):
         name = f"layer_{index}"
@@ -162,15 +161,33 @@ def apply_with_outputs(
                 direction: _drop_connect(cfg, layer_weights, fold_in_name(layer_key, direction))
                 for direction, layer_weights in params[name].items()
             }
-            forward, _ = layer(weights["forward"], x, **forward_masks)
-            backward, _ = layer(weights["backward"], x, **backward_masks, reverse=True)
-            x = jnp.concatenate([forward, backward], axis=-1)
+            x = bidirectional(layer, weights, x, segments)
         else:
             layer_state = None if state is None else state[name]
             layer_weights = _drop_connect(cfg, params[name], layer_key)
-            x, new_state[name] = layer(layer_weights, x, layer_state, **forward_masks)
+            x, new_state[name] = layer(layer_weights, x, layer_state, **masks)
         x = constrain(x, ("batch", "seq", "activation_embed"))
     return _dropout(cfg, x, cfg.output_dropout, fold_in_name(key, "output")), x, None if state is None else new_state
+
+
+def bidirectional(
+    layer: Callable[..., Any], weights: Params, x_BTD: jax.Array, segment_ids_BT: jax.Array | None
+) -> jax.Array:
+    """The outputs of a layer that reads forward and a layer that reads backward, concatenated, [B, T, 2H].
+
+    Args:
+        layer: ``recurrence.lstm`` or ``recurrence.gru``.
+        weights: the parameters of both layers, ``forward`` and ``backward``.
+        segment_ids_BT: 0 for padding and n for document n; None: each row is one document.
+    """
+    forward_masks, backward_masks = {}, {}
+    if segment_ids_BT is not None:
+        reset, keep, _ = segment_boundaries(segment_ids_BT)
+        forward_masks = {"reset_BT": reset, "keep_BT": keep}
+        backward_masks = {"reset_BT": segment_boundaries(segment_ids_BT, reverse=True)[0], "keep_BT": keep}
+    forward, _ = layer(weights["forward"], x_BTD, **forward_masks)
+    backward, _ = layer(weights["backward"], x_BTD, **backward_masks, reverse=True)
+    return jnp.concatenate([forward, backward], axis=-1)
 
 
 def _dropout(cfg: RecurrentConfig, x_BTD: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
@@ -200,8 +217,7 @@ def logits(cfg: RecurrentConfig, params: Params, hidden: jax.Array) -> jax.Array
     if cfg.task != "causal":
         return heads.head_logits(cfg.task, params, hidden)
     table = params["token_embedding"] if cfg.tie_embeddings else params["head"]["weight"]
-    scores = unembed(table, hidden, cfg.vocab_size) + params["head"]["bias"].astype(jnp.float32)[None, None, :]
-    return constrain(scores, ("batch", None, "vocab"))
+    return heads.token_logits(cfg, table, hidden, params["head"]["bias"])
 
 
 def pool(
@@ -268,7 +284,7 @@ def specs(cfg: RecurrentConfig) -> dict[str, Any]:
     V, directions = round_up(cfg.vocab_size, cfg.vocab_multiple), 2 if cfg.direction == "both" else 1
     uniform = Uniform(cfg.init_bound)
     recurrent_init = None if cfg.recurrent_init_bound is None else Uniform(cfg.recurrent_init_bound)
-    tree: dict[str, Any] = {"token_embedding": ArraySpec((V, cfg.embed_dim), ("vocab", "embed"), uniform, decay=True)}
+    tree: dict[str, Any] = {"token_embedding": heads.table_specs(cfg, cfg.embed_dim, uniform)}
     inputs = cfg.embed_dim
     for index, width in enumerate(layer_widths(cfg)):
         layer = cfg.cell.specs(inputs, width, recurrent_init)
@@ -277,7 +293,7 @@ def specs(cfg: RecurrentConfig) -> dict[str, Any]:
     if cfg.task == "causal":
         tree["head"] = {"bias": ArraySpec((V,), ("vocab",))}
         if not cfg.tie_embeddings:
-            tree["head"]["weight"] = ArraySpec((V, inputs), ("vocab", "embed"), uniform, decay=True)
+            tree["head"]["weight"] = heads.table_specs(cfg, inputs, uniform)
     return tree | heads.head_specs(cfg.task, inputs, cfg.num_labels, uniform)
 
 

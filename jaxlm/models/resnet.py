@@ -11,7 +11,7 @@ zero. Here, the padding tokens of a row (segment 0) are moved to the end of the 
 counts as part of the text: the values at padding are not zero after the first convolution, and batch statistics include
 these values. A row must contain only one text; a row with several documents gives NaN.
 
-Shapes: B batch, T time, S length after all halvings, C channels, V vocabulary.
+Shapes: B batch, T time, S length after all halvings, C channels.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from jaxlm.nn.batch_norm import batch_norm, batch_norm_specs, statistics_specs
 from jaxlm.nn.convolution import convolution, convolution_specs
 from jaxlm.nn.convolution.pooling import k_max_pool, max_pool
 from jaxlm.nn.convolution.window import pad_to_length
-from jaxlm.nn.embedding import embed, round_up
+from jaxlm.nn.embedding import embed
 from jaxlm.nn.linear import linear, linear_specs
 from jaxlm.sharding import constrain
 from jaxlm.spec import ArraySpec, Normal, Params
@@ -209,9 +209,8 @@ def specs(cfg: Config) -> dict[str, Any]:
         init = Normal((2 / (kernel * inputs)) ** 0.5)  # He et al. 2015
         return convolution_specs((kernel, inputs, outputs), ("embed", "mlp"), init, bias=bias)
 
-    V = round_up(cfg.vocab_size, cfg.vocab_multiple)
     tree: dict[str, Any] = {
-        "token_embedding": ArraySpec((V, cfg.embed_dim), ("vocab", "embed"), Normal(1.0), decay=True),
+        "token_embedding": heads.table_specs(cfg, cfg.embed_dim, Normal(1.0)),
         "input": conv(3, cfg.embed_dim, cfg.channels, bias=True),
         "statistics": {},
     }

@@ -7,7 +7,7 @@ head. There are no position embeddings. The output for a token depends only on t
 receptive field, not on padding. The code follows fairseq's ``fconv_lm``, but the head is a linear layer without bias
 instead of an adaptive softmax.
 
-Shapes: B batch, T time, C channels, V vocabulary.
+Shapes: B batch, T time, C channels.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from jaxlm.models import common, heads
 from jaxlm.nn.convolution import causal_convolution, convolution_specs, weight_norm, weight_norm_specs
 from jaxlm.nn.convolution.window import move_padding_last, past_segment_specs, restore_order, tail_specs
 from jaxlm.nn.dropout import dropout
-from jaxlm.nn.embedding import embed, round_up
+from jaxlm.nn.embedding import embed
 from jaxlm.nn.linear import linear, linear_specs
 from jaxlm.sharding import constrain
 from jaxlm.spec import ArraySpec, Normal, Params, State, fold_in_name
@@ -119,14 +119,14 @@ def _widths(cfg: Config) -> list[int]:
 
 def specs(cfg: Config) -> dict[str, Any]:
     """The specs of all parameters. Initial scales preserve variance through GLU and dropout (Gehring et al. 2017)."""
-    V, keep_rate, widths = round_up(cfg.vocab_size, cfg.vocab_multiple), 1.0 - cfg.dropout, _widths(cfg)
+    keep_rate, widths = 1.0 - cfg.dropout, _widths(cfg)
 
     def normed_linear_specs(inputs: int, outputs: int) -> dict[str, ArraySpec]:
         unnormed = linear_specs((inputs, outputs), ("embed", "mlp"), Normal((keep_rate / inputs) ** 0.5))
         return weight_norm_specs(unnormed, num_input_axes=1)
 
     tree: dict[str, Any] = {
-        "token_embedding": ArraySpec((V, cfg.embed_dim), ("vocab", "embed"), Normal(0.1), decay=True),
+        "token_embedding": heads.table_specs(cfg, cfg.embed_dim, Normal(0.1)),
         "input": normed_linear_specs(cfg.embed_dim, widths[0]),
     }
     for number, (channels, kernel, residual) in enumerate(cfg.blocks):
@@ -137,10 +137,7 @@ def specs(cfg: Config) -> dict[str, Any]:
         if residual and widths[number + 1 - residual] != channels:
             block["residual"] = normed_linear_specs(widths[number + 1 - residual], channels)
         tree[f"layer_{number}"] = block
-    if cfg.task == "causal":
-        init = Normal((keep_rate / widths[-1]) ** 0.5)
-        tree["head"] = ArraySpec((V, widths[-1]), ("vocab", "embed"), init, decay=True)
-    return tree
+    return tree | heads.decoder_head_specs(cfg, widths[-1], Normal((keep_rate / widths[-1]) ** 0.5))
 
 
 def state_specs(cfg: Config, batch: int, length: int) -> dict[str, ArraySpec]:

@@ -8,7 +8,7 @@ the first block (value residual). The size of the state does not depend on the l
 Names in this module, with the symbols of the paper and of published files: receptance (r, the query), decay (w), rate
 (a, the in-context learning rate), removal (xi, ``k_k``), replacement (alpha, ``k_a``), bonus (rho, ``r_k``).
 
-Shapes: B batch, T time, D model width, H heads, K width of a head, F hidden width of the channel mix, V vocabulary.
+Shapes: B batch, T time, D model width, H heads, K width of a head, F hidden width of the channel mix.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from jaxlm.nn.convolution.window import (
     restore_order,
     tail_specs,
 )
-from jaxlm.nn.embedding import embed, round_up
+from jaxlm.nn.embedding import embed
 from jaxlm.nn.linear import linear, linear_specs
 from jaxlm.nn.norm import l2_normalize, layer_norm, layer_norm_specs
 from jaxlm.nn.scan import generalized_delta_rule
@@ -202,16 +202,14 @@ def specs(cfg: Config) -> dict[str, Any]:
     instead of orthogonal matrices. As in the authors' code, weight decay applies to linear layers, the head and the
     token table, but not to low-rank matrices.
     """
-    D, V, normal = cfg.embed_dim, round_up(cfg.vocab_size, cfg.vocab_multiple), Normal(cfg.embed_dim**-0.5)
-    tree = {
-        "token_embedding": ArraySpec((V, D), ("vocab", "embed"), Uniform(1e-4), decay=True),
+    D = cfg.embed_dim
+    return {
+        "token_embedding": heads.table_specs(cfg, D, Uniform(1e-4)),
         "embedding_norm": layer_norm_specs(D),
         "layers": tuple(_layer_specs(cfg, layer) for layer in range(cfg.num_layers)),
         "final_norm": layer_norm_specs(D),
+        **heads.decoder_head_specs(cfg, D, Normal(0.5 * D**-0.5)),
     }
-    if cfg.task == "causal":
-        tree["head"] = ArraySpec((V, D), ("vocab", "embed"), Normal(0.5 * normal.stddev), decay=True)
-    return tree
 
 
 def _layer_specs(cfg: Config, layer: int) -> dict[str, Any]:

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm import spec
-from jaxlm.models import common
+from jaxlm.models import common, heads
 from jaxlm.nn.activation import activation
 from jaxlm.nn.attention import attention, cache
 from jaxlm.nn.attention.bias import AttentionBias
@@ -32,7 +32,7 @@ from jaxlm.nn.attention.distance_bias import distance_bias, distance_bias_at_pos
 from jaxlm.nn.attention.mask import Mask, document_mask
 from jaxlm.nn.attention.source import SourceKV, group_rows_by_source, project_source, with_source_kv
 from jaxlm.nn.dropout import dropout
-from jaxlm.nn.embedding import embed, round_up, unembed
+from jaxlm.nn.embedding import embed
 from jaxlm.nn.linear import linear, linear_specs
 from jaxlm.nn.norm import rms_norm, rms_norm_specs
 from jaxlm.sharding import constrain
@@ -253,7 +253,7 @@ def logits(cfg: Config, params: Params, hidden: jax.Array) -> jax.Array:
     if cfg.task == "none":
         raise ValueError("a T5 with task='none' has no head: set task='seq2seq' for logits of target tokens")
     name, scale = ("token_embedding", cfg.embed_dim**-0.5) if cfg.tie_embeddings else ("head", 1.0)
-    return constrain(unembed(params[name], hidden * scale, cfg.vocab_size), ("batch", None, "vocab"))
+    return heads.token_logits(cfg, params[name], hidden * scale)
 
 
 def init_decode_state(
@@ -302,7 +302,7 @@ def _num_decoder_layers(cfg: Config) -> int:
 def specs(cfg: Config) -> dict[str, Any]:
     """The specs of all parameters."""
     D, H, K, F = cfg.embed_dim, cfg.num_heads, cfg.head_dim, cfg.mlp_dim
-    V, normal = round_up(cfg.vocab_size, cfg.vocab_multiple), Normal(D**-0.5)
+    normal = Normal(D**-0.5)
     output = linear_specs((H, K, D), ("heads", "kv", "embed"), Normal((H * K) ** -0.5), num_input_axes=2, bias=False)
     projections = {
         name: linear_specs((D, H, K), ("embed", "heads", "kv"), Normal(stddev), bias=False)
@@ -321,12 +321,12 @@ def specs(cfg: Config) -> dict[str, Any]:
         layers = spec.layers([layer | per_layer] * count, stacked=cfg.scan_layers)
         return {"layers": layers, **shared, "final_norm": norm}
 
-    tree: dict[str, Any] = {"token_embedding": ArraySpec((V, D), ("vocab", "embed"), Normal(1.0), decay=True)}
+    tree: dict[str, Any] = {"token_embedding": heads.table_specs(cfg, D, Normal(1.0))}
     tree["encoder"] = stack(cfg.num_layers, encoder_layer)
     if _num_decoder_layers(cfg) > 0:
         tree["decoder"] = stack(_num_decoder_layers(cfg), decoder_layer)
     if cfg.task == "seq2seq" and not cfg.tie_embeddings:
-        tree["head"] = ArraySpec((V, D), ("vocab", "embed"), normal, decay=True)
+        tree["head"] = heads.table_specs(cfg, D, normal)
     return tree
 
 

@@ -26,6 +26,7 @@ from jaxlm.nn import choices
 from jaxlm.nn.attention import attention, memory
 from jaxlm.nn.attention.bias import AttentionBias
 from jaxlm.nn.attention.distance_bias import distance_bias, sinusoids
+from jaxlm.nn.convolution.window import real_first_indices
 from jaxlm.nn.dropout import dropout
 from jaxlm.nn.linear import linear, linear_specs
 from jaxlm.nn.loss import adaptive_softmax
@@ -122,7 +123,7 @@ def apply(
         # Move the padding of the new tokens to the end of each row. The memory has its empty slots and its padding at
         # its start. So the real tokens of the memory and the new real tokens are adjacent. Then the distance of two
         # tokens is the difference of their indices, and the bias needs no gather (``distance_bias``).
-        order_BT = jnp.argsort(segment_ids == 0, axis=1, stable=True)
+        order_BT = real_first_indices(segment_ids)
         tokens, segment_ids = (jnp.take_along_axis(x, order_BT, axis=1) for x in (tokens, segment_ids))
     memory_context, state = memory.make_context(
         tokens, state, segment_ids, window=cfg.memory_length if cfg.same_length else None

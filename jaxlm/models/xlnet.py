@@ -29,7 +29,7 @@ from jaxlm.nn.attention import attention, memory
 from jaxlm.nn.attention.distance_bias import sinusoids, type_bias
 from jaxlm.nn.attention.two_streams import Stream, StreamKind, make_streams
 from jaxlm.nn.dropout import dropout
-from jaxlm.nn.embedding import embed, round_up, unembed, widen_ids
+from jaxlm.nn.embedding import embed, round_up, widen_ids
 from jaxlm.nn.linear import linear, linear_specs
 from jaxlm.nn.norm import layer_norm, layer_norm_specs
 from jaxlm.sharding import constrain
@@ -223,8 +223,7 @@ def logits(cfg: Config, params: Params, hidden: jax.Array) -> jax.Array:
     """
     if cfg.task != "permutation":
         return heads.head_logits(cfg.task, params, hidden)
-    logits = unembed(params["token_embedding"], hidden, cfg.vocab_size)
-    return constrain(logits + params["output_bias"].astype(jnp.float32)[None, None], ("batch", None, "vocab"))
+    return heads.token_logits(cfg, params["token_embedding"], hidden, params["output_bias"])
 
 
 def pool(
@@ -315,7 +314,7 @@ def specs(cfg: Config) -> dict[str, Any]:
         "mlp_norm": layer_norm_specs(D),
     }
     tree = {
-        "token_embedding": ArraySpec((V, D), ("vocab", "embed"), normal, decay=True),
+        "token_embedding": heads.table_specs(cfg, D, normal),
         "mask_embedding": ArraySpec((D,), ("embed",), normal),
         "layers": spec.layers([block] * cfg.num_layers, stacked=cfg.scan_layers),
         **heads.head_specs(cfg.task, D, cfg.num_labels, normal),

@@ -14,7 +14,7 @@ P = D / H width of a head of an sLSTM (Q: the same width, on the output axis of 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ from jaxlm.models import common, heads
 from jaxlm.nn.activation import soft_cap
 from jaxlm.nn.convolution import causal_depthwise_convolution, depthwise_convolution_specs
 from jaxlm.nn.convolution.window import TokenLayout, move_padding_last, past_segment_specs, restore_order, tail_specs
-from jaxlm.nn.embedding import embed, round_up
+from jaxlm.nn.embedding import embed
 from jaxlm.nn.linear import linear, linear_specs
 from jaxlm.nn.norm import multi_head_layer_norm, rms_norm, rms_norm_specs
 from jaxlm.nn.recurrence import slstm, slstm_specs, slstm_state_specs
@@ -75,9 +75,11 @@ class Config(common.TransformerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        common.check_pattern(self, get_args(Mixer))
+        common.check_pattern(self)
         for width in ("key_dim", "value_dim", *(["embed_dim"] if "slstm" in self.pattern else [])):
             common.check_divides(self, "num_heads", width)
+        if self.embed_dim < self.num_heads:
+            raise ValueError(f"embed_dim={self.embed_dim} must be at least num_heads={self.num_heads}")
         for name in ("gate_soft_cap", "logits_soft_cap"):
             cap = getattr(self, name)
             if cap is not None and cap <= 0.0:
@@ -196,7 +198,7 @@ def specs(cfg: Config) -> dict[str, Any]:
     of an sLSTM are those of the authors' code with the option ``small_init``.
     """
     D, H, F, L = cfg.embed_dim, cfg.num_heads, cfg.mlp_dim, cfg.num_layers
-    K, V, P, padded_vocab = cfg.key_dim // H, cfg.value_dim // H, D // H, round_up(cfg.vocab_size, cfg.vocab_multiple)
+    K, V, P = cfg.key_dim // H, cfg.value_dim // H, D // H
     small_init, norm = Normal((2 / (5 * D)) ** 0.5), rms_norm_specs(D)
 
     def gate(bias_init: Any) -> dict[str, ArraySpec]:
@@ -228,15 +230,14 @@ def specs(cfg: Config) -> dict[str, Any]:
     mlp = swiglu_specs(D, F, small_init, Normal(2 / L * F**-0.5))
     shared = {"mixer_norm": norm, "mlp_norm": norm, "mlp": mlp}
     mixer_specs = {"mlstm": mlstm_layer, "slstm": slstm_layer}
-    table = ArraySpec((padded_vocab, D), ("vocab", "embed"), small_init, decay=True)
-    tree = {
-        "token_embedding": table,
+    return {
+        "token_embedding": heads.table_specs(cfg, D, small_init),
         "layers": spec.layers(
             ({**shared, mixer: mixer_specs[mixer]} for mixer in common.layer_kinds(cfg)), stacked=cfg.scan_layers
         ),
         "final_norm": norm,
+        **heads.decoder_head_specs(cfg, D, small_init),
     }
-    return tree if cfg.tie_embeddings or cfg.task != "causal" else {**tree, "head": table}
 
 
 def state_specs(cfg: Config, batch: int, length: int) -> dict[str, Any]:

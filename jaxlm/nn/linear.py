@@ -53,6 +53,12 @@ def linear(params: Params, x: jax.Array, *, num_input_axes: int = 1) -> jax.Arra
     return add(y, bias)
 
 
+def dot(x: jax.Array, y: jax.Array, contract: tuple[int, int], *, precision: lax.Precision | None = None) -> jax.Array:
+    """The product of two matrices, float32. It sums over axis ``contract[0]`` of x and axis ``contract[1]`` of y."""
+    axes = ((contract[0],), (contract[1],)), ((), ())
+    return lax.dot_general(x, y, axes, precision=precision, preferred_element_type=jnp.float32)
+
+
 def _add(y: jax.Array, bias: jax.Array) -> jax.Array:
     return y + lax.broadcast_in_dim(bias.astype(y.dtype), y.shape, tuple(range(y.ndim - bias.ndim, y.ndim)))
 

@@ -25,7 +25,7 @@ import dataclasses
 
 import numpy as np
 
-from jaxlm.config import check_int32
+from jaxlm.config import check_int32, check_min
 from jaxlm.objectives.batch import Batch, token_loss
 
 loss = token_loss
@@ -64,8 +64,7 @@ class PermutationConfig:
 
     def __post_init__(self) -> None:
         for name in ("reuse_length", "permutation_length", "num_predict", "alpha", "beta", "max_span_length"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+            check_min(1, **{name: getattr(self, name)})
 
     def check_window(self, length: int) -> None:
         """Raise ``ValueError`` if a window of ``length`` tokens cannot be split into two parts.

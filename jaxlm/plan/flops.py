@@ -237,14 +237,9 @@ def kernel_grids(jaxpr: Any) -> dict[Kernel, set[int]]:
     grids: dict[Kernel, set[int]] = {}
     for equation in jaxpr.eqns:
         if equation.primitive.name == "pallas_call":
-            kernel = _kernel_name(equation.params), tuple(result.aval.shape for result in equation.outvars)
+            kernel = equation.params["name"], tuple(result.aval.shape for result in equation.outvars)
             grids.setdefault(kernel, set()).add(math.prod(equation.params["grid_mapping"].grid))
         for inner in _inner_jaxprs(equation.params):
             for kernel, steps_of_inner in kernel_grids(inner).items():
                 grids.setdefault(kernel, set()).update(steps_of_inner)
     return grids
-
-
-def _kernel_name(params: dict[str, Any]) -> str:
-    info = params.get("name_and_src_info")
-    return str(params.get("name")) if info is None else str(info.name)

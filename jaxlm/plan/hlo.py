@@ -279,12 +279,10 @@ class Operation:
     """An operation of the schedule.
 
     Attributes:
-        computation: the name of the computation that contains the instruction.
         times: number of executions in one run of the program.
     """
 
     instruction: Instruction
-    computation: str
     times: int
 
     @property
@@ -308,7 +306,6 @@ class Collective:
     bytes: int
     times: int
     group_size: int | None
-    op_name: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -378,7 +375,7 @@ def _add_computation(program: Program, name: str, times: int, total: Costs) -> N
         if kind in COLLECTIVES:
             total.collectives.append(_collective(computation, instruction, kind, times))
         if instruction.cycles is not None or instruction.is_kernel:
-            total.operations.append(Operation(instruction, name, times))
+            total.operations.append(Operation(instruction, times))
 
 
 def _size_of_costs(costs: Costs) -> tuple[float, int, int]:
@@ -417,7 +414,7 @@ def _collective(computation: list[Instruction], instruction: Instruction, kind: 
     result = shape_bytes(instruction.shape)
     if instruction.opcode.endswith("-start") and instruction.shape.startswith("("):
         result = max(result - operands, 0)  # the shape of a ``-start`` is a tuple of operands and result
-    return Collective(kind, max(operands, result), times, _group_size(instruction.attribute_text), instruction.op_name)
+    return Collective(kind, max(operands, result), times, _group_size(instruction.attribute_text))
 
 
 def _group_size(attribute_text: str) -> int | None:

@@ -9,7 +9,6 @@ cycles without waiting. This holds for kernels without inner loops.
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import re
 import tempfile
@@ -20,25 +19,21 @@ _FLAGS = "--xla_jf_dump_to={} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass
 _DUMP = re.compile(r"--xla_jf_dump_to=(\S+)")
 
 
-@dataclasses.dataclass(frozen=True)
-class Schedule:
-    """The number of bundles of a kernel at each loop depth.
+Schedule = tuple[int, ...]
+"""The number of bundles of a kernel at each loop depth: entry d is the number at depth d.
 
-    Attributes:
-        bundles: entry d is the number of bundles at loop depth d. Bundles of depth 0 run once per call, and those of
-            depth 1 once per grid step. Deeper bundles are in loops inside the kernel. The dump does not contain the
-            numbers of iterations of these loops.
+Bundles of depth 0 run once per call, and those of depth 1 once per grid step. Deeper bundles are in loops inside the
+kernel. The dump does not contain the numbers of iterations of these loops.
+"""
+
+
+def cycles(schedule: Schedule, steps: int) -> int:
+    """Cycles of a call with ``steps`` grid steps, with one cycle per bundle.
+
+    All predicated bundles count in each grid step, and inner loops count as one iteration.
     """
-
-    bundles: tuple[int, ...]
-
-    def cycles(self, steps: int) -> int:
-        """Cycles of a call with ``steps`` grid steps, with one cycle per bundle.
-
-        All predicated bundles count in each grid step, and inner loops count as one iteration.
-        """
-        per_call, *per_step = self.bundles
-        return per_call + steps * sum(per_step)
+    per_call, *per_step = schedule
+    return per_call + steps * sum(per_step)
 
 
 def dump_schedules() -> None:
@@ -85,4 +80,4 @@ def parse(text: str) -> Schedule:
         if match:
             depth = match[2].count(">")
             counts[depth] = counts.get(depth, 0) + 1
-    return Schedule(tuple(counts.get(depth, 0) for depth in range(max(counts, default=0) + 1)))
+    return tuple(counts.get(depth, 0) for depth in range(max(counts, default=0) + 1))

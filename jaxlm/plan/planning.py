@@ -4,6 +4,7 @@ the compiler."""
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -105,7 +106,7 @@ class KernelStats:
     cycles: int | None
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
     """The estimates for a step that has not run.
 
@@ -148,19 +149,19 @@ class Plan:
     device_kind: str
     fits: bool
     reason: str
-    memory: Memory | None
+    memory: Memory | None = None
     flops: float
     flops_formula: str
-    cycles: int | None
-    seconds: float | None
-    communication: float | None
-    mfu: float | None
-    mfu_with_communication: float | None
+    cycles: int | None = None
+    seconds: float | None = None
+    communication: float | None = None
+    mfu: float | None = None
+    mfu_with_communication: float | None = None
     min_memory_seconds: float | None
-    collectives: list[CollectiveStats]
-    most_expensive: list[OperationStats]
-    kernels: list[KernelStats]
-    notes: list[str]
+    collectives: list[CollectiveStats] = dataclasses.field(default_factory=list)
+    most_expensive: list[OperationStats] = dataclasses.field(default_factory=list)
+    kernels: list[KernelStats] = dataclasses.field(default_factory=list)
+    notes: list[str] = dataclasses.field(default_factory=list)
     compile_seconds: float
 
 
@@ -205,7 +206,7 @@ def plan(
     _check_settings(decode, optimizer, grad_accum_steps, param_dtype)
     devices = topology.get_topology(topology_name)
     sharding = Sharding(make_mesh(mesh, devices=devices.devices))
-    sequence = program.default_sequence(model) if sequence is None else sequence
+    sequence = min(model.max_positions or 512, 1024) if sequence is None else sequence
     if decode:
         step = program.decoding_step(model, sharding, batch, sequence, param_dtype=param_dtype)
     else:
@@ -216,16 +217,16 @@ def plan(
     traced = step.function.trace(*step.arguments)
     grids = flops.kernel_grids(traced.jaxpr.jaxpr)
     parts = {part: program.device_bytes(tree) for part, tree in step.parts.items()}
-    common_fields: dict[str, Any] = {
-        "model": model.family, "topology": topology_name, "mesh": mesh, "objective": step.objective,
-        "dtype": str(getattr(model.config, "dtype", "float32")), "batch": batch, "sequence": sequence,
-        "tokens": step.tokens, "devices": len(devices.devices), "device_kind": devices.devices[0].device_kind,
-        "flops": step.flops.amount, "flops_formula": step.flops.formula,
-    }  # fmt: skip
     min_memory_seconds = None
     if decode and devices.device is not None:
         parameters = program.bytes_read_by_a_token(model, step.parts["parameters"])
         min_memory_seconds = (parameters + parts["state"]) / devices.device.bandwidth
+    plan_of_step = functools.partial(
+        Plan, model=model.family, topology=topology_name, mesh=mesh, objective=step.objective,
+        dtype=str(getattr(model.config, "dtype", "float32")), batch=batch, sequence=sequence, tokens=step.tokens,
+        devices=len(devices.devices), device_kind=devices.devices[0].device_kind, flops=step.flops.amount,
+        flops_formula=step.flops.formula, min_memory_seconds=min_memory_seconds,
+    )  # fmt: skip
     try:
         compiled = traced.lower().compile(compiler_options=dict(compiler_options or {}))
     except jax.errors.JaxRuntimeError as error:
@@ -233,25 +234,18 @@ def plan(
             raise ValueError(f"the compiler rejects the options {dict(compiler_options or {})}: {error}") from error
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        unknown: dict[str, Any] = dict.fromkeys(("cycles", "seconds", "communication", "mfu", "mfu_with_communication"))
-        return Plan(
-            **common_fields, **unknown, fits=False, reason=_reason(str(error)), memory=None,
-            min_memory_seconds=min_memory_seconds, collectives=[], most_expensive=[], kernels=[], notes=[],
-            compile_seconds=time.perf_counter() - start,
-        )  # fmt: skip
+        return plan_of_step(fits=False, reason=_reason(str(error)), compile_seconds=time.perf_counter() - start)
     seconds = time.perf_counter() - start
     costs = hlo.costs(hlo.parse(compiled.as_text()))
     memory = _memory(compiled.memory_analysis(), parts, devices.device, trains=not decode)
     fits = memory.limit is None or memory.total <= memory.limit
-    kernel_stats = _kernels(costs, grids, start_time_ns)
-    return Plan(
-        **common_fields,
-        **_estimates(costs, kernel_stats, step.flops.amount, devices),
+    kernel_stats, collectives = _kernels(costs, grids, start_time_ns), _collective_stats(costs, devices.device)
+    return plan_of_step(
+        **_estimates(costs.cycles, kernel_stats, collectives, step.flops.amount, devices),
         fits=fits,
         reason="" if fits else f"needs {memory.total / 2**30:.2f} of {(memory.limit or 0) / 2**30:.2f} GiB per device",
         memory=memory,
-        min_memory_seconds=min_memory_seconds,
-        collectives=_collective_stats(costs, devices.device),
+        collectives=collectives,
         most_expensive=_most_expensive(costs, kernel_stats),
         kernels=kernel_stats,
         notes=_notes(costs, kernel_stats),
@@ -308,13 +302,14 @@ def _memory(analysis: Any, parts: dict[str, int], device: Device | None, *, trai
 
 
 def _estimates(
-    costs: hlo.Costs, kernel_stats: list[KernelStats], model_flops: float, devices: topology.Topology
-) -> dict[str, Any]:
+    cycles_without_kernels: int, kernel_stats: list[KernelStats], collectives: list[CollectiveStats],
+    model_flops: float, devices: topology.Topology,
+) -> dict[str, Any]:  # fmt: skip
     device, count = devices.device, len(devices.devices)
     seconds = mfu = with_communication = None
     known = [kernel.cycles for kernel in kernel_stats if kernel.cycles is not None]
-    cycles = costs.cycles + sum(known) if costs.cycles and len(known) == len(kernel_stats) else None
-    collectives = _collective_stats(costs, device)
+    is_known = cycles_without_kernels > 0 and len(known) == len(kernel_stats)
+    cycles = cycles_without_kernels + sum(known) if is_known else None
     collective_seconds = [stats.seconds for stats in collectives if stats.seconds is not None]
     communication = sum(collective_seconds) if len(collective_seconds) == len(collectives) else None
     if device is not None and device.clock is not None and cycles is not None:
@@ -329,21 +324,21 @@ def _estimates(
 
 
 def _collective_stats(costs: hlo.Costs, device: Device | None) -> list[CollectiveStats]:
-    totals_of_kind: dict[str, list[float]] = {}
-    for op in costs.collectives:
-        group = op.group_size or 2
-        ring = (group - 1) / group  # the fraction of an array that a device sends in one pass around a ring
-        sent_share = {"all-reduce": 2 * ring, "collective-permute": 1.0 if group > 1 else 0.0}.get(op.kind, ring)
-        sent = sent_share * op.bytes
-        totals = totals_of_kind.setdefault(op.kind, [0, 0, 0.0])
-        totals[0] += op.times
-        totals[1] += op.times * op.bytes
-        totals[2] += op.times * sent
     link = None if device is None else device.link
-    return [
-        CollectiveStats(kind, int(count), int(size), None if link is None else sent / link)
-        for kind, (count, size, sent) in totals_of_kind.items()
-    ]
+    stats = []
+    for kind in dict.fromkeys(op.kind for op in costs.collectives):
+        ops = [op for op in costs.collectives if op.kind == kind]
+        count, size = sum(op.times for op in ops), sum(op.times * op.bytes for op in ops)
+        seconds = None if link is None else sum(op.times * _sent_bytes(op) for op in ops) / link
+        stats.append(CollectiveStats(kind, count, size, seconds))
+    return stats
+
+
+def _sent_bytes(op: hlo.Collective) -> float:
+    """The number of bytes that a device sends in one execution."""
+    group = op.group_size or 2
+    ring = (group - 1) / group  # the fraction of an array that a device sends in one pass around a ring
+    return {"all-reduce": 2 * ring, "collective-permute": 1.0 if group > 1 else 0.0}.get(op.kind, ring) * op.bytes
 
 
 def _most_expensive(costs: hlo.Costs, kernel_stats: list[KernelStats]) -> list[OperationStats]:
@@ -368,10 +363,8 @@ def _kernels(costs: hlo.Costs, grids: dict[flops.Kernel, set[int]], start_time_n
         schedule = schedules[key] = kernels.schedule_of(name, start_time_ns) or schedules.get(key)
         steps = grids.get((base_name, hlo.array_shapes(operation.instruction.shape)), set())
         grid = next(iter(steps)) if len(steps) == 1 else None  # unknown if such kernels have different grids
-        cycles = None if schedule is None or grid is None else schedule.cycles(grid) * operation.times
-        kernel_stats.append(
-            KernelStats(name, operation.times, grid, None if schedule is None else schedule.bundles, cycles)
-        )
+        cycles = None if schedule is None or grid is None else kernels.cycles(schedule, grid) * operation.times
+        kernel_stats.append(KernelStats(name, operation.times, grid, schedule, cycles))
     return kernel_stats
 
 

@@ -52,9 +52,8 @@ def device_bytes(tree: Any) -> int:
     """Bytes per device of a tree of ``jax.ShapeDtypeStruct`` with shardings."""
     total = 0
     for leaf in jax.tree.leaves(tree):
-        shape = leaf.sharding.shard_shape(leaf.shape) if leaf.sharding is not None else leaf.shape
-        size = 8 if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf.dtype.itemsize
-        total += math.prod(shape) * size
+        shape = leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
+        total += math.prod(shape) * leaf.dtype.itemsize
     return total
 
 
@@ -74,11 +73,6 @@ def bytes_read_by_a_token(model: Model, params: Params) -> float:
     )
 
 
-def default_sequence(model: Model) -> int:
-    """The default number of tokens per row: ``max_positions`` of the model (512 if it has none), at most 1024."""
-    return min(model.max_positions or 512, 1024)
-
-
 def abstract_batch(model: Model, batch: int, sequence: int, sharding: Sharding) -> Batch:
     """Shapes of the batch that the model's objective (``jaxlm.objectives``) makes from texts of ``sequence`` tokens.
 
@@ -86,11 +80,9 @@ def abstract_batch(model: Model, batch: int, sequence: int, sharding: Sharding) 
     source, and span corruption determines the length of the target.
 
     Raises:
-        ValueError: ``batch`` is not divisible by the number of shards of the batch axis, or no objective trains the
-            task.
+        ValueError: ``batch`` is not divisible by the number of shards of the batch axis.
     """
     task = model.task
-    objective(task)  # raises ValueError if no objective trains the task
     rows = sharding.named_sharding(("batch",), (batch,), "a batch")
 
     def array(*shape: int, dtype: DTypeLike = jnp.int32) -> jax.ShapeDtypeStruct:
@@ -192,7 +184,7 @@ def decoding_step(
             state, logits_BV = read_tokens(model, params, state, tokens_B)
             return state, argmax(logits_BV[:, : model.config.vocab_size])
 
-    slots = f", {sequence} cache slots" if "length" in specs else ""  # "length": a key-value cache
+    slots = f", {sequence} cache slots" if model.has_cache else ""
     function: Callable[..., Any] = jax.jit(step, donate_argnums=1, out_shardings=(sharding.tree(specs), rows))
     return Step(
         function, (params, state, tokens), {"parameters": params, "state": state},

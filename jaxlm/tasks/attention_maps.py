@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,14 +19,13 @@ import numpy as np
 from jaxlm import spec
 from jaxlm.data.encodings import SPECIAL_TOKEN, Encoding
 from jaxlm.data.tokenizers import Tokenizer
+from jaxlm.data.tokens import check_tokens
 from jaxlm.decoding import decoder_start_id
 from jaxlm.decoding.batches import pad_rows
-from jaxlm.decoding.prompts import source_vocab_size
-from jaxlm.decoding.text import check_ids_in_vocabulary
 from jaxlm.models import Model
 from jaxlm.models.model import NoAttentionWeightsError
 from jaxlm.spec import Params
-from jaxlm.tasks.predict import check_token_types
+from jaxlm.tasks.predict import check_encoding, check_texts, token_type_inputs
 from jaxlm.training.report import AttentionMap, write_attention
 
 
@@ -47,10 +47,7 @@ def write_attention_maps(
     tokenizer: Tokenizer,
     texts: Sequence[str],
     outputs: Sequence[str] | None = None,
-    *,
-    pairs: Sequence[str] | None = None,
-    max_tokens: int | None = None,
-    output_special_tokens: bool = True,
+    **options: Any,
 ) -> None:
     """Write the :func:`attention_maps` of the texts to ``attention.json`` in the directory ``run``.
 
@@ -58,11 +55,7 @@ def write_attention_maps(
     :func:`has_attention_maps` is False. The other arguments and the errors are those of :func:`attention_maps`.
     """
     if texts and has_attention_maps(model):
-        maps = attention_maps(
-            model, params, tokenizer, texts, outputs, pairs=pairs, max_tokens=max_tokens,
-            output_special_tokens=output_special_tokens,
-        )  # fmt: skip
-        write_attention(run, maps)
+        write_attention(run, attention_maps(model, params, tokenizer, texts, outputs, **options))
 
 
 def attention_maps(
@@ -95,74 +88,65 @@ def attention_maps(
 
     Raises:
         TypeError: the model cannot record attention weights, or ``texts`` is a single string.
-        ValueError: ``outputs`` is missing for an encoder-decoder, is given for another family, or has a different
-            length than ``texts``; ``pairs`` has a different length than ``texts``; a text has no tokens or more
-            tokens than the model has positions; or the tokenizer returns an id or a token type that the model does not
-            have.
+        ValueError: there are no texts; ``outputs`` is missing for an encoder-decoder, is given for another family, or
+            has a different length than ``texts``; ``pairs`` has a different length than ``texts``; a text has no tokens
+            or more tokens than the model has positions; or the tokenizer returns an id or a token type that the model
+            does not have.
     """
-    if isinstance(texts, str):
-        raise TypeError(f"texts must be a sequence of strings, got one string: pass [{texts!r}]")
+    check_texts(texts)
     if model.reads_source != (outputs is not None):
         if model.reads_source:
             raise ValueError(f"outputs=None: an encoder-decoder needs outputs, and {model.family!r} is such a family")
         raise ValueError(f"outputs={outputs!r}: only an encoder-decoder has outputs, so pass none for {model.family!r}")
     if outputs is not None and len(outputs) != len(texts):
         raise ValueError(f"{len(texts)} texts and {len(outputs)} outputs: give one output for each text")
-    positions = model.max_positions
-    if max_tokens is not None and positions is not None:
-        max_tokens = min(max_tokens, positions)
+    if max_tokens is not None and model.max_positions is not None:
+        max_tokens = min(max_tokens, model.max_positions)
     encoded = tokenizer.encode_inputs_batch(list(texts), pairs, max_length=max_tokens)
-    if not encoded:
-        return []
-    empty = [number for number, encoding in enumerate(encoded) if not encoding.ids.size]
-    if empty:
-        raise ValueError(f"text {empty[0]} is {texts[empty[0]]!r}, which has no tokens: pass at least one character")
-    longest = max(encoding.ids.size for encoding in encoded)
-    if positions is not None and longest > positions:
-        raise ValueError(f"a text has {longest} tokens, but the model has max_positions={positions}: set max_tokens")
     for number, encoding in enumerate(encoded):
-        check_ids_in_vocabulary(encoding.ids, source_vocab_size(model), f"text {number}")
-    tokens, segment_ids = (jnp.asarray(x) for x in pad_rows([encoding.ids for encoding in encoded], longest))
+        check_encoding(model, encoding, f"text {number}")
+    longest = max(encoding.ids.size for encoding in encoded)
+    tokens, segment_ids = pad_rows([encoding.ids for encoding in encoded], longest)
     inputs = list(zip(texts, strict=True) if pairs is None else zip(texts, pairs, strict=True))
     columns = [_token_texts(tokenizer, row, encoding) for row, encoding in zip(inputs, encoded, strict=True)]
     if outputs is None:
-        types = {}
-        if model.reads_token_types:
-            padded_types = pad_rows([e.token_types for e in encoded], tokens.shape[1])[0]
-            check_token_types(model, padded_types)
-            types["token_types"] = jnp.asarray(padded_types)
-        weights = model.attention_weights(params, tokens, segment_ids=segment_ids, **types)
+        types = token_type_inputs(model, [encoding.token_types for encoding in encoded], longest)
+        weights = model.attention_weights(params, jnp.asarray(tokens), segment_ids=segment_ids, **types)
         kind, rows = ("pool", None) if "pool" in weights else ("self", columns)
     else:
-        targets = tokenizer.encode_inputs_batch(list(outputs), max_length=max_tokens)
-        if not output_special_tokens:
-            targets = [
-                Encoding(*(field[target.sequence_ids != SPECIAL_TOKEN] for field in target)) for target in targets
-            ]
-        for number, target in enumerate(targets):
-            check_ids_in_vocabulary(target.ids, model.config.vocab_size, f"output {number}")
-        rows = [_token_texts(tokenizer, (text,), encoding) for text, encoding in zip(outputs, targets, strict=True)]
+        targets = _encode_outputs(model, tokenizer, outputs, max_tokens, output_special_tokens)
+        rows = [_token_texts(tokenizer, (text,), target) for text, target in zip(outputs, targets, strict=True)]
         start = decoder_start_id(model, tokenizer)
         shifted = [np.concatenate([[start], target.ids[:-1]]) for target in targets]
-        decoder_ids, decoder_segments = (jnp.asarray(x) for x in pad_rows(shifted, max(ids.size for ids in shifted)))
+        decoder_ids, decoder_segments = pad_rows(shifted, max(ids.size for ids in shifted))
         decoder_inputs = {"source": tokens, "source_segment_ids": segment_ids, "segment_ids": decoder_segments}
-        weights, kind = model.attention_weights(params, decoder_ids, **decoder_inputs), "cross"
+        weights, kind = model.attention_weights(params, jnp.asarray(decoder_ids), **decoder_inputs), "cross"
     layers = np.stack([np.asarray(layer) for layer in weights[kind]])  # [L, B, H, T, S]
     maps = []
     for n, column_names in enumerate(columns):
-        if rows is not None and not rows[n]:
-            continue
-        mean_HTS = layers[:, n].mean(axis=0)
+        # In families with a memory (Transformer-XL), the first keys are those of the memory. The memory is empty here,
+        # so drop these columns.
+        mean_HTS = layers[:, n].mean(axis=0)[..., -longest:]
         if rows is None:
             row_names, map_TS = [f"hop {hop + 1}" for hop in range(mean_HTS.shape[0])], mean_HTS[:, 0]
         else:
             row_names, map_TS = rows[n], mean_HTS.mean(axis=0)
-        # In families with a memory (Transformer-XL), the first keys are those of the memory. The memory is empty here,
-        # so drop these columns.
-        map_TS = map_TS[:, map_TS.shape[1] - tokens.shape[1] :]
-        map_TS = map_TS[: len(row_names), : len(column_names)]
-        maps.append(AttentionMap(texts[n], row_names, column_names, np.clip(map_TS, 0.0, 1.0)))
+        if row_names:
+            map_TS = np.clip(map_TS[: len(row_names), : len(column_names)], 0.0, 1.0)
+            maps.append(AttentionMap(texts[n], row_names, column_names, map_TS))
     return maps
+
+
+def _encode_outputs(
+    model: Model, tokenizer: Tokenizer, outputs: Sequence[str], max_tokens: int | None, special_tokens: bool
+) -> list[Encoding]:
+    """The encoding of each output. Raises ``ValueError`` if an id is outside the vocabulary of the model."""
+    encoded = tokenizer.encode_inputs_batch(list(outputs), max_length=max_tokens)
+    if not special_tokens:
+        encoded = [Encoding(*(field[row.sequence_ids != SPECIAL_TOKEN] for field in row)) for row in encoded]
+    for number, encoding in enumerate(encoded):
+        check_tokens(encoding.ids, model.config.vocab_size, min_length=0, name=f"output {number}")
+    return encoded
 
 
 def _token_texts(tokenizer: Tokenizer, inputs: Sequence[str], encoding: Encoding) -> list[str]:

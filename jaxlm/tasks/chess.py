@@ -229,8 +229,6 @@ def mate_in_one_accuracy(
         ValueError: there are no positions, ``batch_size`` is below 1, a position has no mate in one, or another
             argument is invalid for ``next_move_probabilities``.
     """
-    if not positions:
-        raise ValueError("mate_in_one_accuracy needs at least one position: search more games with mates_in_one")
     check_games("positions", positions, batch_size)
     check_model(model, tokenizer)
     boards = [board_after(line) for line in positions]

@@ -23,7 +23,7 @@ from jaxlm.data.games import UCI_MOVE, import_chess, san_without_check_signs
 from jaxlm.data.moves import MoveTokenizer
 from jaxlm.decoding import decoder_start_id
 from jaxlm.decoding.batches import pad_rows
-from jaxlm.decoding.describe import require_task
+from jaxlm.decoding.describe import require_next_token_head
 from jaxlm.decoding.prompts import read_prompts, read_tokens, source_vocab_size
 from jaxlm.decoding.sample import check_temperature
 from jaxlm.models import Model
@@ -310,9 +310,7 @@ class MoveReader:
     def _read(self, new_ids: list[list[int]], length: int) -> None:
         """Let the model read the new ids of each row, padded to ``length``. Update the model state and the logits."""
         tokens, segment_ids = pad_games([np.array(ids, np.int32) for ids in new_ids], self._batch, length)
-        self._state, logits = _read_moves(
-            self.model, self.params, self._state, tokens, segment_ids, sharding=active()
-        )  # fmt: skip
+        self._state, logits = _read_moves(self.model, self.params, self._state, tokens, segment_ids, sharding=active())
         self._used += length
         updated = np.flatnonzero(segment_ids.any(axis=1))
         self._logits[updated] = _check_not_nan(np.asarray(logits)[updated, : self.tokenizer.vocab_size])
@@ -383,9 +381,7 @@ def next_logits(
         batch_rows = rows[first : first + batch_size]
         batch = min(batch_size, 1 << (len(batch_rows) - 1).bit_length())
         tokens, segment_ids = pad_games(batch_rows, batch, padded_length(model, batch_rows))
-        logits = _last_logits(
-            model, params, tokens, segment_ids, start_id=start_id, sharding=active()
-        )  # fmt: skip
+        logits = _last_logits(model, params, tokens, segment_ids, start_id=start_id, sharding=active())
         yield _check_not_nan(np.asarray(logits)[: len(batch_rows), : tokenizer.vocab_size])
 
 
@@ -456,10 +452,7 @@ def check_model(model: Model, tokenizer: MoveTokenizer) -> None:
         raise TypeError(
             f"chess needs a MoveTokenizer, got a {type(tokenizer).__name__}: the model was not trained on moves"
         )
-    require_task(
-        model, ("causal", "permutation", "seq2seq"), "it does not predict moves",
-        "use a language model (GPT, Llama, LSTM, ...) or an encoder-decoder (T5, attention RNN)",
-    )  # fmt: skip
+    require_next_token_head(model, "it does not predict moves")
     for size in (model.config.vocab_size, source_vocab_size(model)):
         if size < tokenizer.vocab_size:
             raise ValueError(f"the tokenizer has {tokenizer.vocab_size} tokens, but the model has vocab_size={size}")

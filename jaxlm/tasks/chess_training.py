@@ -213,9 +213,9 @@ def write_test(
 
 
 def move_samples(
-    model: Model, params: Params, tokenizer: MoveTokenizer, games: Sequence[str], count: int = 20
+    model: Model, params: Params, tokenizer: MoveTokenizer, games: Sequence[str]
 ) -> Iterator[dict[str, str]]:
-    """Yield a row for ``write_samples`` for each of the first ``count`` games.
+    """Yield a row for ``write_samples`` for each of the first 20 games.
 
     A row has the first half of the moves (``source``), the next move (``reference``), and the five most probable next
     tokens with their probabilities (``output``).
@@ -224,9 +224,7 @@ def move_samples(
         ValueError: there are no games, one of these games has no moves, or as in
             :func:`jaxlm.tasks.chess_reading.next_move_probabilities`.
     """
-    games_words = [line.split() for line in games[:count]]
-    if not games_words:
-        raise ValueError(f"there are no samples of {len(games)} games with count={count}: use at least one game")
+    games_words = [line.split() for line in games[:20]]
     for index, words in enumerate(games_words):
         if not words:
             raise ValueError(f"game {index} has no moves: remove it")

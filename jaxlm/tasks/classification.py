@@ -14,7 +14,7 @@ import numpy as np
 from jaxlm.data.buckets import BucketBatch, Bucketed, Encoded, check_examples
 from jaxlm.data.examples import Examples, label_ids
 from jaxlm.data.tokenizers import Tokenizer, encode_truncated
-from jaxlm.decoding.text import check_ids_in_vocabulary
+from jaxlm.data.tokens import check_tokens
 from jaxlm.metrics import Score, accuracy, confusion, proportion
 from jaxlm.models import Model, resnet
 from jaxlm.objectives import classification
@@ -36,12 +36,17 @@ def encode(
             truncated.
 
     Raises:
-        ValueError: There are fewer than two labels, or no examples. An example lacks a field or has an unknown label.
-            A text has no tokens, more tokens than the model has positions, or an id that the model does not have.
-            ``max_length`` is too small for the special tokens and one token of each text.
+        ValueError: There are no examples, fewer than two labels, or another number of labels than the model has. An
+            example lacks a field or has an unknown label. A text has no tokens, more tokens than the model has
+            positions, or an id that the model does not have. ``max_length`` is too small for the special tokens and one
+            token of each text.
     """
     if len(labels) < 2:
         raise ValueError(f"the labels of {examples.name} are {list(labels)}: a classifier needs at least two labels")
+    if len(labels) != model.config.num_labels:
+        raise ValueError(
+            f"the labels of {examples.name} are {list(labels)}, but the model has num_labels={model.config.num_labels}"
+        )
     if not len(examples):
         raise ValueError(f"{examples.name} must have at least one example, got none")
     texts = examples.column("text")
@@ -57,7 +62,7 @@ def encode(
                 f"the text {text[:60]!r} of {examples.name} has {encoding.ids.size} tokens: it must have {allowed}. "
                 "Truncate long texts with max_length, or use a model with more positions"
             )
-        check_ids_in_vocabulary(encoding.ids, model.config.vocab_size, f"the text {text[:60]!r} of {examples.name}")
+        check_tokens(encoding.ids, model.config.vocab_size, name=f"the text {text[:60]!r} of {examples.name}")
         types = {"token_types": encoding.token_types} if model.reads_token_types else {}
         encoded.append({"tokens": encoding.ids, **types, "label": label})
     return encoded
@@ -111,7 +116,7 @@ def predict(model: Model, params: Params, encoded: Sequence[Encoded], batch_size
         check_examples(encoded, model.max_positions)
     ids = [np.asarray(example["tokens"]) for example in encoded]
     for number, row in enumerate(ids):
-        check_ids_in_vocabulary(row, model.config.vocab_size, f"example {number}")
+        check_tokens(row, model.config.vocab_size, name=f"example {number}")
     token_types = [np.asarray(example["token_types"]) for example in encoded if "token_types" in example]
     return label_probabilities(model, params, ids, token_types, batch_size, what="example")
 

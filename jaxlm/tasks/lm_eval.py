@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from jaxlm import extras
-from jaxlm.data.tokenizers import Tokenizer, load_tokenizer
-from jaxlm.interop.huggingface import load_pretrained
+from jaxlm.data.tokenizers import Tokenizer
 from jaxlm.models import Model
 from jaxlm.spec import Params
+from jaxlm.tasks.loading import load
 from jaxlm.tasks.text_requests import TextRequests
 
 try:
@@ -51,15 +51,10 @@ class HarnessModel(LM):
         """The ``HarnessModel`` of a run directory, or of a directory in Hugging Face layout.
 
         Args:
-            pretrained: the directory. If it has a subdirectory ``model``, the model is read from this subdirectory.
-            dtype: compute dtype, for example bfloat16. None: the ``dtype`` field of the model's config.
+            pretrained, dtype: the arguments of :func:`jaxlm.tasks.loading.load`.
             options: the keyword arguments of ``TextRequests``.
         """
-        directory = Path(pretrained)
-        directory = directory / "model" if (directory / "model").is_dir() else directory
-        overrides: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
-        model, params = load_pretrained(directory, **overrides)
-        return cls(model, params, load_tokenizer(directory), **options)
+        return cls(*load(pretrained, dtype), **options)
 
     @classmethod
     def create_from_arg_obj(

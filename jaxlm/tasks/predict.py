@@ -18,14 +18,13 @@ import numpy as np
 
 from jaxlm.data.encodings import SPECIAL_TOKEN, Encoding
 from jaxlm.data.tokenizers import Tokenizer
-from jaxlm.data.tokens import check_ids_1d
+from jaxlm.data.tokens import check_tokens
 from jaxlm.decoding import decoder_start_id
 from jaxlm.decoding.batches import bucket_length, length_batches, pad_rows
-from jaxlm.decoding.describe import require_task
+from jaxlm.decoding.describe import require_next_token_head, require_task
 from jaxlm.decoding.finite import check_finite, rename_rows_in_errors, rows_finite
 from jaxlm.decoding.prompts import source_vocab_size
-from jaxlm.decoding.score import perplexity_of, target_token_scores, token_scores
-from jaxlm.decoding.text import check_ids_in_vocabulary
+from jaxlm.decoding.score import TokenScores, perplexity_of, target_token_scores, token_scores
 from jaxlm.models import Model
 from jaxlm.sharding import Sharding, active
 from jaxlm.spec import Params
@@ -153,7 +152,7 @@ def label_words(
     labels: list[list[TokenLabel]] = [[] for _ in encodings]
     ids, types = [encoding.ids for encoding in encodings], [encoding.token_types for encoding in encodings]
     for batch in input_batches(model, ids, types, batch_size):
-        probabilities_BTL = _checked_probabilities(model, params, batch, pool=False)
+        probabilities_BTL = _checked_probabilities(model, params, batch)
         for number, probabilities_TL in zip(batch.numbers, probabilities_BTL, strict=True):
             encoding, text = encodings[number], texts[number]
             labels[number] = [
@@ -256,7 +255,7 @@ def score_texts(
             families: sources are given, or a text has fewer than 2 tokens.
         NotFiniteError: as in :func:`classify`.
     """
-    _require_next_token_task(model)
+    require_next_token_head(model, "it does not score texts")
     check_texts(texts)
     if not model.reads_source:
         if sources is not None:
@@ -268,14 +267,6 @@ def score_texts(
         count = "none" if sources is None else str(len(sources))
         raise ValueError(f"{model.family} needs one source for each text: got {count} for {len(texts)} texts")
     return _score_targets(model, params, tokenizer, texts, sources, batch_size)
-
-
-def _require_next_token_task(model: Model) -> None:
-    """Raise ``ValueError`` if the model does not predict next tokens."""
-    require_task(
-        model, ("causal", "permutation", "seq2seq"), "it does not score texts",
-        "load a language model (GPT, Llama, LSTM, ...) or an encoder-decoder (T5, attention RNN)",
-    )  # fmt: skip
 
 
 def _score_causal(
@@ -297,12 +288,10 @@ def _score_targets(
     start_id, end_id = decoder_start_id(model, tokenizer), tokenizer.end_id
     encoded = _encode(model, tokenizer, sources, None, "source")
     rows = []
-    for number, encoding in enumerate(tokenizer.encode_inputs_batch(texts)):
+    for encoding in tokenizer.encode_inputs_batch(texts):
         ids = encoding.ids
         if end_id is not None and (ids.size == 0 or ids[-1] != end_id):
             ids = np.append(ids, np.int32(end_id))
-        if ids.size == 0:
-            raise ValueError(f"text {number} is {texts[number]!r}, which has no tokens")
         rows.append(ids)
     return score_ids(
         model, params, [encoding.ids for encoding in encoded], rows, start_id=start_id, batch_size=batch_size
@@ -338,7 +327,7 @@ def score_ids(
             does not read the last id.
         NotFiniteError: as in :func:`classify`.
     """
-    _require_next_token_task(model)
+    require_next_token_head(model, "it does not score texts")
     if len(contexts) != len(continuations):
         raise ValueError(
             f"each continuation needs one context: got {len(continuations)} continuations and {len(contexts)} contexts"
@@ -350,16 +339,8 @@ def score_ids(
         raise ValueError(f"start_id={start_id}, but {model.family} {problem}")
     limit = model.max_positions
     for number, (context, ids) in enumerate(zip(contexts, continuations, strict=True)):
-        if context.size == 0 or ids.size == 0:
-            raise ValueError(
-                f"text {number} has {context.size} context tokens and {ids.size} scored tokens: both must be at least 1"
-            )
-        for array, vocab_size, name in (
-            (context, source_vocab_size(model), f"the context of text {number}"),
-            (ids, model.config.vocab_size, f"text {number}"),
-        ):
-            check_ids_1d(array, name=name)
-            check_ids_in_vocabulary(array, vocab_size, name)
+        check_tokens(context, source_vocab_size(model), name=f"the context of text {number}")
+        check_tokens(ids, model.config.vocab_size, name=f"text {number}")
         if start_id is not None:
             _check_length(context.size, limit, f"the context of text {number}")
             _check_length(ids.size, limit, f"text {number}")
@@ -371,23 +352,8 @@ def score_ids(
     pairs = list(zip(contexts, continuations, strict=True))
     log_probs, greedy = ([np.zeros(0)] * len(pairs) for _ in range(2))
     for numbers in length_batches([context.size + ids.size for context, ids in pairs], batch_size):
-        batch = [pairs[number] for number in numbers]
-        if start_id is None:
-            # The model does not read the last token, so only the other tokens are padded to a bucket length.
-            length = 1 + bucket_length(max(context.size + ids.size for context, ids in batch) - 1, limit)
-            tokens_BT, segment_ids_BT = pad_rows([np.concatenate(pair) for pair in batch], length)
-            with rename_rows_in_errors("text", numbers):
-                scores = token_scores(model, params, tokens_BT, segment_ids_BT)
-        else:
-            # Sources and targets are padded to one length. With two, each pair of bucket lengths would be compiled.
-            length = bucket_length(max(max(context.size, ids.size) for context, ids in batch), limit)
-            source_BS, source_segment_ids_BS = pad_rows([context for context, _ in batch], length)
-            targets_BT, segment_ids_BT = pad_rows([ids for _, ids in batch], length)
-            with rename_rows_in_errors("text", numbers):
-                scores = target_token_scores(
-                    model, params, source_BS, targets_BT, start_id=start_id, source_segment_ids=source_segment_ids_BS,
-                    segment_ids=segment_ids_BT,
-                )  # fmt: skip
+        with rename_rows_in_errors("text", numbers):
+            scores = _score_batch(model, params, [pairs[number] for number in numbers], start_id)
         log_probs_BT, greedy_BT = np.asarray(scores.log_probs), np.asarray(scores.greedy)
         for row, number in enumerate(numbers):
             context, ids = pairs[number]
@@ -395,6 +361,28 @@ def score_ids(
             log_probs[number] = log_probs_BT[row, first : first + ids.size]
             greedy[number] = greedy_BT[row, first : first + ids.size]
     return TextScores(log_probs, greedy)
+
+
+def _score_batch(
+    model: Model, params: Params, pairs: Sequence[tuple[np.ndarray, np.ndarray]], start_id: int | None
+) -> TokenScores:
+    """The scores of a batch of pairs (context, continuation), with one row per pair.
+
+    A row has the scores of the continuation. If ``start_id`` is None, it begins with the scores of ``context[1:]``.
+    """
+    if start_id is None:
+        rows = [np.concatenate(pair) for pair in pairs]
+        # The model does not read the last token, so only the other tokens are padded to a bucket length.
+        length = 1 + bucket_length(max(row.size for row in rows) - 1, model.max_positions)
+        return token_scores(model, params, *pad_rows(rows, length))
+    # Sources and targets are padded to one length. With two, each pair of bucket lengths would be compiled.
+    length = bucket_length(max(ids.size for pair in pairs for ids in pair), model.max_positions)
+    source_BS, source_segment_ids_BS = pad_rows([context for context, _ in pairs], length)
+    targets_BT, segment_ids_BT = pad_rows([continuation for _, continuation in pairs], length)
+    return target_token_scores(
+        model, params, source_BS, targets_BT, start_id=start_id, source_segment_ids=source_segment_ids_BS,
+        segment_ids=segment_ids_BT,
+    )  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------ inputs and batches
@@ -432,9 +420,18 @@ def _encode(
             raise ValueError(
                 f"{what} is {texts[number]!r}, which has no tokens: pass a text that is not only white space"
             )
-        check_ids_in_vocabulary(encoding.ids, source_vocab_size(model), what)
-        _check_length(encoding.ids.size, model.max_positions, what)
+        check_encoding(model, encoding, what)
     return encodings
+
+
+def check_encoding(model: Model, encoding: Encoding, what: str) -> None:
+    """Raise ``ValueError`` if the model (for an encoder-decoder, its encoder) cannot read an encoding.
+
+    Args:
+        what: the name of the text in messages.
+    """
+    check_tokens(encoding.ids, source_vocab_size(model), name=what)
+    _check_length(encoding.ids.size, model.max_positions, what)
 
 
 def input_batches(
@@ -454,11 +451,23 @@ def input_batches(
     for numbers in length_batches([row.size for row in ids], batch_size):
         length = bucket_length(max(ids[number].size for number in numbers), model.max_positions)
         tokens, segment_ids = pad_rows([ids[number] for number in numbers], length)
-        inputs = {}
-        if model.reads_token_types and token_types:
-            inputs["token_types"], _ = pad_rows([token_types[number] for number in numbers], length)
-            check_token_types(model, inputs["token_types"])
-        yield InputBatch(numbers, tokens, segment_ids, inputs)
+        types = [token_types[number] for number in numbers] if token_types else []
+        yield InputBatch(numbers, tokens, segment_ids, token_type_inputs(model, types, length))
+
+
+def token_type_inputs(model: Model, token_types: Sequence[np.ndarray], length: int) -> dict[str, np.ndarray]:
+    """The keyword argument ``token_types`` [B, ``length``] of ``apply``; none if ``token_types`` is empty.
+
+    There is also none if the model does not read token types.
+
+    Raises:
+        ValueError: the model has no embedding for a token type.
+    """
+    if not (model.reads_token_types and token_types):
+        return {}
+    rows, _ = pad_rows(token_types, length)
+    check_token_types(model, rows)
+    return {"token_types": rows}
 
 
 def check_token_types(model: Model, token_types: np.ndarray) -> None:
@@ -510,33 +519,32 @@ def label_probabilities(
     independent = _labels_are_independent(model)
     probabilities = np.zeros((len(ids), model.config.num_labels), np.float32)
     for batch in input_batches(model, ids, token_types, batch_size):
-        rows = _checked_probabilities(model, params, batch, pool=True, independent=independent, what=what)
+        rows = _checked_probabilities(model, params, batch, independent=independent, what=what)
         probabilities[batch.numbers] = rows[:, 0]
     return probabilities
 
 
 def _checked_probabilities(
-    model: Model, params: Params, batch: InputBatch, *, pool: bool, independent: bool = False, what: str = "text"
+    model: Model, params: Params, batch: InputBatch, *, independent: bool = False, what: str = "text"
 ) -> np.ndarray:
-    """The label probabilities of each row, [B, 1, L] float32 (``pool=True``), or of each token, [B, T, L].
+    """The label probabilities of each row, [B, 1, L] float32, or for a token classifier of each token, [B, T, L].
 
     Args:
         independent: True: the probability of each label is the sigmoid of its logit. False: the probabilities are the
             softmax of the logits.
 
     Raises:
-        NotFiniteError: the logits of a row are not finite. With ``pool=False``, the logits of padding are ignored.
+        NotFiniteError: the logits of a row are not finite. For a token classifier, the logits of padding are ignored.
     """
     probabilities, finite_B = _label_probabilities(
-        model, params, batch.tokens, batch.segment_ids, batch.inputs, pool=pool,
-        independent=independent, sharding=active(),
-    )  # fmt: skip
+        model, params, batch.tokens, batch.segment_ids, batch.inputs, independent=independent, sharding=active()
+    )
     with rename_rows_in_errors(what, batch.numbers):
         check_finite(model, params, finite_B)
     return np.asarray(probabilities)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "pool", "independent", "sharding"))
+@functools.partial(jax.jit, static_argnames=("model", "independent", "sharding"))
 def _label_probabilities(
     model: Model,
     params: Params,
@@ -544,17 +552,17 @@ def _label_probabilities(
     segment_ids_BT: jax.Array,
     inputs: dict[str, jax.Array],
     *,
-    pool: bool,
     independent: bool,
     sharding: Sharding | None,  # unused; jit traces again when it changes, because the model reads the active sharding
 ) -> tuple[jax.Array, jax.Array]:
     """The probabilities of :func:`_checked_probabilities`, and whether the logits of each row are finite, bool [B]."""
     hidden_BTD, _ = model.apply(params, tokens_BT, segment_ids=segment_ids_BT, **inputs)
-    if pool:
+    has_pooled_output = model.task == "classification"
+    if has_pooled_output:
         hidden_BTD = model.pool(params, hidden_BTD, segment_ids=segment_ids_BT)
     logits_BTL = model.logits(params, hidden_BTD).astype(jnp.float32)
     finite_BT = rows_finite(logits_BTL)
-    if not pool:
+    if not has_pooled_output:
         finite_BT |= segment_ids_BT == 0
     probabilities_BTL = jax.nn.sigmoid(logits_BTL) if independent else jax.nn.softmax(logits_BTL, axis=-1)
     return probabilities_BTL, jnp.all(finite_BT, axis=1)

@@ -25,10 +25,10 @@ from jaxlm.data.buckets import BucketBatch, Bucketed, Encoded
 from jaxlm.data.encodings import SPECIAL_TOKEN, Encoding
 from jaxlm.data.examples import Examples
 from jaxlm.data.tokenizers import Tokenizer
+from jaxlm.data.tokens import check_tokens
 from jaxlm.decoding.batches import pad_rows
 from jaxlm.decoding.describe import require_task
 from jaxlm.decoding.finite import check_finite, rename_rows_in_errors, rows_finite
-from jaxlm.decoding.text import check_ids_in_vocabulary
 from jaxlm.metrics import Score, exact_match, predictions_and_answers, token_f1, word_f1
 from jaxlm.models import Model
 from jaxlm.objectives import span_qa
@@ -139,8 +139,12 @@ def _targets(
     no_answer = [_no_answer_position(tokenizer, window) for window in windows]
     if not example["answers"]:
         return [(position, position) for position in no_answer]
+    if "starts" not in example:
+        raise ValueError(f"{what} has no field 'starts': convert SQuAD's format with jaxlm.data.squad.squad_example")
     answers = zip(example["answers"], example["starts"], strict=True)
     (text, start), _ = Counter(answers).most_common(1)[0]
+    if not example["context"].startswith(text, start):
+        raise ValueError(f"{what}: the answer {text!r} is not at character {start} of the context")
     # Most vocabularies have no tokens for white space, so leave out white space around the answer.
     stripped_start, stripped_end = start + len(text) - len(text.lstrip()), start + len(text.rstrip())
     overlaps = [_overlapping(window, stripped_start, stripped_end) for window in windows]
@@ -391,7 +395,7 @@ def _windows(
     except ValueError as error:
         raise ValueError(f"{what}: {error}") from error
     for window in windows:
-        check_ids_in_vocabulary(window.ids, model.config.vocab_size, what)
+        check_tokens(window.ids, model.config.vocab_size, name=what)
     return windows
 
 

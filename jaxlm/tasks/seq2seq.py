@@ -13,9 +13,9 @@ from jaxlm.data.buckets import BucketBatch, Bucketed, Encoded
 from jaxlm.data.encodings import SPECIAL_TOKEN
 from jaxlm.data.examples import Examples
 from jaxlm.data.tokenizers import Tokenizer, encode_truncated
+from jaxlm.data.tokens import check_tokens
 from jaxlm.decoding import decoder_start_id
 from jaxlm.decoding.prompts import source_vocab_size
-from jaxlm.decoding.text import check_ids_in_vocabulary
 from jaxlm.models import Model
 from jaxlm.objectives import seq2seq
 from jaxlm.objectives.batch import Batch, token_accuracy
@@ -86,7 +86,7 @@ def to_batch(model: Model, tokenizer: Tokenizer) -> Callable[[BucketBatch], Batc
 
     def make(rows: BucketBatch) -> Batch:
         for name, size in vocab_sizes.items():
-            check_ids_in_vocabulary(rows.fields[name], size, f"the {name} of an example")
+            check_tokens(rows.fields[name].ravel(), size, name=f"the {name} of a batch")
         batch = seq2seq.batch(
             rows.fields["source"], rows.fields["target"], start_id=start_id,
             source_segment_ids=rows.segment_ids("source"), segment_ids=rows.segment_ids("target"),

@@ -16,7 +16,6 @@ Shapes: B batch, T time.
 from __future__ import annotations
 
 import dataclasses
-import sys
 import time
 from pathlib import Path
 
@@ -210,13 +209,12 @@ def print_passage(
 ) -> str:
     """Generate a continuation of the prompt and print it during generation. Returns the prompt and the continuation."""
     passage, started = prompt, time.perf_counter()
-    sys.stdout.write(f"\n{prompt}")
+    print(f"\n{prompt}", end="")
     for piece in stream_text(model, params, tokenizer, prompt, config, key=key):
-        sys.stdout.write(piece)
-        sys.stdout.flush()
+        print(piece, end="", flush=True)
         passage += piece
     rate = tokenizer.encode(passage[len(prompt) :]).size / (time.perf_counter() - started)
-    sys.stdout.write(f"\n\n{rate:.0f} tokens per second, compilation included\n")
+    print(f"\n\n{rate:.0f} tokens per second, compilation included")
     return passage
 
 

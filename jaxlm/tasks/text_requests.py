@@ -29,7 +29,7 @@ from jaxlm.data.encodings import SPECIAL_TOKEN
 from jaxlm.data.tokenizers import Tokenizer
 from jaxlm.decoding import GenerationConfig, Sampling, decoder_start_id, generate_text
 from jaxlm.decoding.config import SUPPORTED_FIELDS, num_ids, settings_file
-from jaxlm.decoding.describe import require_task
+from jaxlm.decoding.describe import require_next_token_head
 from jaxlm.models import Model
 from jaxlm.spec import Params
 from jaxlm.tasks.predict import BATCH_SIZE, TextScores, score_ids
@@ -89,21 +89,16 @@ class TextRequests:
         max_gen_toks: int = 256,
         seed: int = 0,
     ) -> None:
-        require_task(
-            model, ("causal", "permutation", "seq2seq"), "it does not score or generate text",
-            "load a language model (GPT, Llama, LSTM, ...) or an encoder-decoder (T5, attention RNN)",
-        )  # fmt: skip
+        require_next_token_head(model, "it does not score or generate text")
         for name, value in (("batch_size", batch_size), ("max_length", max_length), ("max_gen_toks", max_gen_toks)):
             if value is not None and (type(value) is not int or value < 1):
                 raise ValueError(f"{name}={value!r} must be an integer of at least 1")
         positions = model.max_positions
         if max_length is not None and positions is not None and max_length > positions:
             raise ValueError(f"max_length={max_length} exceeds the model's max_positions={positions}")
-        vocab_size = min(model.config.vocab_size, tokenizer.vocab_size)
-        if prefix_token_id is not None and not 0 <= prefix_token_id < vocab_size:
-            raise ValueError(
-                f"prefix_token_id={prefix_token_id} must be an id of the vocabulary, from 0 to {vocab_size - 1}"
-            )
+        last_id = num_ids(model, tokenizer) - 1
+        if prefix_token_id is not None and not 0 <= prefix_token_id <= last_id:
+            raise ValueError(f"prefix_token_id={prefix_token_id} must be an id of the vocabulary, from 0 to {last_id}")
         self.model, self.params, self.tokenizer = model, params, tokenizer
         self.batch_size, self.max_gen_toks, self.seed = batch_size, max_gen_toks, seed
         self.max_length = positions if max_length is None else max_length
@@ -211,31 +206,27 @@ class TextRequests:
         groups: dict[GenerationConfig, list[int]] = {}
         for number, (_, options) in enumerate(requests):
             groups.setdefault(self.generation_config(options), []).append(number)
-        for config in groups:
-            if self._max_context(config) < 1:
+        rows = self._encode([context for context, _ in requests])
+        rows = [ids if ids.size else np.array([self._require_prefix_id()], np.int32) for ids in rows]
+        num_truncated = 0
+        for config, numbers in groups.items():
+            max_context = self._max_context(config)
+            if max_context < 1:
                 raise ValueError(
                     f"max_gen_toks={config.max_new_tokens} leaves no space for the context, because the model reads "
                     f"max_length={self.max_length} tokens: set a smaller max_gen_toks in the generation_kwargs of the "
                     "task (or in gen_kwargs)"
                 )
-        rows = self._encode([context for context, _ in requests])
-        rows = [ids if ids.size else np.array([self._require_prefix_id()], np.int32) for ids in rows]
-        results, num_truncated = [""] * len(requests), 0
-        for config, numbers in groups.items():
-            max_context = self._max_context(config)
             for number in numbers:
                 if rows[number].size > max_context:
                     self._check_truncation(f"the context of request {number}", rows[number].size, max_context)
+                    rows[number] = rows[number][-max_context:]
                     num_truncated += 1
-        key = jax.random.key(self.seed)
+        results, key = [""] * len(requests), jax.random.key(self.seed)
         for group, (config, numbers) in enumerate(groups.items()):
-            max_context = self._max_context(config)
-            assert config.sampling is not None
-            is_random = config.sampling.temperature > 0.0
-            prompts = [rows[number][-min(max_context, rows[number].size) :] for number in numbers]
             texts = generate_text(
-                self.model, self.params, self.tokenizer, prompts, config,
-                key=jax.random.fold_in(key, group) if is_random else None, skip_special_tokens=True,
+                self.model, self.params, self.tokenizer, [rows[number] for number in numbers], config,
+                key=jax.random.fold_in(key, group), skip_special_tokens=True,
             )  # fmt: skip
             for number, text in zip(numbers, texts, strict=True):
                 results[number] = text
@@ -265,13 +256,9 @@ class TextRequests:
         until = set_options.get("until", ())
         until = (until,) if isinstance(until, str) else until
         is_random = set_options.get("do_sample", set_options.get("temperature", 0.0) != 0.0)
-        sampling: dict[str, Any] = {"do_sample": is_random}
+        sampling = {"do_sample": is_random, "repetition_penalty": set_options.get("repetition_penalty")}
         if is_random:  # the temperature and the filters have no effect in greedy decoding
-            if "temperature" in set_options:
-                sampling["temperature"] = float(set_options["temperature"])
-            sampling |= {name: set_options[name] for name in _FILTERS if name in set_options}
-        if "repetition_penalty" in set_options:
-            sampling["repetition_penalty"] = set_options["repetition_penalty"]
+            sampling |= {name: set_options.get(name) for name in ("temperature", *_FILTERS)}
         config = GenerationConfig(
             max_new_tokens=set_options[lengths[0]] if lengths else self.max_gen_toks,
             # The harness passes an empty string if a task has no delimiter.

@@ -426,7 +426,7 @@ def test_a_segment_id_that_occurs_again_starts_a_document(name):
         return
     state, parts = initial_state(model, params, 1, 14), []
     for start, stop in ((0, 5), (5, 10), (10, 11), (11, 12)):
-        hidden, state = step_of(model, params, tokens[:, start:stop], state, again[:, start:stop])
+        hidden, state = apply(model, params, tokens[:, start:stop], state=state, segment_ids=again[:, start:stop])
         parts.append(hidden)
     assert relative_error(jnp.concatenate(parts, axis=1), expected) < TOLERANCE
 
@@ -438,14 +438,10 @@ def test_cached_equals_full_at_every_position(name, cuts):
     model, params, tokens = setup(name, batch=2, length=17)
     state, chunks = initial_state(model, params, 2, 20), []
     for start, stop in zip((0, *cuts), (*cuts, 17), strict=True):
-        hidden, state = step_of(model, params, tokens[:, start:stop], state)
+        hidden, state = apply(model, params, tokens[:, start:stop], state=state)
         chunks.append(hidden)
     assert relative_error(jnp.concatenate(chunks, axis=1), hidden_of(model, params, tokens)) < TOLERANCE
     assert spec.differences(state_specs_of(model, 2, 20), state) == []
-
-
-def step_of(model, params, tokens, state, segment_ids=None):
-    return apply(model, params, tokens, state=state, segment_ids=segment_ids)
 
 
 @every_decoder
@@ -457,11 +453,11 @@ def test_rows_of_unequal_length_decode_independently(name, side):
     for row, n in enumerate(lengths):
         positions = slice(9 - n, 9) if side == "left" else slice(0, n)
         prompt[row, positions], segments[row, positions] = tokens[row, :n], 1
-    _, state = step_of(model, params, prompt, initial_state(model, params, 3, 12), segments)
+    _, state = apply(model, params, prompt, state=initial_state(model, params, 3, 12), segment_ids=segments)
     outputs = []
     for i in range(3):
         next_tokens = np.stack([tokens[row, n + i] for row, n in enumerate(lengths)])[:, None]
-        hidden, state = step_of(model, params, next_tokens, state)
+        hidden, state = apply(model, params, next_tokens, state=state)
         outputs.append(hidden[:, 0])
     for row, n in enumerate(lengths):
         expected = hidden_of_row(model, params, tokens, row, 0, n + 3)[n:]
@@ -474,16 +470,16 @@ def test_take_and_reset_act_on_single_rows_of_a_state(name):
     model, params, tokens = setup(name, batch=3, length=12)
     specs = state_specs_of(model, 3, 12)
     assert all("batch" in leaf.axes for leaf in jax.tree.leaves(specs))
-    _, state = step_of(model, params, tokens[:, :8], initial_state(model, params, 3, 12))
+    _, state = apply(model, params, tokens[:, :8], state=initial_state(model, params, 3, 12))
     order = np.array([2, 0, 0])
-    after_take, _ = step_of(
-        model, params, tokens[order][:, 8:], spec.take_rows_clipped(specs, state, jnp.asarray(order))
+    after_take, _ = apply(
+        model, params, tokens[order][:, 8:], state=spec.take_rows_clipped(specs, state, jnp.asarray(order))
     )
     for row, source_row in enumerate(order):
         assert relative_error(after_take[row], hidden_of_row(model, params, tokens, source_row)[8:]) < TOLERANCE
     if model.reads_source:
         return  # a reset row would have no source
-    after_reset, _ = step_of(model, params, tokens[:, 8:], spec.reset(specs, state, jnp.array([True, False, True])))
+    after_reset, _ = apply(model, params, tokens[:, 8:], state=spec.reset(specs, state, jnp.array([True, False, True])))
     for row in (0, 2):
         assert relative_error(after_reset[row], hidden_of_row(model, params, tokens, row, 8)) < TOLERANCE
     assert relative_error(after_reset[1], hidden_of_row(model, params, tokens, 1)[8:]) < TOLERANCE
@@ -497,15 +493,15 @@ def test_a_prefix_branches_and_each_branch_rolls_back(name):
     source = {key: np.repeat(x[:1], 3, axis=0) for key, x in source_inputs(model, 1).items()}
     expected = hidden_of(model, params, tokens, **source)
     # The state has only 11 slots per row. So the last step works only if the rollback frees the slots of undone tokens.
-    _, prefix = step_of(model, params, tokens[:1, :5], initial_state(model, params, 1, 11))
+    _, prefix = apply(model, params, tokens[:1, :5], state=initial_state(model, params, 1, 11))
     before = spec.take_rows_clipped(state_specs_of(model, 1, 11), prefix, jnp.zeros(3, int))
-    hidden, after = step_of(model, params, tokens[:, 5:11], before)
+    hidden, after = apply(model, params, tokens[:, 5:11], state=before)
     assert relative_error(hidden, expected[:, 5:11]) < TOLERANCE
     count = np.array([3, 2, 0])
     state = jax.jit(model.rollback)(params, before, tokens[:, 5:11], after, count)
     assert spec.differences(state_specs_of(model, 3, 11), state) == []
     positions = 5 + count[:, None] + np.arange(3)
-    hidden, _ = step_of(model, params, np.take_along_axis(tokens, positions, axis=1), state)
+    hidden, _ = apply(model, params, np.take_along_axis(tokens, positions, axis=1), state=state)
     assert relative_error(hidden, np.take_along_axis(expected, positions[..., None], axis=1)) < TOLERANCE
 
 
@@ -519,12 +515,14 @@ def test_stacked_and_per_layer_states_agree(name):
     order, results = jnp.array([1, 0, 0]), []
     for variant, weights in ((model, params), (stacked, spec.restack(params))):
         specs = state_specs_of(variant, 3, 12)
-        _, state = step_of(variant, weights, tokens[:, :8], initial_state(variant, weights, 3, 12), segments)
+        _, state = apply(
+            variant, weights, tokens[:, :8], state=initial_state(variant, weights, 3, 12), segment_ids=segments
+        )
         state = spec.take_rows_clipped(specs, state, order)
-        hidden, state = step_of(variant, weights, tokens[:, 8:9], state)
+        hidden, state = apply(variant, weights, tokens[:, 8:9], state=state)
         if not model.reads_source:  # a reset row would have no source
             state = spec.reset(specs, state, jnp.array([False, False, True]))
-        last_hidden, state = step_of(variant, weights, tokens[:, 9:], state)
+        last_hidden, state = apply(variant, weights, tokens[:, 9:], state=state)
         assert jax.tree.structure(state) == jax.tree.structure(specs)
         results.append((hidden, last_hidden, spec.restack(state)))
     assert_trees_close(results[1], results[0], TOLERANCE)
@@ -540,14 +538,14 @@ def test_too_many_tokens_for_a_state_raise_or_give_nan(name):
         return
     with pytest.raises(ValueError, match="6 new tokens do not fit into a state of 4 slots"):
         model.apply(params, tokens, state=initial_state(model, params, 2, 4))
-    _, state = step_of(model, params, tokens[:, :3], initial_state(model, params, 2, 4))
-    hidden, _ = step_of(model, params, tokens[:, 3:], state)
+    _, state = apply(model, params, tokens[:, :3], state=initial_state(model, params, 2, 4))
+    hidden, _ = apply(model, params, tokens[:, 3:], state=state)
     assert np.isnan(np.asarray(hidden)).all()
 
 
 def has_unlimited_state(model):
     """Whether a state accepts any number of tokens. It then has a fixed size, or it drops the oldest tokens."""
-    return "length" not in model.state_specs(1, 2)  # only a key-value cache of fixed capacity has this entry
+    return not model.has_cache  # a key-value cache has a fixed number of slots
 
 
 @every_variant

@@ -75,9 +75,9 @@ def decodes(model: Model) -> bool:
     return True
 
 
-def source_inputs(model: Model, rows: int, seed: int = 5) -> dict[str, np.ndarray]:
+def source_inputs(model: Model, rows: int) -> dict[str, np.ndarray]:
     """``{"source": ids}`` with random ids [rows, 6] for an encoder-decoder; empty for other models."""
-    return {"source": random_tokens(model, rows, 6, seed)} if model.reads_source else {}
+    return {"source": random_tokens(model, rows, 6, seed=5)} if model.reads_source else {}
 
 
 def batch_of(model: Model, tokens: np.ndarray, segment_ids: np.ndarray | None = None) -> Batch:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
-from jaxlm import spec
+from jaxlm import integrity
 from jaxlm.config import numbers_of
 from jaxlm.data.tokenizers import TOKENIZER_FILES, num_required_ids
 from jaxlm.decoding.describe import require_task
@@ -27,7 +27,7 @@ from jaxlm.decoding.prompts import source_vocab_size
 from jaxlm.models import Model, get_model
 from jaxlm.objectives import causal
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # so that the commands that import this module start without orbax
     from jaxlm.data import Tokenizer
     from jaxlm.training.evaluation import Evaluator
     from jaxlm.training.loop import TrainingConfig
@@ -247,9 +247,8 @@ def check_space(directory: Path, trainer: Trainer, *, checkpoints: bool) -> None
     Raises:
         OSError: the disk does not have enough free space (``ENOSPC``).
     """
-    needed = _num_bytes(spec.abstract(trainer.model.specs)) + (_num_bytes(trainer.abstract()) if checkpoints else 0)
-    existing = next(path for path in (directory, *directory.absolute().parents) if path.exists())
-    free = shutil.disk_usage(existing).free
+    needed = _num_bytes(trainer.model.specs) + (_num_bytes(trainer.abstract()) if checkpoints else 0)
+    free = shutil.disk_usage(integrity.nearest_existing(directory)).free
     if free < needed:
         files = "one checkpoint and the exported model" if checkpoints else "the exported model"
         raise OSError(
@@ -258,8 +257,5 @@ def check_space(directory: Path, trainer: Trainer, *, checkpoints: bool) -> None
 
 
 def _num_bytes(tree: Any) -> int:
-    """Number of bytes of all arrays in a tree. Each random key counts as 8 bytes (threefry)."""
-    return sum(
-        math.prod(leaf.shape) * (8 if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf.dtype.itemsize)
-        for leaf in jax.tree.leaves(tree)
-    )
+    """Number of bytes of all arrays in a tree of specs or ``jax.ShapeDtypeStruct``."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

@@ -12,13 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm import spec
 from jaxlm.data import Batches
 from jaxlm.models import Model
 from jaxlm.objectives.batch import Loss, loss_and_terms, term_names
 from jaxlm.sharding import Sharding
 from jaxlm.spec import Params
-from jaxlm.training.trainer import CarriedStateSize, to_global_batch, to_mesh
+from jaxlm.training.trainer import CarriedStateSize, reset_rows, to_global_batch, to_mesh
 
 
 class Evaluator:
@@ -82,8 +81,8 @@ class Evaluator:
 
         def add_batch(sums: dict[str, Any], params: Params, batch: Any, state: Any) -> Any:
             with contextlib.nullcontext() if sharding is None else sharding.scope():
-                if carry_size is not None and batch.reset is not None:
-                    state = spec.reset(model.state_specs(*carry_size), state, batch.reset)
+                if carry_size is not None:
+                    state = reset_rows(model, carry_size, state, batch)
                 batch_sums, new_state = dict[str, Any](), None
                 for name, loss in self._losses.items():
                     total, weight, new_state, terms = loss_and_terms(loss, model, params, batch, state=state)
@@ -104,8 +103,8 @@ class Evaluator:
         """The metrics of a model with these parameters: ``{name: value}``.
 
         Raises:
-            ValueError: all targets of the batches have weight 0, or ``extra_metrics`` returns a metric with the name of
-                another metric.
+            ValueError: all targets of the batches have weight 0, ``carry_size`` has another number of rows than a
+                batch, or ``extra_metrics`` returns a metric with the name of another metric.
         """
         names, state = (*self._losses, *self._terms), self._initial_state
         params_on_mesh = to_mesh(params, self._specs, self._sharding)

@@ -198,18 +198,19 @@ def command_line(
             default, presets, options, program=f"python -m experiments.{name}", description=description.split("\n")[0],
             recipes={family: recipe(family) for family in RECIPES},
         )  # fmt: skip
-        experiment, initial, resume = parsed.config, parsed.initial, parsed.resume
-        _make_cpu_devices(experiment.training.cpu_devices)  # type: ignore[attr-defined]
-        model, preset = experiment.model, initial.model  # type: ignore[attr-defined]
+        experiment: Any = parsed.config
+        initial: Any = parsed.initial
+        resume = parsed.resume
+        _make_cpu_devices(experiment.training.cpu_devices)
+        model, preset = experiment.model, initial.model
         if resume is not None:  # the saved fields stay valid if a resumed run changes the path of ``pretrained``
             preset = dataclasses.replace(preset, pretrained=model.pretrained)
         model = model.merge(preset, set_is_given="--model.set" in parsed.given)
-        experiment = dataclasses.replace(experiment, model=model)  # type: ignore[type-var]
+        experiment = dataclasses.replace(experiment, model=model)
         checks.check_settings(experiment, initial)
         if parsed.recipe is not None:
-            print_once(_describe_recipe(parsed.recipe, experiment.optimizer))  # type: ignore[attr-defined]
-        output = resume or experiment.output  # type: ignore[attr-defined]
-
+            print_once(_describe_recipe(parsed.recipe, experiment.optimizer))
+        output = resume or experiment.output
         if output is not None:
             processes.call_in_first_process(lambda: checks.check_output(output, resume=resume is not None))
         result = run(experiment, resume)

@@ -139,10 +139,9 @@ class TrainingConfig:
                 f"cpu_devices={self.cpu_devices} does not divide the {self.batch_size // self.grad_accum_steps} rows "
                 "of a micro-batch (batch_size / grad_accum_steps): change one of them"
             )
-        if self.restore_best and self.checkpoint_every is None:
-            raise ValueError("restore_best=True needs checkpoints: set checkpoint_every")
-        if self.max_rollbacks and self.checkpoint_every is None:
-            raise ValueError(f"max_rollbacks={self.max_rollbacks} needs checkpoints: set checkpoint_every")
+        for name in ("restore_best", "max_rollbacks"):
+            if getattr(self, name) and self.checkpoint_every is None:
+                raise ValueError(f"{name}={getattr(self, name)} needs checkpoints: set checkpoint_every")
         config_lib.check_numbers(self)
 
     def trainer(
@@ -252,8 +251,8 @@ class Result:
             finishes, because otherwise its result would be lost. The caller should save the result and then end.
     """
 
-    state: TrainState
-    params: Any
+    state: TrainState = dataclasses.field(repr=False)
+    params: Any = dataclasses.field(repr=False)
     step: int
     validation: Mapping[str, float] | None
     interrupted: str | None
@@ -266,12 +265,6 @@ class Result:
     rollbacks: int = 0
     last_step: int = 0
     signal: str | None = None
-
-    def __repr__(self) -> str:
-        shown = {
-            name: getattr(self, name) for name in ("step", "validation", "interrupted", "signal", "tokens_per_second")
-        }
-        return f"Result({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
 
     @property
     def validation_loss(self) -> float | None:
@@ -311,12 +304,13 @@ def train(
         FileExistsError: the directory has checkpoints, ``run.resume`` is False, and ``config.checkpoint_every`` is set.
         BlockingIOError: another process trains in the directory.
         CorruptCheckpointError: the newest checkpoint of a resumed run (with ``config.on_corrupt="previous"``: each of
-            its checkpoints) is damaged, or the restored checkpoint is inconsistent.
+            its checkpoints) is damaged.
         OSError: the disk is full, or the directory is not writable.
         ValueError: the checkpoint of a resumed run is beyond ``config.steps``, or it has other data, another model,
-            other arrays (for example, those of another optimizer), or another ``best_metric`` or ``best_mode`` than
-            this call. Or ``evaluate`` does not return ``config.best_metric``. Or there are several processes without
-            ``trainer.sharding``, or several processes that save checkpoints without a shared directory.
+            other arrays (those of another optimizer, or of an average of the weights, ``ema_decay``), or another
+            ``best_metric`` or ``best_mode`` than this call. Or ``evaluate`` does not return ``config.best_metric``. Or
+            there are several processes without ``trainer.sharding``, or several processes that save checkpoints without
+            a shared directory.
     """
     if trainer.sharding is None and jax.process_count() > 1:
         raise ValueError(
@@ -330,10 +324,11 @@ def train(
     checkpointer = Checkpointer(directory / "checkpoints", keep_last=config.keep_last)
     lock = integrity.lock_directory(directory) if processes.is_first() else contextlib.nullcontext()
     with lock, checkpointer as checkpoints, _Signals() as signals:
-        loop = _Loop(trainer, data, evaluate, config, run, checkpoints)
+        loop = _Loop(trainer, data, evaluate, config, run, checkpoints, signals)
         loop.start(params)
-        with ProgressBar(config.steps, loop.step, 1 if trainer.sharding is None else trainer.sharding.mesh.size) as bar:
-            return loop.run(bar, signals)
+        devices = 1 if trainer.sharding is None else trainer.sharding.mesh.size
+        with ProgressBar(config.steps, loop.step, devices) as bar:
+            return loop.run(bar)
 
 
 class _Loop:
@@ -341,16 +336,16 @@ class _Loop:
 
     def __init__(
         self, trainer: Trainer, data: Batches, evaluate: EvaluateFunction, config: TrainingConfig, run: Run,
-        checkpoints: Checkpointer,
+        checkpoints: Checkpointer, signals: _Signals,
     ) -> None:  # fmt: skip
         self._start_time = time.perf_counter()
         self._trainer, self._data, self._evaluate, self._config = trainer, data, evaluate, config
-        self._run, self._checkpoints = run, checkpoints
+        self._run, self._checkpoints, self._signals = run, checkpoints, signals
         self._jitted_model_params = jax.jit(trainer.model_params)
         self._jit_step = trainer.jit_step()
         self._batch_shapes: set[Any] = set()
         self._metrics_file = MetricsFile(run.directory / "metrics.jsonl")
-        self._records = _Records(self._metrics_file, run.trackers)
+        self._trackers = run.trackers if processes.is_first() else ()
         self._validation: Mapping[str, float] | None = None
         self._evaluated_step = 0  # the step of the last evaluation
         self._best: float | None = None
@@ -370,27 +365,7 @@ class _Loop:
         self._checkpoints.remove_leftovers()
         existing = [*self._checkpoints.steps(), *self._checkpoints.damaged()]
         if self._run.resume and existing:
-            try:
-                state, saved = self._checkpoints.restore(self._abstract_state, on_corrupt=self._config.on_corrupt)
-            except CorruptCheckpointError:
-                raise
-            except ValueError:
-                # The arrays do not match the target. If a setting has changed, raise the error of this setting instead.
-                self._require_same_run(self._checkpoints.meta())
-                raise
-            self._require_same_run(saved)
-            _require_consistent(state, saved, self._checkpoints.directory)
-            self._data.restore(saved["data"])
-            training = saved.get("training", {})  # missing in checkpoints of early versions of jaxlm
-            self._batch_offset = training.get("batches_left_out", saved["data"]["next"] - int(state.step))
-            self._rollbacks, self._earlier_seconds = training.get("rollbacks", 0), training.get("seconds", 0.0)
-            self._resume_from(state, saved)
-            saved_rate, rate = training.get("learning_rate"), self._learning_rate()
-            if saved_rate is not None and rate is not None and not math.isclose(saved_rate, rate, rel_tol=1e-5):
-                self._schedule_notice = (
-                    f"step {self.step}: the next learning rate is {rate:.6g}, and it was {saved_rate:.6g} when this "
-                    "checkpoint was saved: the schedule or its number of steps has changed"
-                )
+            self._restore()
         else:
             if existing and self._config.checkpoint_every is not None:
                 raise FileExistsError(
@@ -406,9 +381,32 @@ class _Loop:
         if self._run.on_start is not None and processes.is_first():
             self._run.on_start(self.step, not self._is_complete())
         if self._run.resume:  # with this record, readers ignore the earlier records of steps after `self.step`
-            self._records.write(self.step, event="resumed")
+            self._write_record(self.step, event="resumed")
         elif not self._metrics_file.is_empty():  # with this record, readers ignore the earlier records
-            self._records.write(self.step, event="started")
+            self._write_record(self.step, event="started")
+
+    def _restore(self) -> None:
+        """Restore the state of the newest checkpoint. The errors are those of :func:`train`."""
+        try:
+            state, saved = self._checkpoints.restore(self._abstract_state, on_corrupt=self._config.on_corrupt)
+        except CorruptCheckpointError:
+            raise
+        except ValueError:
+            # The arrays do not match the target. If a setting has changed, raise the error of this setting instead.
+            self._require_same_run(self._checkpoints.meta())
+            raise
+        self._require_same_run(saved)
+        self._data.restore(saved["data"])
+        training = saved["training"]
+        self._batch_offset, self._rollbacks = training["batches_left_out"], training["rollbacks"]
+        self._earlier_seconds = training["seconds"]
+        self._resume_from(state, saved)
+        saved_rate, rate = training["learning_rate"], self._learning_rate()
+        if saved_rate is not None and rate is not None and not math.isclose(saved_rate, rate, rel_tol=1e-5):
+            self._schedule_notice = (
+                f"step {self.step}: the next learning rate is {rate:.6g}, and it was {saved_rate:.6g} when this "
+                "checkpoint was saved: the schedule or its number of steps has changed"
+            )
 
     def _model_params(self, state: TrainState) -> Any:
         """The parameters for evaluation and export. With ``shard_map``, this is the copy of one device."""
@@ -417,19 +415,24 @@ class _Loop:
 
     def _is_complete(self) -> bool:
         """Whether no further step follows, because this is the last step or the run has stopped early (patience)."""
-        patience = self._config.patience
-        return self.step == self._config.steps or (patience is not None and self._without_improvement >= patience)
+        return self.step == self._config.steps or self._is_out_of_patience()
+
+    def _is_out_of_patience(self) -> bool:
+        return self._config.patience is not None and self._without_improvement >= self._config.patience
 
     def _require_same_run(self, saved: Mapping[str, Any]) -> None:
         """Raise ``ValueError`` if a setting that must not change in a resumed run differs from its saved value."""
-        evaluation = saved.get("evaluation", {})
         for name in ("best_metric", "best_mode"):
-            _require_same(name, getattr(self._config, name), evaluation.get(name, getattr(self._config, name)))
-        saved_model, model = saved.get("model", {}), self._model_metadata()
+            _require_same(name, getattr(self._config, name), saved["evaluation"][name])
+        decay = self._trainer.ema_decay
+        saved_decay = saved["training"].get("ema_decay", decay)  # earlier versions did not save it
+        if (decay is None) != (saved_decay is None):
+            _require_same("ema_decay", decay, saved_decay)
+        saved_model, model = saved["model"], self._model_metadata()
         for name in ("family", "adaptation"):
-            _require_same(name, model[name], saved_model.get(name, model[name]))
-        for name, value in saved_model.get("config", {}).items():
-            carries_state = self._trainer.carry_size is not None
+            _require_same(name, model[name], saved_model[name])
+        carries_state = self._trainer.carry_size is not None
+        for name, value in saved_model["config"].items():
             may_change = _MAY_CHANGE.fullmatch(name) and not (name == "dtype" and carries_state)
             if name in model["config"] and not may_change:
                 _require_same(name, model["config"][name], value)
@@ -449,14 +452,12 @@ class _Loop:
 
     def _resume_from(self, state: TrainState, saved: Mapping[str, Any]) -> None:
         """Set the training state and the evaluation history to the values in a checkpoint."""
-        evaluation, training = saved.get("evaluation", {}), saved.get("training", {})
+        evaluation = saved["evaluation"]
         self.step = int(state.step)
-        self._best = evaluation.get("best")
-        self._without_improvement = evaluation.get("without_improvement", 0)
+        self._best, self._without_improvement = evaluation["best"], evaluation["without_improvement"]
         self._validation, self._evaluated_step = saved.get("validation"), self.step
-        # NumPy converts None, which older checkpoints contain instead of NaN, to NaN.
-        self._validation_losses = np.array(evaluation.get("losses", []), np.float64).tolist()
-        self._tokens = training.get("tokens", 0)
+        self._validation_losses = list(evaluation["losses"])
+        self._tokens = saved["training"]["tokens"]
         every, skipped = self._config.checkpoint_every, int(state.skipped_in_a_row)
         # Whether a scheduled checkpoint was due at one of the skipped steps directly before this checkpoint.
         self._checkpoint_postponed = every is not None and self.step // every > (self.step - skipped) // every
@@ -466,7 +467,7 @@ class _Loop:
         """The training state from the state and the metadata of a checkpoint (the inverse of `_checkpoint_state`)."""
         if self._trainer.spike_deviations is None:
             return state
-        losses = saved.get("training", {}).get("recent_losses", [math.nan] * SPIKE_WINDOW)
+        losses = saved["training"].get("recent_losses", [math.nan] * SPIKE_WINDOW)
         return dataclasses.replace(state, recent_losses=np.array(losses, np.float32))
 
     @staticmethod
@@ -477,9 +478,10 @@ class _Loop:
         spikes."""
         return dataclasses.replace(state, recent_losses=None)
 
-    def run(self, bar: ProgressBar, signals: _Signals) -> Result:
+    def run(self, bar: ProgressBar) -> Result:
         """Run all remaining steps and return the result."""
-        config, reader = self._config, _MetricsReader(self._records, bar, self._config, self._trainer, self.step)
+        config, self._bar = self._config, bar
+        self._reader = _MetricsReader(self._write_record, bar, config, self._trainer, self.step)
         if self._schedule_notice is not None and self.step < config.steps:
             bar.say(self._schedule_notice)
         if self._run.resume and self.step == 0:
@@ -490,50 +492,61 @@ class _Loop:
             bar.say(f"step {self.step}: the training is complete; its result is read from the checkpoint")
         while self.step < config.steps and stop is None:
             try:
-                stop = self._advance(reader, bar, signals)
+                stop = self._advance()
             except DivergedError as error:
-                self._roll_back(error, reader, bar)
-        reader.flush()
-        if (stop == "signal" and self.step < config.steps) or self._must_end(signals):
-            return self._interrupt(reader, bar, signals)
-        return self._finish(reader, bar, signals)
+                self._roll_back(error)
+        self._reader.flush()
+        if (stop == "signal" and self.step < config.steps) or self._must_end():
+            return self._interrupt()
+        return self._finish()
 
-    def _must_end(self, signals: _Signals) -> bool:
+    def _write_record(self, step: int, **record: Any) -> None:
+        """Write a record to ``metrics.jsonl``, and its numbers to the trackers."""
+        # JSON has no NaN and no infinity, so a value that is not finite is written as null.
+        record = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in record.items()
+        }
+        self._metrics_file.write(step=step, **record)
+        numbers = {name: float(value) for name, value in record.items() if isinstance(value, int | float)}
+        for tracker in self._trackers:
+            tracker.log(step, numbers)
+
+    def _must_end(self) -> bool:
         """Whether a signal during or after the last step makes the result an interrupted one.
 
         A run without checkpoints finishes instead, because otherwise its result would be lost.
         """
-        return self._config.checkpoint_every is not None and signals.stop_now()
+        return self._config.checkpoint_every is not None and self._signals.stop_now()
 
-    def _interrupt(self, reader: _MetricsReader, bar: ProgressBar, signals: _Signals) -> Result:
+    def _interrupt(self) -> Result:
         """Print what is saved, and return the result of the interrupted run."""
         message, directory = "nothing is saved, because checkpoint_every=None", self._run.directory
         if self._config.checkpoint_every is not None:
             message = (
                 f"saved step {self.step} in {directory / 'checkpoints'}; --resume {directory} continues from there"
             )
-        bar.say(f"{signals.caught}: {message}")
-        return self._result(reader, None, signals.caught)
+        self._bar.say(f"{self._signals.caught}: {message}")
+        return self._result(None, self._signals.caught)
 
-    def _advance(self, reader: _MetricsReader, bar: ProgressBar, signals: _Signals) -> str | None:
+    def _advance(self) -> str | None:
         """Run one step, and the evaluation and the checkpoint that are due after it.
 
         Returns "signal" or "patience" if the run must end after this step, otherwise None."""
-        config = self._config
-        self._train_step(reader, bar)
+        config, reader = self._config, self._reader
+        self._train_step()
         is_last = self.step == config.steps
         evaluated, improved = self.step % config.evaluate_every == 0 or is_last, False
         if evaluated:
             reader.flush()
-            with signals.announced(bar, f"the evaluation of step {self.step}"):
-                improved = self._evaluate_now(bar)
+            improved = self._evaluate_now()
             reader.restart_clock()
-        stop = "signal" if signals.stop_now() else None
-        patience = config.patience
-        if evaluated and patience is not None and self._without_improvement >= patience and stop is None:
+        stop = "signal" if self._signals.stop_now() else None
+        if stop is None and evaluated and self._is_out_of_patience():
             stop = "patience"
-            bar.say(
-                f"step {self.step}: {config.best_metric} has not improved in {patience} evaluations: training stops"
+            self._bar.say(
+                f"step {self.step}: {config.best_metric} has not improved in {config.patience} evaluations: training "
+                "stops"
             )
         if config.checkpoint_every is not None:
             due = self._checkpoint_postponed or self.step % config.checkpoint_every == 0
@@ -548,7 +561,7 @@ class _Loop:
                     self._save(extra=skipping or not scheduled, wait=is_last or stop is not None)
         return stop
 
-    def _roll_back(self, error: DivergedError, reader: _MetricsReader, bar: ProgressBar) -> None:
+    def _roll_back(self, error: DivergedError) -> None:
         """Restore the newest scheduled checkpoint, and leave out the batches since then.
 
         Raises:
@@ -583,56 +596,58 @@ class _Loop:
         self._resume_from(state, saved)
         self._batch_offset = next_batch - self.step
         self._rollbacks += 1
-        reader.forget()
-        self._records.write(
+        self._reader.forget()
+        self._write_record(
             error.step, event="rollback", to_step=self.step, rollbacks=self._rollbacks,
             batches_left_out=self._batch_offset,
         )  # fmt: skip
-        bar.say(
+        self._bar.say(
             f"{error}. Rollback {self._rollbacks} of {allowed}: training continues from step {self.step}, without the "
             f"batches of steps {self.step + 1} to {error.step}"
         )
 
-    def _train_step(self, reader: _MetricsReader, bar: ProgressBar) -> None:
+    def _train_step(self) -> None:
         batch = next(self._data)
         global_batch = to_global_batch(batch, self._trainer.sharding)
         shape = tuple((leaf.shape, str(leaf.dtype)) for leaf in jax.tree.leaves(global_batch))
         if shape not in self._batch_shapes:
             self._batch_shapes.add(shape)
             if len(self._batch_shapes) > 1:
-                bar.say(f"step {self.step + 1}: compiling for a new batch shape, number {len(self._batch_shapes)}")
+                count = len(self._batch_shapes)
+                self._bar.say(f"step {self.step + 1}: compiling for a new batch shape, number {count}")
         examples, tokens = count_examples_and_tokens(batch)
         # This process has this fraction of the rows of the global batch.
         fraction = jax.tree.leaves(batch)[0].shape[0] / jax.tree.leaves(global_batch)[0].shape[0]
         self._state, metrics = self._jit_step(self._state, global_batch)
         self.step += 1
         self._tokens += round(tokens / fraction)
-        reader.add(self.step, metrics, round(examples / fraction), round(tokens / fraction))
+        self._reader.add(self.step, metrics, round(examples / fraction), round(tokens / fraction))
 
-    def _evaluate_now(self, bar: ProgressBar) -> bool:
+    def _evaluate_now(self) -> bool:
         """Evaluate, log the metrics, and return whether ``best_metric`` has improved."""
         config = self._config
-        values = _as_numbers(self._evaluate(self._model_params(self._state)))
+        with self._signals.announced(self._bar, f"the evaluation of step {self.step}"):
+            values = _as_numbers(self._evaluate(self._model_params(self._state)))
         if config.best_metric not in values:
             raise ValueError(
                 f"best_metric={config.best_metric!r} is not among the validation metrics {', '.join(values)}: "
                 "choose one of them"
             )
         self._validation, self._evaluated_step = values, self.step
-        self._records.write(
+        self._write_record(
             self.step, **{f"validation_{name}": value for name, value in values.items()},
             best_metric=config.best_metric, best_mode=config.best_mode,
         )  # fmt: skip
         text = " · ".join(f"{name} {value:.4f}" for name, value in values.items())
-        bar.say(f"step {self.step}: validation {text}")
+        self._bar.say(f"step {self.step}: validation {text}")
         value = self._to_minimize(values[config.best_metric])
         improved = not math.isnan(value) and (self._best is None or value < self._best)
         self._best = value if improved else self._best
         self._without_improvement = 0 if improved else self._without_improvement + 1
-        self._start_averaging(bar, values.get("loss", value))
+        self._start_averaging(values.get("loss", value))
         return improved
 
-    def _start_averaging(self, bar: ProgressBar, loss: float) -> None:
+    def _start_averaging(self, loss: float) -> None:
         """Start the averaging of NT-ASGD if the validation loss has stopped improving."""
         optimizer = self._state.optimizer
         if not nt_asgd.has_averaging(optimizer) or nt_asgd.has_started(optimizer):
@@ -640,8 +655,8 @@ class _Loop:
         self._validation_losses.append(loss)
         if nt_asgd.should_start_averaging(self._validation_losses):
             self._state = dataclasses.replace(self._state, optimizer=nt_asgd.start_averaging(optimizer))
-            self._records.write(self.step, event="averaging started")
-            bar.say(f"step {self.step}: validation has stopped improving, averaging of the parameters starts")
+            self._write_record(self.step, event="averaging started")
+            self._bar.say(f"step {self.step}: validation has stopped improving, averaging of the parameters starts")
 
     def _to_minimize(self, value: float) -> float:
         """``value`` of ``best_metric``, negated if higher values are better, so that lower is always better."""
@@ -656,6 +671,7 @@ class _Loop:
             "rollbacks": self._rollbacks,
             "seconds": self._earlier_seconds + time.perf_counter() - self._start_time,
             "learning_rate": self._learning_rate(),
+            "ema_decay": self._trainer.ema_decay,
         }
         if self._state.recent_losses is not None:
             training["recent_losses"] = jax.device_get(self._state.recent_losses).tolist()
@@ -682,35 +698,50 @@ class _Loop:
         self._metrics_file.sync()
         self._checkpoints.save(self.step, state, content, metric=metric, extra=extra, wait=wait)
 
-    def _finish(self, reader: _MetricsReader, bar: ProgressBar, signals: _Signals) -> Result:
+    def _finish(self) -> Result:
         metric, improved = self._config.best_metric, False
         if self._validation is None:  # a resumed run without further steps, whose checkpoint was not evaluated
-            with signals.announced(bar, f"the evaluation of step {self.step}"):
-                improved = self._evaluate_now(bar)
-            if self._must_end(signals):
-                return self._interrupt(reader, bar, signals)
+            improved = self._evaluate_now()
+            if self._must_end():
+                return self._interrupt()
         if self._config.restore_best and not improved:
-            if self._checkpoints.best not in (None, self.step):
-                del self._state  # two states may not fit in memory
-                state, saved = self._checkpoints.restore(self._abstract_state, best=True)
-                self._state, self._validation = self._restored_state(state, saved), saved["validation"]
-                step = int(self._state.step)
-                bar.say(f"using the weights of step {step}, which has the best {metric} of all saved steps")
+            reasons = [] if self._checkpoints.best in (None, self.step) else self._restore_best()
             assert self._validation is not None
             value = self._to_minimize(self._validation[metric])
             if self._best is not None and not value <= self._best:  # True for NaN, too
-                damaged = "; ".join(self._checkpoints.damaged().values())
+                damaged = "; ".join([*self._checkpoints.damaged().values(), *reasons])
                 reason = f"were not saved, or are damaged: {damaged}" if damaged else "were not saved"
-                bar.say(f"an earlier evaluation had a better {metric}, but its weights {reason}")
-        if self._must_end(signals):
-            return self._interrupt(reader, bar, signals)
-        return self._result(reader, self._validation, None, signals.caught if signals.stop_now() else None)
+                self._bar.say(f"an earlier evaluation had a better {metric}, but its weights {reason}")
+        if self._must_end():
+            return self._interrupt()
+        return self._result(self._validation, None, self._signals.caught if self._signals.stop_now() else None)
+
+    def _restore_best(self) -> list[str]:
+        """Restore the state of the best saved evaluation. If its arrays are damaged, restore the last state.
+
+        The result has the reason why the best state is damaged, or is empty.
+        """
+        reasons = []
+        del self._state  # two states may not fit in memory
+        try:
+            state, saved = self._checkpoints.restore(self._abstract_state, best=True)
+        except CorruptCheckpointError as error:
+            reasons.append(str(error))
+        if reasons:  # not in the except clause, where the error keeps the damaged arrays in memory
+            state, saved = self._checkpoints.restore(self._abstract_state, self.step)
+        else:
+            self._validation = saved["validation"]
+            self._bar.say(
+                f"using the weights of step {int(state.step)}, which has the best {self._config.best_metric} of all "
+                "saved steps"
+            )
+        self._state = self._restored_state(state, saved)
+        return reasons
 
     def _result(
-        self, reader: _MetricsReader, validation: Mapping[str, float] | None, interrupted: str | None,
-        late_signal: str | None = None,
-    ) -> Result:  # fmt: skip
-        state = self._state
+        self, validation: Mapping[str, float] | None, interrupted: str | None, late_signal: str | None = None
+    ) -> Result:
+        state, reader = self._state, self._reader
         return Result(
             state, self._model_params(state), int(state.step), validation, interrupted,
             reader.first_loss_at - self._start_time, reader.tokens_per_second, reader.examples_per_second,
@@ -746,67 +777,21 @@ def _require_same(name: str, value: Any, saved: Any) -> None:
         raise ValueError(f"{name}={value} cannot change in a resumed run (saved value: {saved}): set it to {saved}")
 
 
-def _require_consistent(state: TrainState, saved: Mapping[str, Any], directory: Path) -> None:
-    """Check that the counters in the arrays and in the JSON metadata of a checkpoint are possible and match.
-
-    Raises:
-        CorruptCheckpointError: a counter is impossible, or the arrays and the metadata do not match.
-    """
-    step, skipped, in_a_row = int(state.step), int(state.skipped), int(state.skipped_in_a_row)
-    training, next_batch = saved.get("training"), saved["data"]["next"]
-    problems = []
-    if not 0 <= in_a_row <= skipped <= step:
-        problems.append(f"{skipped} steps are skipped, {in_a_row} of them in a row")
-    if training is not None:
-        if training["step"] != step:
-            problems.append(f"its metadata is from step {training['step']}")
-        if next_batch != step + training["batches_left_out"]:
-            problems.append(f"the data are at batch {next_batch}, with {training['batches_left_out']} batches left out")
-        for name in ("batches_left_out", "tokens", "rollbacks", "seconds"):
-            if training[name] < 0:
-                problems.append(f"{name} is {training[name]}")
-    elif next_batch < step:
-        problems.append(f"the data are at batch {next_batch}")
-    if problems:
-        raise CorruptCheckpointError(
-            f"the checkpoint of step {step} in {directory} is inconsistent: {'; '.join(problems)}. Move it out of the "
-            "directory to continue from an earlier checkpoint"
-        )
-
-
-def _is_not_finite(value: Any) -> bool:
-    return isinstance(value, float) and not math.isfinite(value)
-
-
-class _Records:
-    """Writes the records of a run to ``metrics.jsonl`` and to the trackers."""
-
-    def __init__(self, file: MetricsFile, trackers: tuple[Tracker, ...]) -> None:
-        self._file, self._trackers = file, trackers if processes.is_first() else ()
-
-    def write(self, step: int, **record: Any) -> None:
-        # JSON has no NaN and no infinity, so a value that is not finite is written as null.
-        record = {name: None if _is_not_finite(value) else value for name, value in record.items()}
-        self._file.write(step=step, **record)
-        numbers = {name: float(value) for name, value in record.items() if isinstance(value, int | float)}
-        for tracker in self._trackers:
-            tracker.log(step, numbers)
-
-
 class _MetricsReader:
-    """Reads metrics :data:`METRICS_DELAY_STEPS` steps late, writes them to the records, and detects divergence.
+    """Reads metrics :data:`METRICS_DELAY_STEPS` steps late, writes them to records, and detects divergence.
 
     It writes the metrics of the steps that are multiples of ``log_every``, of the first :data:`EARLY_STEPS` steps, of
     skipped steps and of step ``TrainingConfig.steps``.
     """
 
     def __init__(
-        self, records: _Records, bar: ProgressBar, config: TrainingConfig, trainer: Trainer, start: int
+        self, write_record: Callable[..., None], bar: ProgressBar, config: TrainingConfig, trainer: Trainer, start: int
     ) -> None:
-        self._records, self._bar, self._config, self._trainer, self._start = records, bar, config, trainer, start
+        self._write_record, self._bar, self._start = write_record, bar, start
+        self._config, self._trainer = config, trainer
         self._unread: collections.deque[tuple[int, Metrics, int, int]] = collections.deque()
         self._last_loss = math.nan  # the loss of the last step that was not skipped
-        self._last_read: tuple[float, int] | None = None  # time and step of the last metrics that were read
+        self._last_read: float | None = None  # the time at which metrics were last read
         self._seconds, self._tokens, self._examples = 0.0, 0, 0
         self.first_loss_at = math.nan
         self.skipped_in_a_row = 0  # the value at the last step whose metrics were read
@@ -853,33 +838,36 @@ class _MetricsReader:
         if math.isnan(self.first_loss_at):
             self.first_loss_at = now
         if self._last_read is not None:
-            self._seconds += now - self._last_read[0]
+            self._seconds += now - self._last_read
             self._tokens += tokens
             self._examples += examples
-        self._last_read = (now, step)
-        rate = None if math.isnan(self.tokens_per_second) else self.tokens_per_second
+        self._last_read = now
         self.skipped_in_a_row = int(values["skipped_in_a_row"])
         is_due = step % self._config.log_every == 0 or step <= self._start + EARLY_STEPS or step == self._config.steps
         if is_due or self.skipped_in_a_row:
             if self._trainer.learning_rate is not None:
                 updates_before = step - 1 - int(values["skipped"]) + (self.skipped_in_a_row > 0)
                 values["learning_rate"] = float(self._trainer.learning_rate(updates_before))
-            self._records.write(
-                step, **values, tokens=tokens, examples=examples, tokens_per_second=rate,
-                examples_per_second=None if rate is None else self.examples_per_second, time=round(time.time(), 3),
+            self._write_record(
+                step, **values, tokens=tokens, examples=examples, tokens_per_second=self.tokens_per_second,
+                examples_per_second=self.examples_per_second, time=round(time.time(), 3),
             )  # fmt: skip
-        self._bar.update(step, values["loss"], rate)
-        spike = self.skipped_in_a_row and math.isfinite(values["loss"]) and math.isfinite(values["gradient_norm"])
+        rate = self.tokens_per_second
+        self._bar.update(step, values["loss"], None if math.isnan(rate) else rate)
+        self._check_divergence(step, values)
+
+    def _check_divergence(self, step: int, values: dict[str, float]) -> None:
         details = f"loss {values['loss']}, gradient norm {values['gradient_norm']}, last loss {self._last_loss:.4f}"
         if self.skipped_in_a_row == 1:
-            reason = "a loss spike" if spike else "a loss or gradient that is not finite"
+            is_finite = math.isfinite(values["loss"]) and math.isfinite(values["gradient_norm"])
+            reason = "a loss spike" if is_finite else "a loss or gradient that is not finite"
             self._bar.say(f"step {step}: {reason} ({details}); the update is skipped")
         if self.skipped_in_a_row >= self._config.max_skipped_in_a_row:
             cause = "that is not finite" if self._config.spike_deviations is None else "that is not finite, or a spike"
             raise DivergedError(
                 f"step {step}: {self.skipped_in_a_row} steps in a row had a loss or gradient {cause} ({details}). "
-                f"Their updates were skipped, so the weights are those before these steps. Lower the learning rate, "
-                f"decrease clip_norm, use more warm-up steps, or look at the data of these steps",
+                "Their updates were skipped, so the weights are those before these steps. Lower the learning rate, "
+                "decrease clip_norm, use more warm-up steps, or look at the data of these steps",
                 step,
             )
         if not math.isfinite(values["parameter_norm"]):

@@ -17,7 +17,7 @@ from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
 from jaxlm import spec
 from jaxlm.adapt import LORA_A, LORA_B, is_table, num_row_axes, num_stack_axes
-from jaxlm.config import check_choices, check_finite
+from jaxlm.config import check_choices, check_finite, check_min
 from jaxlm.models.heads import LABEL_HEADS
 from jaxlm.sharding import Sharding
 from jaxlm.spec import LAYERS, ArraySpec, Params
@@ -79,17 +79,12 @@ class OptimizerConfig:
                 raise ValueError(f"{name}={getattr(self, name)} must be in [0, 1)")
         if not 0.0 <= self.final_fraction <= 1.0:
             raise ValueError(f"final_fraction={self.final_fraction} must be in [0, 1]")
-        if self.warmup_steps < 0 or self.weight_decay < 0.0:
-            raise ValueError(
-                f"warmup_steps={self.warmup_steps} and weight_decay={self.weight_decay} must not be negative"
-            )
+        check_min(0, warmup_steps=self.warmup_steps, hold_steps=self.hold_steps, weight_decay=self.weight_decay)
         if self.warmup_steps > 1 and self.warmup_steps != int(self.warmup_steps):
             raise ValueError(
                 f"warmup_steps={self.warmup_steps} must be a whole number of steps, or below 1 for a fraction of the "
                 "training"
             )
-        if self.hold_steps < 0:
-            raise ValueError(f"hold_steps={self.hold_steps} must not be negative")
         if self.clip_norm is not None and self.clip_norm <= 0.0:
             raise ValueError(f"clip_norm={self.clip_norm} must be positive, or None for no clipping")
         if self.nesterov and self.name not in ("sgd", "nt_asgd"):
@@ -165,16 +160,17 @@ def make_optimizer(
     """
     if rates is not None and config.name != "adamw":
         raise ValueError(f"rates need name='adamw', got name={config.name!r}: change the optimizer or leave rates out")
-    clip = [] if config.clip_norm is None else [_clip_by_global_norm(config.clip_norm)]
-    scale_layers = (
-        [] if config.layer_decay is None else [_scale_by_tree(layer_learning_rate_factors(specs, config.layer_decay))]
-    )
+    stateless = [optax.add_decayed_weights(config.weight_decay, mask=spec.decay_mask(specs))]
+    if rates is not None:
+        stateless.insert(0, _scale_by_tree(rates))
+    if config.layer_decay is not None:
+        stateless.append(_scale_by_tree(layer_learning_rate_factors(specs, config.layer_decay)))
+    # The names of the arrays in a checkpoint contain the positions in this chain. So every setting has the same
+    # positions, and a resumed run may change clip_norm and layer_decay.
     return optax.chain(
-        *clip,
+        optax.identity() if config.clip_norm is None else _clip_by_global_norm(config.clip_norm),
         _scale_by_optimizer(config, specs),
-        *([] if rates is None else [_scale_by_tree(rates)]),
-        optax.add_decayed_weights(config.weight_decay, mask=spec.decay_mask(specs)),
-        *scale_layers,
+        optax.chain(*stateless),
         optax.scale_by_learning_rate(learning_rate(config, steps)),
         *([averaging()] if config.name == "nt_asgd" else []),
     )
@@ -412,11 +408,9 @@ def _clip_by_global_norm(max_norm: float) -> optax.GradientTransformationExtraAr
         gradient_norm: Any = None,
         **unused: Any,
     ) -> tuple[optax.Updates, Any]:
-        del params, unused
-        is_known = gradient_norm is not None and updates is gradient
-        if is_known:
-            norm = gradient_norm
-        else:  # in float32, because the squares of float16 numbers could overflow
+        norm = gradient_norm
+        if norm is None or updates is not gradient:
+            # in float32, because the squares of float16 numbers could overflow
             norm = optax.tree.norm(jax.tree.map(lambda u: u.astype(jnp.promote_types(u.dtype, jnp.float32)), updates))
         factor = jnp.minimum(1.0, max_norm / norm)
         return jax.tree.map(lambda u: u * factor.astype(u.dtype), updates), state

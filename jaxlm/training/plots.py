@@ -134,15 +134,15 @@ def _training_loss(steps: list[int], values: list[float]) -> list[Series]:
     return [Series("", steps, values, faint=True), Series(f"training (mean of {width} records)", steps, means)]
 
 
-def save_png(panels: Sequence[Panel], path: str | Path, columns: int = 2) -> None:
-    """Plot panels to a PNG file, in rows of at most ``columns`` panels.
+def save_png(panels: Sequence[Panel], path: str | Path) -> None:
+    """Plot panels to a PNG file, in rows of at most two panels.
 
     Raises:
         ValueError: ``panels`` is empty.
     """
     if not panels:
         raise ValueError(f"{path}: there are no metrics to draw")
-    columns = min(columns, len(panels))
+    columns = min(2, len(panels))
     rows = -(-len(panels) // columns)
     size = (7.0, 4.2) if len(panels) == 1 else (5.2 * columns, 3.6 * rows)
     _save(panels, PNG_THEME, size, (rows, columns), path, format="png", dpi=130)
@@ -264,4 +264,4 @@ def _draw(axes: Any, panel: Panel, theme: Theme) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(color=theme.grid)
     if any(series.label for series in panel.series):
-        axes.legend(frameon=False, fontsize="small")
+        axes.legend(frameon=False, fontsize="small", loc="best")  # without loc, a slow machine gives a warning

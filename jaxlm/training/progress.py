@@ -13,12 +13,6 @@ from jaxlm import processes, sharding
 SECONDS_BETWEEN_LINES = 10.0
 
 
-def device_name(count: int) -> str:
-    """The kind of the devices of a run, after their number if it is not 1, e.g. ``8 x NVIDIA H100 80GB HBM3``."""
-    kind = sharding.device_kind()
-    return kind if count == 1 else f"{count} x {kind}"
-
-
 class ProgressBar:
     """Shows the loss, the tokens per second, the remaining time and the device of a run.
 
@@ -35,7 +29,8 @@ class ProgressBar:
 
     def __init__(self, steps: int, start: int = 0, devices: int = 1, console: Console | None = None) -> None:
         self.console = console or Console(stderr=True, quiet=not processes.is_first())
-        self._steps, self._device = steps, device_name(devices)
+        kind = sharding.device_kind()
+        self._steps, self._device = steps, kind if devices == 1 else f"{devices} x {kind}"
         # Step and time of the first update after the compilation or the last rollback.
         self._first_update: tuple[int, float] | None = None
         self._last_step = start

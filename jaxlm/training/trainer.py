@@ -15,13 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import struct
+from jax.sharding import Mesh, NamedSharding
 
 from jaxlm import spec
 from jaxlm.adapt import Adaptation, overwrite
 from jaxlm.config import check_min
 from jaxlm.models import Model
 from jaxlm.objectives.batch import Loss, loss_and_terms, term_names
-from jaxlm.sharding import Sharding, platform
+from jaxlm.sharding import Sharding, num_shards, platform
 from jaxlm.spec import Params
 from jaxlm.training import nt_asgd
 from jaxlm.training.optimizer import OptimizerConfig, optimizer_sharding
@@ -40,6 +41,21 @@ METRIC_NAMES = frozenset((
 """Names of the fields of ``metrics.jsonl``, except validation metrics. Terms of a loss must have other names."""
 SPIKE_WINDOW = 128
 """Number of recent losses with which a new loss is compared to detect a spike (``Trainer.spike_deviations``)."""
+
+
+def reset_rows(model: Model, carry_size: CarriedStateSize, state: Any, batch: Any) -> Any:
+    """The carried model state, with empty rows where ``batch.reset`` is True.
+
+    Raises:
+        ValueError: ``carry_size`` and the batch have different numbers of rows.
+    """
+    rows, batch_rows = carry_size[0], jax.tree.leaves(batch)[0].shape[0]
+    if rows != batch_rows:
+        raise ValueError(
+            f"carry_size={carry_size} has {rows} rows, but the batch has {batch_rows} (with shard_map or pmap: "
+            "on each device): change one of them"
+        )
+    return state if batch.reset is None else spec.reset(model.state_specs(*carry_size), state, batch.reset)
 
 
 def carry_size_of(model: Model, rows: int) -> CarriedStateSize | None:
@@ -218,6 +234,8 @@ class Trainer:
         if params is not None:
             self._require_model_params(params)
             params = to_mesh(params, self.model.specs, self.sharding)
+        if self.sharding is not None and jax.process_count() == 1:
+            key = jax.device_put(key, self.sharding.replicated())  # it may be committed to other devices
         return self._jitted_init()(key, params)
 
     def _require_model_params(self, params: Params) -> None:
@@ -339,14 +357,15 @@ class Trainer:
                 inside ``jax.pmap``, and inside ``jax.shard_map`` with ``check_vma=False``.
 
         Raises:
-            ValueError: ``grad_accum_steps`` does not divide the number of rows.
+            ValueError: ``grad_accum_steps`` does not divide the number of rows, the mesh does not divide the rows of a
+                micro-batch, or ``carry_size`` has another number of rows than the batch.
         """
         key = jax.random.fold_in(state.key, state.step)
         if axis_name is not None:
             key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
         model_state = state.model_state
-        if self.carry_size is not None and batch.reset is not None:
-            model_state = spec.reset(self.model.state_specs(*self.carry_size), model_state, batch.reset)
+        if self.carry_size is not None:
+            model_state = reset_rows(self.model, self.carry_size, model_state, batch)
         gradients = self._gradients if self.grad_accum_steps == 1 else self._accumulated_gradients
         sums, new_model_state = gradients(state.params, state.frozen, batch, key, model_state)
         if axis_name is not None:
@@ -508,8 +527,8 @@ def _fold(key: jax.Array, name: str) -> jax.Array:
 def to_mesh(params: Params, specs: spec.Tree, sharding: Sharding | None) -> Params:
     """``params`` as arrays that a jitted function over the mesh accepts.
 
-    Such a function rejects arrays that are committed to other devices. With several processes, it accepts NumPy arrays,
-    but rejects a ``jax.Array`` that is local to one process.
+    Such a function rejects arrays that are committed to other devices, or to the same devices in another order. With
+    several processes, it accepts NumPy arrays, but rejects a ``jax.Array`` that is local to one process.
 
     Args:
         specs: the specs of ``params``.
@@ -519,10 +538,14 @@ def to_mesh(params: Params, specs: spec.Tree, sharding: Sharding | None) -> Para
         return params
     if jax.process_count() > 1:
         return jax.tree.map(_to_host_if_local, params)
-    devices = set(sharding.mesh.devices.flat)
-    if all(x.sharding.device_set == devices for x in jax.tree.leaves(params) if isinstance(x, jax.Array)):
+    if all(_is_on(sharding.mesh, x) for x in jax.tree.leaves(params) if isinstance(x, jax.Array)):
         return params
     return jax.device_put(params, sharding.tree(specs))
+
+
+def _is_on(mesh: Mesh, x: jax.Array) -> bool:
+    """Whether ``x`` is on a mesh with the devices of ``mesh`` in the same order."""
+    return isinstance(x.sharding, NamedSharding) and [*x.sharding.mesh.devices.flat] == [*mesh.devices.flat]
 
 
 def _to_host_if_local(x: Any) -> Any:
@@ -534,15 +557,25 @@ def _micro_batches(batch: Any, count: int) -> Any:
     """The batch [B, ...] as [A, B / A, ...].
 
     Micro-batch a has the rows a, a + A, ... So each device keeps its rows if A divides their number.
+
+    Raises:
+        ValueError: A does not divide B, or the mesh does not divide B / A.
     """
+    rows, shards = jax.tree.leaves(batch)[0].shape[0], num_shards(("batch",))
+    if rows % count:
+        raise ValueError(
+            f"grad_accum_steps={count} does not divide the batch of {rows} rows (with shard_map: on each device): "
+            "change one of them"
+        )
+    if rows // count % shards:
+        raise ValueError(
+            f"grad_accum_steps={count} gives micro-batches of {rows // count} of the {rows} rows, which the mesh "
+            f"cannot split into {shards} shards: make the batch a multiple of {count * shards} rows, or change "
+            "grad_accum_steps"
+        )
 
     def split(x: jax.Array) -> jax.Array:
-        if x.shape[0] % count:
-            raise ValueError(
-                f"grad_accum_steps={count} does not divide the batch of {x.shape[0]} rows (with shard_map: on each "
-                "device): change one of them"
-            )
-        return jnp.swapaxes(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 0, 1)
+        return jnp.swapaxes(x.reshape(rows // count, count, *x.shape[1:]), 0, 1)
 
     return jax.tree.map(split, batch)
 

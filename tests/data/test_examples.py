@@ -241,6 +241,7 @@ def test_labelled_json_lines(tmp_path):
     assert examples.column("text") == ["fine", "bad"]
     assert examples.label_names() == ("0", "1")
     assert label_ids(examples.column("label"), ("0", "1")).tolist() == [1, 0]
+    assert label_ids(examples.column("label"), (0, 1)).tolist() == [1, 0]
     path.write_text('{"label": 1, "words": "fine"}\n')
     with pytest.raises(ValueError, match=r"a.jsonl has no text column .one of 'sentence'"):
         read_labelled(path)

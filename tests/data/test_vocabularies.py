@@ -129,6 +129,7 @@ def test_a_loaded_tokenizer_equals_the_saved_one(kind, tmp_path):
         ({"vocab_size": 3, "kind": "word"}, ValueError, "at least 1 entry need 4"),
         ({"texts": "one text"}, TypeError, "texts must be an iterable of strings, got one string"),
         ({"texts": ["a", 3]}, TypeError, "text 1 must be a string, got int: 3"),
+        ({"texts": ["a", "b\ud800"]}, ValueError, "character 1 of text 1, .* is a surrogate"),
         ({"texts": []}, ValueError, "no texts to train a tokenizer on"),
         ({"texts": ["", " "], "kind": "unigram"}, ValueError, "all texts have only white space and special tokens"),
         ({"extra_tokens": "<b>"}, TypeError, r"got one string: pass \['<b>'\]"),

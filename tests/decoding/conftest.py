@@ -16,6 +16,7 @@ import pytest
 
 import jaxlm
 from jaxlm import spec
+from jaxlm.models.model import Metadata
 from jaxlm.spec import ArraySpec, Normal
 from jaxlm.testing.helpers import initial_params
 
@@ -35,6 +36,8 @@ class Recurrent:
     reads_source = False
     max_positions = None
     needs_whole_text = False
+    metadata = Metadata()
+    has_cache = False
 
     @property
     def specs(self) -> spec.Tree:

@@ -82,9 +82,10 @@ def test_a_list_of_end_ids_in_the_config_is_used_if_it_has_that_of_the_tokenizer
     assert end_ids(GenerationConfig(ignored_fields=("eos_token_id",)), {"eos_token_id": [256, 4]}) == expected
 
 
-@pytest.mark.parametrize(("name", "kind"), [("stop_strings", "str"), ("eos_token_id", "int")])
+@pytest.mark.parametrize(("name", "kind"), [("stop_strings", "a string"), ("eos_token_id", "a whole number")])
 def test_lists_in_the_file_have_entries_of_one_type(name: str, kind: str) -> None:
-    with pytest.raises(ValueError, match=rf"generation_config.json: {name}=\[2.5\] must be a list of {kind}"):
+    message = rf"generation_config.json: {name}=\[2.5\] must be {kind} or a list in which each entry is {kind}"
+    with pytest.raises(ValueError, match=message):
         resolve(**{name: [2.5]})
 
 
@@ -117,7 +118,7 @@ def test_without_the_file_the_settings_in_the_config_are_used() -> None:
     [
         ({"no_repeat_ngram_size": 2, "forced_eos_token_id": 1}, r"^config.json sets forced_eos_token_id=1, no_repeat_"),
         ({"num_beams": 2.5}, r"^config.json: num_beams=2.5 must be a whole number"),
-        ({"stop_strings": [1]}, r"^config.json: stop_strings=\[1\] must be a list of str"),
+        ({"stop_strings": [1]}, r"^config.json: stop_strings=\[1\] must be a string or a list in which each entry is"),
         ({"top_k": -1}, r"^config.json: top_k=-1 must be at least 0"),
         ({"max_length": 0}, r"^config.json: max_length=0 must be at least 1"),
         ({"do_sample": True, "top_p": 2}, r"top_p=2 must be in \(0, 1\].* are read from config.json\)"),

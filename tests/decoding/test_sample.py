@@ -310,6 +310,21 @@ def test_generate_can_be_called_inside_jit(gpt: Pair, pad: Pad) -> None:
     np.testing.assert_array_equal(inside(gpt[1], prompts).tokens, outside.tokens)
 
 
+@pytest.mark.thorough
+def test_generate_in_shard_map_gives_the_same_tokens() -> None:
+    model = tiny_model("gru-tiny")
+    params, prompts = initial_params(model), np.array([[1, 2, 3], [4, 5, 6]], np.int32)
+    rows = jax.sharding.PartitionSpec("data")
+    inside = jax.shard_map(
+        lambda params, prompts: generate(model, params, prompts, max_new_tokens=4).tokens,
+        mesh=sharding.make_mesh("data=2", devices=jax.devices()[:2]),
+        in_specs=(jax.sharding.PartitionSpec(), rows), out_specs=rows,
+    )  # fmt: skip
+    np.testing.assert_array_equal(
+        jax.jit(inside)(params, prompts), generate(model, params, prompts, max_new_tokens=4).tokens
+    )
+
+
 def test_sharded_parameters_generate_the_same(gpt: Pair, pad: Pad) -> None:
     model, params = gpt
     prompts = pad(PROMPTS, "llll")
@@ -402,7 +417,8 @@ VALID_ARGUMENTS = {"prompts": np.array([[5, 6], [7, 8]]), "max_new_tokens": 4}
         ({"max_new_tokens": True}, "max_new_tokens=True must be a whole number"),
         ({"allowed_ids": 4.0}, "allowed_ids=4.0 must be a whole number or None"),
         ({"end_id": True}, "end_id=True must be a whole number"),
-        ({"end_id": [1, 2.5]}, "end_id=1.0 must be a whole number"),
+        ({"end_id": [1, 2.5]}, "end_id=2.5 must be a whole number"),
+        ({"end_id": [2, True]}, "end_id=True must be a whole number"),
         ({"sampling": Sampling(), "key": 0}, r"key must be one JAX key, or one typed key per prompt .* got 0"),
         ({"sampling": Sampling(), "key": np.zeros((2, 2), np.uint32)}, r"key must be one JAX key, .* uint32\[2, 2\]"),
     ],

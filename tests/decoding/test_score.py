@@ -137,8 +137,8 @@ def test_errors_name_bad_tokens(gpt: Pair, tokens: Any, segment_ids: Any, messag
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"ids": np.array([5])}, r"ids must have shape \[tokens\] with at least 2 integers, got int64\[1\]"),
-        ({"ids": np.array([[5, 6]])}, r"got int64\[1, 2\]"),
+        ({"ids": np.array([5])}, "ids: 1 tokens, at least 2 needed"),
+        ({"ids": np.array([[5, 6]])}, r"ids: expected a 1-D array of integer ids, got int64\[1, 2\]"),
         ({"ids": np.array([0.5, 0.5])}, r"got float64\[2\]"),
         ({"stride": 8}, r"stride=8 must be from 1 to window - 1 = 7"),
         ({"stride": 0}, r"stride=0 must be from 1 to"),

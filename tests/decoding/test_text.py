@@ -15,6 +15,7 @@ import jaxlm
 from jaxlm import spec
 from jaxlm.data import ByteTokenizer, CharTokenizer, PretrainedTokenizer
 from jaxlm.decoding import GenerationConfig, Sampling, generate_text, stream_text, text, windows
+from jaxlm.models.model import Metadata
 from jaxlm.spec import ArraySpec
 from jaxlm.testing.helpers import initial_params
 
@@ -36,6 +37,8 @@ class Reciter:
     max_positions = None
     needs_whole_text = False
     task = "causal"
+    metadata = Metadata()
+    has_cache = False
 
     def state_specs(self, batch: int, length: int) -> spec.Tree:
         return {"read": ArraySpec((batch,), ("batch",), dtype=jnp.int32)}
@@ -257,7 +260,7 @@ def test_streaming_equals_generating_with_a_real_model(chunk: int) -> None:
         (np.arange(5, dtype=np.int32), TypeError, r"got one array int32\[5\]: pass \[ids\]"),
         ([np.array([5.7])], ValueError, r"prompt 0: expected a 1-D array of integer ids, got float64\[1\]"),
         ([np.array([5]), np.array([[5, 6]])], ValueError, r"prompt 1: expected a 1-D array of integer ids, got int64"),
-        ([np.array([5, -1])], ValueError, "prompt 0 has id -1, outside the model's 300 ids"),
+        ([np.array([5, -1])], ValueError, "prompt 0: id -1 at position 1 is outside the vocabulary of 300 ids"),
         ([np.zeros(0, np.int32)], ValueError, "prompt 0 is .*, which has no tokens"),
     ],
 )
@@ -309,7 +312,8 @@ def test_stream_text_raises_before_iteration() -> None:
 
 def test_error_for_ids_outside_the_vocabulary_of_the_model() -> None:
     model = jaxlm.get_model("gpt2-tiny", vocab_size=2)
-    with pytest.raises(ValueError, match=r"prompt 0 has id 2, outside the model's 2 ids: is this the tokenizer"):
+    message = "prompt 0: id 2 at position 2 is outside the vocabulary of 2 ids; use ids of the model's tokenizer"
+    with pytest.raises(ValueError, match=message):
         generate_text(model, {}, CharTokenizer("abc"), ["abc"], GenerationConfig(3))
 
 

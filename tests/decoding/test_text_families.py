@@ -25,7 +25,6 @@ from jaxlm.decoding import (
     generate_text,
     sample,
     stream_text,
-    text,
     windows,
 )
 from jaxlm.testing.helpers import add_noise, decode_state, initial_params, tiny_model
@@ -112,7 +111,7 @@ def test_a_draft_model_that_cannot_propose_raises() -> None:
     ):
         run(config_of(), draft=model_and_params("t5-tiny"))
     classifier = tiny_model("bert-tiny")
-    with pytest.raises(ValueError, match="it cannot propose tokens; use a generative language model"):
+    with pytest.raises(ValueError, match="it cannot propose tokens; load a language model"):
         run(config_of(), draft=(classifier, {}))
     small = tiny_model("lstm-tiny", vocab_size=100)
     with pytest.raises(ValueError, match="the draft model has 100 token ids, but 257 ids may be generated or read"):
@@ -252,9 +251,9 @@ def test_errors_name_the_bad_source() -> None:
         generate_text(model, params, BYTES, ["a", ""])
     with pytest.raises(ValueError, match=r"source 0 is '', which has no tokens"):
         generate_text(tiny_model("t5-tiny"), {}, word_tokenizer(), [""])
-    with pytest.raises(ValueError, match=r"source 0 has id 120, outside the model's 100 ids: is this the tokenizer"):
+    with pytest.raises(ValueError, match=r"source 0: id 120 at position 0 is outside the vocabulary of 100 ids"):
         generate_text(tiny_model("t5-tiny", vocab_size=100), {}, BYTES, ["xa"])
-    with pytest.raises(ValueError, match=r"source 1 has id -2, outside the model's 264 ids"):
+    with pytest.raises(ValueError, match=r"source 1: id -2 at position 1 is outside the vocabulary of 264 ids"):
         generate_text(model, params, BYTES, [np.array([5]), np.array([5, -2])])
     with pytest.raises(ValueError, match=r"num_beams=2: beam search cannot stream text; use generate_text"):
         stream_text(model, params, BYTES, "a", GenerationConfig(num_beams=2))
@@ -262,7 +261,7 @@ def test_errors_name_the_bad_source() -> None:
 
 def test_error_for_a_source_longer_than_max_positions(monkeypatch: pytest.MonkeyPatch) -> None:
     model, params = model_and_params("t5-tiny")
-    monkeypatch.setattr(text.BatchSettings, "max_positions", 6)
+    monkeypatch.setattr(jaxlm.Model, "max_positions", 6)
     with pytest.raises(ValueError, match=r"source 1 has 7 tokens, but max_positions=6: shorten it"):
         generate_text(model, params, BYTES, ["a", "0123456"])
 

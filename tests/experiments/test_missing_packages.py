@@ -11,7 +11,7 @@ from experiments import chess, summarization, translation
     ("experiment", "package", "arguments", "extra"),
     [
         (chess, "chess", ["--data", "none.txt"], "chess"),
-        (summarization, "rouge_score", ["--data.file", "none.jsonl"], "metrics"),
+        (summarization, "rouge_score.rouge_scorer", ["--data.file", "none.jsonl"], "metrics"),
         (translation, "sacrebleu.metrics", ["--data.directory", "none"], "metrics"),
     ],
 )

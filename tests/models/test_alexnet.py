@@ -12,12 +12,8 @@ from jaxlm.models import alexnet, get_model
 from jaxlm.nn.convolution import convolution
 from jaxlm.nn.convolution.pooling import max_pool
 from jaxlm.testing.contract import check_sharded_step
-from jaxlm.testing.helpers import add_noise, initial_params, random_tokens, relative_error, tiny_model
-
-
-def setup(variant, length, **overrides):
-    model = tiny_model(variant, **overrides)
-    return model, add_noise(initial_params(model)), random_tokens(model, 2, length)
+from jaxlm.testing.helpers import add_noise, initial_params, relative_error, tiny_model
+from tests.models.helpers import setup
 
 
 @pytest.mark.parametrize(
@@ -42,7 +38,7 @@ def test_the_input_is_one_hot_and_not_trained():
     np.testing.assert_array_equal(table[:70], np.eye(70))
     assert not np.any(table[70])  # characters outside the alphabet
     assert not model.specs["token_embedding"].decay
-    tiny, params, tokens = setup("alexnet-tiny", 40)
+    tiny, params, tokens = setup("alexnet-tiny", length=40)
     for embedding, trained in (("one_hot", False), ("learned", True)):
         variant = dataclasses.replace(tiny, config=dataclasses.replace(tiny.config, embedding=embedding))
         grads = jax.jit(jax.grad(lambda p: jnp.sum(variant.apply(p, tokens)[0] ** 2)))(params)  # noqa: B023
@@ -50,7 +46,7 @@ def test_the_input_is_one_hot_and_not_trained():
 
 
 def test_texts_are_read_backwards_and_padding_has_no_effect():
-    model, params, tokens = setup("alexnet-tiny", 40)
+    model, params, tokens = setup("alexnet-tiny", length=40)
     forward = dataclasses.replace(model, config=dataclasses.replace(model.config, reverse=False))
     apply = jax.jit(lambda t, i: model.apply(params, t, segment_ids=i)[0])
     ids = np.ones((2, 40), np.int32)
@@ -83,7 +79,7 @@ def test_dropout_of_hidden_layers_needs_a_key():
 
 def test_the_language_model_has_the_features_of_the_strided_stack():
     """The strided stack gives one step for the 18 tokens up to a position. Both models have the same features there."""
-    model, params, tokens = setup("alexnet-lm-tiny", 30)
+    model, params, tokens = setup("alexnet-lm-tiny", length=30)
     params |= {name: {"weight": jnp.eye(32), "bias": jnp.zeros(32)} for name in ("fc_1", "fc_2")}
     hidden = np.asarray(jax.jit(lambda t: model.apply(params, t)[0])(tokens))
 
@@ -128,7 +124,7 @@ def test_the_classifier_runs_on_a_mesh_that_splits_the_sequence():
 
 
 def test_errors_name_bad_input():
-    model, params, tokens = setup("alexnet-tiny", 40)
+    model, params, tokens = setup("alexnet-tiny", length=40)
     with pytest.raises(ValueError, match="80 tokens exceed max_positions=64"):
         model.apply(params, np.concatenate([tokens, tokens], axis=1))
     with pytest.raises(ValueError, match="task='classification' reads whole texts and carries no state"):

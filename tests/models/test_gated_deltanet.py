@@ -1,7 +1,6 @@
 """Gated DeltaNet: its state, its patterns of mixers, and supported fields of files."""
 
 import json
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -25,6 +24,7 @@ from jaxlm.testing.helpers import (
     relative_error,
     tiny_model,
 )
+from tests.models.helpers import save_with_fields
 
 HYBRID = "gated_deltanet-hybrid-tiny"
 
@@ -101,7 +101,7 @@ def test_negative_eigenvalues_double_beta(monkeypatch):
     ("fields", "message"),
     [
         ({"pattern": ()}, r"pattern=\(\) must not be empty"),
-        ({"pattern": ("delta_rule", "mamba")}, r"pattern=\('delta_rule', 'mamba'\) .* each entry must be delta_rule"),
+        ({"pattern": ("delta_rule", "mamba")}, r"pattern=\('delta_rule', 'mamba'\) .* each entry is 'delta_rule'"),
         ({"delta_key_heads": 3}, "delta_key_heads=3 does not divide delta_value_heads=4"),
         ({"num_kv_heads": 3}, "num_kv_heads=3 does not divide num_heads=4"),
         ({"conv_width": 1}, "conv_width=1 must be at least 2"),
@@ -235,16 +235,6 @@ def test_published_parameter_counts():
     assert model.num_parameters - experts * 502 // 512 == 3874929408  # A3B: about 3 billion active parameters
 
 
-def save_with_fields(tmp_path: Path, **fields) -> Path:
-    """Save a model and change fields of its ``config.json`` (``...`` removes a field); returns the directory."""
-    model = tiny_model(HYBRID)
-    save_pretrained(tmp_path, model, initial_params(model))
-    path = tmp_path / "config.json"
-    config = {**json.loads(path.read_text()), **fields}
-    path.write_text(json.dumps({name: value for name, value in config.items() if value is not ...}))
-    return tmp_path
-
-
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -263,4 +253,4 @@ def save_with_fields(tmp_path: Path, **fields) -> Path:
 )
 def test_unsupported_settings_raise(tmp_path, fields, message):
     with pytest.raises(ValueError, match=message):
-        load_pretrained(save_with_fields(tmp_path, **fields))
+        load_pretrained(save_with_fields(tmp_path, HYBRID, **fields))

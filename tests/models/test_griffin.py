@@ -1,7 +1,6 @@
 """Griffin: published sizes, the window, documents of any ids, Hawk, initial values, and supported fields of files."""
 
 import json
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -19,11 +18,7 @@ from jaxlm.testing.helpers import (
     relative_error,
     tiny_model,
 )
-
-
-def setup(batch=2, length=12, **overrides):
-    model = tiny_model("griffin-tiny", **overrides)
-    return model, add_noise(initial_params(model)), random_tokens(model, batch, length)
+from tests.models.helpers import save_with_fields, setup
 
 
 @pytest.mark.parametrize(("name", "count"), [("recurrentgemma-2b", 2682862080), ("recurrentgemma-9b", 8579977216)])
@@ -49,7 +44,7 @@ def test_the_state_has_the_same_size_for_any_length():
 
 
 def test_tokens_attend_only_to_the_window():
-    model, params, tokens = setup(num_layers=1, pattern=("attention",), window=4)
+    model, params, tokens = setup("griffin-tiny", num_layers=1, pattern=("attention",), window=4)
     changed = tokens.copy()
     changed[:, 3] = (changed[:, 3] + 1) % 128
     apply = jax.jit(lambda t: model.apply(params, t)[0])
@@ -62,7 +57,7 @@ def test_tokens_attend_only_to_the_window():
 @pytest.mark.parametrize("pattern", [("recurrent",), ("recurrent", "attention")])
 def test_padding_anywhere_and_documents_over_several_calls(pattern):
     """Calls of several sizes with padding between tokens; the second row uses segment id 1 for two long documents."""
-    model, params, _ = setup(num_layers=2, pattern=pattern)
+    model, params, _ = setup("griffin-tiny", num_layers=2, pattern=pattern)
     segments = np.array(
         [
             [0, 1, 0, 1, 1, 1, 1, 0, 1, 1, 1, 1, 1, 0, 0, 1, 1, 2, 2, 2],
@@ -90,7 +85,7 @@ def test_padding_anywhere_and_documents_over_several_calls(pattern):
 
 
 def test_logits_are_bounded_and_padded_rows_have_no_probability():
-    model, params, tokens = setup(logits_soft_cap=0.5, vocab_multiple=48)
+    model, params, tokens = setup("griffin-tiny", logits_soft_cap=0.5, vocab_multiple=48)
     logits = np.asarray(jax.jit(lambda: model.logits(params, 100.0 * model.apply(params, tokens)[0]))())
     assert logits.shape[-1] == 144
     assert 0.499 < np.abs(logits[..., :128]).max() <= 0.5
@@ -100,7 +95,7 @@ def test_logits_are_bounded_and_padded_rows_have_no_probability():
 def test_untied_head_and_no_head():
     """An untied head is a parameter; ``task="none"`` has no head and no logits."""
     assert "head" in tiny_model("griffin", tie_embeddings=False).specs
-    model, params, tokens = setup(task="none", tie_embeddings=False)
+    model, params, tokens = setup("griffin-tiny", task="none", tie_embeddings=False)
     assert "head" not in model.specs
     hidden, _ = jax.jit(model.apply)(params, tokens)
     with pytest.raises(ValueError, match="task='none'"):
@@ -115,7 +110,7 @@ def test_untied_head_and_no_head():
         ({"lru_width": 30}, "lru_width=30 must be a multiple of num_heads=4"),
         ({"num_heads": 16, "lru_width": 64}, "a head width of 2 .* is not a multiple of 4"),
         ({"pattern": ()}, r"pattern=\(\) must not be empty"),
-        ({"pattern": ("mamba",)}, r"pattern=\('mamba',\) .* each entry must be recurrent or attention"),
+        ({"pattern": ("mamba",)}, r"pattern=\('mamba',\) .* each entry is 'recurrent' or 'attention'"),
         ({"conv_width": 1}, "conv_width=1 must be at least 2"),
         ({"window": 0}, "window=0 must be at least 1"),
         ({"logits_soft_cap": 0.0}, "logits_soft_cap=0.0 must be positive"),
@@ -145,16 +140,6 @@ def test_files_round_trip(fields, tmp_path):
     assert (config["model_type"], config["intermediate_size"]) == ("recurrent_gemma", 96)
 
 
-def save_with_fields(tmp_path: Path, **fields) -> Path:
-    """Save a model and change fields of its ``config.json`` (``...`` removes a field); returns the directory."""
-    model = tiny_model("griffin-tiny")
-    save_pretrained(tmp_path, model, initial_params(model))
-    path = tmp_path / "config.json"
-    config = {**json.loads(path.read_text()), **fields}
-    path.write_text(json.dumps({name: value for name, value in config.items() if value is not ...}))
-    return tmp_path
-
-
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -163,7 +148,7 @@ def save_with_fields(tmp_path: Path, **fields) -> Path:
         ({"partial_rotary_factor": 0.25}, "partial_rotary_factor=0.25 is not supported"),
         (
             {"block_types": ["mamba"]},
-            r"block_types=\['mamba'\] must be a non-empty list whose entries are 'recurrent' or 'attention'",
+            r"block_types=\['mamba'\] must be a list in which each entry is 'recurrent' or 'attention'",
         ),
         ({"num_key_value_heads": "1"}, "num_key_value_heads='1' must be a whole number or None"),
         ({"intermediate_size": 0}, "intermediate_size=0 must be at least 2"),
@@ -173,11 +158,11 @@ def save_with_fields(tmp_path: Path, **fields) -> Path:
 )
 def test_unsupported_settings_raise(tmp_path, fields, message):
     with pytest.raises(ValueError, match=message):
-        load_pretrained(save_with_fields(tmp_path, **fields))
+        load_pretrained(save_with_fields(tmp_path, "griffin-tiny", **fields))
 
 
 def test_a_changed_width_changes_the_head_width_in_files(tmp_path):
-    model, _ = load_pretrained(save_with_fields(tmp_path, head_dim=8))
+    model, _ = load_pretrained(save_with_fields(tmp_path, "griffin-tiny", head_dim=8))
     changed = model.with_fields(embed_dim=64)
     save_pretrained(tmp_path, changed, initial_params(changed))
     assert json.loads((tmp_path / "config.json").read_text())["head_dim"] == 16
@@ -185,5 +170,5 @@ def test_a_changed_width_changes_the_head_width_in_files(tmp_path):
 
 
 def test_an_odd_width_of_the_mlp_is_rounded_down_as_in_transformers(tmp_path):
-    model, _ = load_pretrained(save_with_fields(tmp_path, intermediate_size=97))
+    model, _ = load_pretrained(save_with_fields(tmp_path, "griffin-tiny", intermediate_size=97))
     assert model.config.mlp_dim == 48

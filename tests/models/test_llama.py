@@ -26,11 +26,7 @@ from jaxlm.testing.helpers import (
     relative_error,
     tiny_model,
 )
-
-
-def setup(batch=2, length=12, **overrides):
-    model = tiny_model("llama-tiny", **overrides)
-    return model, add_noise(initial_params(model)), random_tokens(model, batch, length)
+from tests.models.helpers import save_with_fields, setup
 
 
 @pytest.mark.parametrize(
@@ -63,7 +59,7 @@ def test_published_parameter_counts(name, count):
             {"window": 8, "pattern": ("full", "full", "window"), "num_layers": 2},
             "set window if and only if at least one of the num_layers=2 layers has the kind 'window'",
         ),
-        ({"pattern": ("local",)}, r"each entry must be full or window or no_positions"),
+        ({"pattern": ("local",)}, "each entry is 'full' or 'window' or 'no_positions'"),
         ({"window_rotary_base": 100.0}, "window_rotary_base=100.0 needs layers with a window"),
         ({"pattern": ("full", "no_positions"), "scan_layers": True}, "scan_layers=True needs layers of one kind"),
         ({"block": "gemma", "num_experts": 4}, "block='gemma' needs num_experts=None, got 4"),
@@ -77,7 +73,7 @@ def test_bad_kinds_of_layers_raise(fields, message):
 
 @pytest.mark.thorough
 def test_layers_without_positions_do_not_depend_on_the_order_of_earlier_tokens():
-    model, params, tokens = setup(num_layers=1, pattern=("no_positions",))
+    model, params, tokens = setup("llama-tiny", num_layers=1, pattern=("no_positions",))
     swapped = tokens[:, [1, 0, *range(2, 12)]]
     apply = jax.jit(lambda t: model.apply(params, t)[0][:, 2:])
     assert relative_error(apply(swapped), apply(tokens)) < 1e-6
@@ -93,7 +89,7 @@ def test_the_cache_has_only_key_value_heads():
 
 @pytest.mark.thorough
 def test_grouped_heads_equal_repeated_heads():
-    model, params, tokens = setup()
+    model, params, tokens = setup("llama-tiny")
     full_model = tiny_model("llama-tiny", num_kv_heads=4)
 
     def repeat_kv_heads(layer):
@@ -111,7 +107,7 @@ def test_grouped_heads_equal_repeated_heads():
 
 
 def test_tokens_attend_only_to_the_window():
-    model, params, tokens = setup(num_layers=1, window=4)
+    model, params, tokens = setup("llama-tiny", num_layers=1, window=4)
     changed = tokens.copy()
     changed[:, 3] = (changed[:, 3] + 1) % 128
     apply = jax.jit(lambda t: model.apply(params, t)[0])
@@ -123,7 +119,7 @@ def test_tokens_attend_only_to_the_window():
 @pytest.mark.thorough
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_a_window_does_not_count_padding_in_the_cache(side):
-    model, params, tokens = setup(batch=2, length=12, window=3)
+    model, params, tokens = setup("llama-tiny", batch=2, length=12, window=3)
     prompt, segments = np.full((2, 7), 5, np.int32), np.zeros((2, 7), np.int32)
     for row, n in enumerate((7, 2)):
         positions = slice(7 - n, 7) if side == "left" else slice(0, n)
@@ -142,11 +138,11 @@ def test_a_window_does_not_count_padding_in_the_cache(side):
 
 @pytest.mark.thorough
 def test_the_norm_makes_attention_independent_of_the_size_of_queries_and_keys():
-    model, params, tokens = setup(qk_norm=True, norm_epsilon=1e-12)
+    model, params, tokens = setup("llama-tiny", qk_norm=True, norm_epsilon=1e-12)
     for name in ("query", "key"):
         for layer in params["layers"]:
             layer["attention"][name]["weight"] *= 3.0
-    want = jax.jit(model.apply)(setup(qk_norm=True)[1], tokens)[0]
+    want = jax.jit(model.apply)(setup("llama-tiny", qk_norm=True)[1], tokens)[0]
     assert relative_error(jax.jit(model.apply)(params, tokens)[0], want) < 1e-4
     assert [params["layers"][0]["attention"][f"{name}_norm"]["scale"].shape for name in ("query", "key")] == [(8,)] * 2
 
@@ -192,7 +188,7 @@ def test_loss_and_gradients_on_an_expert_mesh_equal_those_on_one_device(fields):
 
 
 def test_only_differences_of_positions_matter():
-    model, params, tokens = setup()
+    model, params, tokens = setup("llama-tiny")
     base_positions = np.broadcast_to(np.arange(12, dtype=np.int32), (2, 12))
     apply = jax.jit(lambda p: model.apply(params, tokens, positions=p)[0])
     assert relative_error(apply(base_positions + 1000), apply(base_positions)) < 1e-4
@@ -203,7 +199,7 @@ def test_only_differences_of_positions_matter():
 @pytest.mark.parametrize(("task", "outputs"), [("classification", 3), ("token_classification", 3), ("span_qa", 2)])
 def test_outputs_of_classification_and_span_heads(task, outputs):
     """Each task has the right number of outputs, and a classifier reads the last real token."""
-    model, params, tokens = setup(task=task, num_labels=3)
+    model, params, tokens = setup("llama-tiny", task=task, num_labels=3)
     segments = np.ones_like(tokens)
     segments[0, 8:] = 0
     hidden, _ = jax.jit(model.apply)(params, tokens, segment_ids=segments)
@@ -219,7 +215,7 @@ def test_outputs_of_classification_and_span_heads(task, outputs):
 
 @pytest.mark.thorough
 def test_task_none_has_no_head():
-    model, params, tokens = setup(task="none")
+    model, params, tokens = setup("llama-tiny", task="none")
     hidden, _ = jax.jit(model.apply)(params, tokens)
     with pytest.raises(ValueError, match="task='none'"):
         model.logits(params, hidden)
@@ -256,7 +252,7 @@ def test_errors_name_bad_fields(fields, message):
 
 
 def test_a_too_long_state_raises():
-    model, params, _ = setup(max_positions=8)
+    model, params, _ = setup("llama-tiny", max_positions=8)
     with pytest.raises(ValueError, match="9 tokens exceed max_positions=8"):
         model.apply(params, np.zeros((1, 9), np.int32))
     with pytest.raises(ValueError, match="a state of 9 tokens exceeds max_positions=8"):
@@ -378,16 +374,6 @@ def test_tensor_prefix_of_question_answering_classes():
 MIXTRAL_FILE = {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"]}
 
 
-def save_with_fields(tmp_path: Path, **fields) -> Path:
-    """Save a model and change fields of its ``config.json`` (``...`` removes a field); returns the directory."""
-    model = tiny_model("llama-tiny")
-    save_pretrained(tmp_path, model, initial_params(model))
-    path = tmp_path / "config.json"
-    config = {**json.loads(path.read_text()), **fields}
-    path.write_text(json.dumps({name: value for name, value in config.items() if value is not ...}))
-    return tmp_path
-
-
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -416,13 +402,13 @@ def save_with_fields(tmp_path: Path, **fields) -> Path:
 )
 def test_unsupported_settings_raise(tmp_path, fields, message):
     with pytest.raises(ValueError, match=message):
-        load_pretrained(save_with_fields(tmp_path, **fields))
+        load_pretrained(save_with_fields(tmp_path, "llama-tiny", **fields))
 
 
 def test_null_fields_of_rope_scaling_are_ignored(tmp_path):
     fields = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 8}
     models = [
-        load_pretrained(save_with_fields(tmp_path, rope_scaling=scaling))[0]
+        load_pretrained(save_with_fields(tmp_path, "llama-tiny", rope_scaling=scaling))[0]
         for scaling in (fields, {**fields, "mscale": None, "beta_fast": None})
     ]
     assert models[0] == models[1]
@@ -450,15 +436,15 @@ def test_windows_in_files():
 
 def test_field_names_of_transformers_5_are_read(tmp_path):
     new = {"rope_type": "linear", "factor": 2.0, "rope_theta": 500.0}
-    model, _ = load_pretrained(save_with_fields(tmp_path, rope_theta=..., rope_parameters=new))
+    model, _ = load_pretrained(save_with_fields(tmp_path, "llama-tiny", rope_theta=..., rope_parameters=new))
     assert (model.config.rotary_base, model.config.rotary_scaling) == (500.0, RotaryScaling("linear", 2.0))
     changed = model.with_fields(rotary_base=1000.0, rotary_scaling=None)
     save_pretrained(tmp_path / "changed", changed, initial_params(changed))
     assert load_pretrained(tmp_path / "changed")[0].config == changed.config
     with pytest.raises(ValueError, match="partial_rotary_factor=0.5 in rope_parameters must be 1.0: this family has"):
-        load_pretrained(save_with_fields(tmp_path, rope_parameters={"partial_rotary_factor": 0.5}))
+        load_pretrained(save_with_fields(tmp_path, "llama-tiny", rope_parameters={"partial_rotary_factor": 0.5}))
     with pytest.raises(ValueError, match="rope_parameters has factor, but no rope_type that uses them"):
-        load_pretrained(save_with_fields(tmp_path, rope_parameters={"factor": 2.0, "rope_theta": 500.0}))
+        load_pretrained(save_with_fields(tmp_path, "llama-tiny", rope_parameters={"factor": 2.0, "rope_theta": 500.0}))
 
 
 def test_mistral_with_rotary_scaling_has_a_head_dim_in_files():

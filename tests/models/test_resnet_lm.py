@@ -7,12 +7,8 @@ import pytest
 
 from jaxlm import spec
 from jaxlm.models import get_model, resnet_lm
-from jaxlm.testing.helpers import add_noise, initial_params, random_tokens, relative_error, tiny_model
-
-
-def setup(length=20, **overrides):
-    model = tiny_model("resnet-lm-tiny", **overrides)
-    return model, add_noise(initial_params(model)), random_tokens(model, 2, length)
+from jaxlm.testing.helpers import random_tokens, relative_error, tiny_model
+from tests.models.helpers import setup
 
 
 def test_size_of_the_published_model_of_wikitext_103():
@@ -36,7 +32,7 @@ def test_context_length_of_the_published_stacks(variant, context):
 
 
 def test_the_context_is_nine_tokens():
-    model, params, tokens = setup()
+    model, params, tokens = setup("resnet-lm-tiny", length=20)
     apply = jax.jit(lambda tokens: model.apply(params, tokens)[0])
     hidden = apply(tokens)
     for distance, visible in ((8, True), (9, False)):
@@ -57,7 +53,7 @@ def test_initial_activations_keep_their_size_through_deep_stacks():
 
 def test_documents_over_several_calls():
     """A packed prompt, then single steps that continue its last document and start a new one."""
-    model, params, tokens = setup(length=18)
+    model, params, tokens = setup("resnet-lm-tiny", length=18)
     ids = np.array([[1] * 4 + [2] * 9 + [3] * 5, [0, 0] + [1] * 6 + [0] * 2 + [1] * 8], np.int32)
     step = jax.jit(lambda t, i, s: model.apply(params, t, state=s, segment_ids=i))
     state, outputs = model.init_state(2, 1), []
@@ -80,7 +76,7 @@ def test_errors_name_bad_input():
         resnet_lm.Config(blocks=((8, 3, 1), (8, 3, 3)))
     with pytest.raises(ValueError, match=r"dropout=1.0 must be in \[0, 1\)"):
         resnet_lm.Config(dropout=1.0)
-    model, params, _ = setup(task="none")
+    model, params, _ = setup("resnet-lm-tiny", length=20, task="none")
     assert "head" not in params
     with pytest.raises(ValueError, match="task='none' has no head for labels"):
         model.logits(params, jnp.zeros((1, 1, 24)))

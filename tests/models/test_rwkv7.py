@@ -15,19 +15,13 @@ from jaxlm.interop import formats
 from jaxlm.interop.huggingface import load_pretrained, named_tensors, save_pretrained
 from jaxlm.models import get_model
 from jaxlm.testing.helpers import (
-    add_noise,
     apply,
     assert_trees_equal,
     initial_params,
-    random_tokens,
     relative_error,
     tiny_model,
 )
-
-
-def setup(batch=2, length=12, **overrides):
-    model = tiny_model("rwkv7-tiny", **overrides)
-    return model, add_noise(initial_params(model)), random_tokens(model, batch, length)
+from tests.models.helpers import setup
 
 
 @pytest.mark.parametrize(
@@ -96,7 +90,7 @@ def test_weight_decay_excludes_vectors_and_matrices_of_low_rank():
 @pytest.mark.thorough
 def test_texts_longer_than_a_chunk_can_be_read_in_pieces():
     """75 tokens with left padding and two documents are several chunks; the pieces end inside of chunks."""
-    model, params, tokens = setup(length=75)
+    model, params, tokens = setup("rwkv7-tiny", length=75)
     segments = np.ones((2, 75), np.int32)
     segments[0, 33:] = 2
     segments[1, :40] = 0
@@ -112,7 +106,7 @@ def test_texts_longer_than_a_chunk_can_be_read_in_pieces():
 
 def test_the_channel_mix_reads_the_previous_token_of_the_same_document():
     """Without the outputs of the time mixes, a token depends only on itself and on the num_layers tokens before it."""
-    model, params, tokens = setup()
+    model, params, tokens = setup("rwkv7-tiny")
     for layer in params["layers"]:
         layer["time_mix"]["output"]["weight"] *= 0.0
     changed = tokens.copy()
@@ -124,7 +118,7 @@ def test_the_channel_mix_reads_the_previous_token_of_the_same_document():
 
 
 def test_the_value_residual_can_replace_the_values_of_later_blocks_by_those_of_the_first():
-    model, params, tokens = setup(num_layers=3)
+    model, params, tokens = setup("rwkv7-tiny", num_layers=3)
     for layer in params["layers"][1:]:
         layer["time_mix"]["value_residual"]["up"]["bias"] += 1e4  # a weight of 1 for the first block
     want, _ = apply(model, params, tokens)
@@ -153,7 +147,7 @@ def test_errors_name_bad_fields(fields, message):
 
 
 def test_a_model_without_a_head_has_no_logits():
-    model, params, tokens = setup(task="none")
+    model, params, tokens = setup("rwkv7-tiny", task="none")
     assert "head" not in params
     with pytest.raises(ValueError, match="task='none' has no head"):
         model.logits(params, apply(model, params, tokens)[0])
@@ -172,7 +166,7 @@ CHANGED = {
 def test_files_round_trip_with_every_field(task, tmp_path):
     (table,) = formats.of("rwkv7")
     assert set(CHANGED) == set(table.hf_name_of_field)
-    model, params, _ = setup(**CHANGED, task=task)
+    model, params, _ = setup("rwkv7-tiny", **CHANGED, task=task)
     save_pretrained(tmp_path, model, params)
     loaded_model, loaded_params = load_pretrained(tmp_path)
     assert loaded_model == model
@@ -194,7 +188,7 @@ def write_config(directory: Path, fields) -> None:
 
 def save_with(tmp_path, fields, tensors) -> Path:
     """Save a tiny model, and change fields of its ``config.json`` and tensors of its file; returns the directory."""
-    model, params, _ = setup()
+    model, params, _ = setup("rwkv7-tiny")
     save_pretrained(tmp_path, model, params)
     write_config(tmp_path, {**json.loads((tmp_path / "config.json").read_text()), **fields})
     save_file({**load_file(tmp_path / "model.safetensors"), **tensors}, tmp_path / "model.safetensors")
@@ -205,7 +199,7 @@ def test_unused_tensors_of_the_first_block_are_ignored(tmp_path):
     """Some published files have weights of a value residual in the first block."""
     unused = {f"blocks.0.att.v{number}": np.ones((2, 2), np.float32) for number in range(3)}
     model, params = load_pretrained(save_with(tmp_path, {}, unused))
-    assert_trees_equal(params, setup()[1])
+    assert_trees_equal(params, setup("rwkv7-tiny")[1])
     assert model == tiny_model("rwkv7-tiny")
 
 

@@ -25,16 +25,11 @@ from jaxlm.testing.helpers import (
     relative_error,
     tiny_model,
 )
+from tests.models.helpers import setup
 from tests.oracles import GOLDENS
 
 TOLERANCE = 1e-5  # float32, with different orders of summation
 SEGMENTS = Path(__file__).parent / "goldens" / "transformer_xl_segments.npz"  # made by test_transformer_xl_live.py
-
-
-def setup(batch=2, length=12, **overrides):
-    model = tiny_model("transformer_xl", **overrides)
-    params = add_noise(initial_params(model))
-    return model, params, random_tokens(model, batch, length)
 
 
 logits_of = jax.jit(lambda model, params, hidden: model.logits(params, hidden), static_argnums=0)
@@ -60,7 +55,7 @@ def test_segments_with_memory_equal_transformers(case):
 
 def test_a_short_memory_drops_old_tokens():
     """Each layer extends the context by the length of the memory: num_layers * slots tokens in all."""
-    model, params, tokens = setup(batch=1, length=9)
+    model, params, tokens = setup("transformer_xl", batch=1, length=9)
     hidden = []
     for first in (1, 2):
         changed = tokens.copy()
@@ -76,7 +71,7 @@ def test_a_short_memory_drops_old_tokens():
 @pytest.mark.parametrize("calls", [1, 3])
 def test_same_length_gives_every_token_the_same_number_of_keys(calls):
     """With one layer, only the last memory_length tokens have an effect, in one call and in several."""
-    model, params, tokens = setup(batch=1, length=9, same_length=True, memory_length=4, num_layers=1)
+    model, params, tokens = setup("transformer_xl", batch=1, length=9, same_length=True, memory_length=4, num_layers=1)
 
     def last_hidden(tokens):
         state = model.init_state(1, 4)
@@ -91,7 +86,7 @@ def test_same_length_gives_every_token_the_same_number_of_keys(calls):
 
 
 def test_distances_beyond_the_clamp_are_equal():
-    model, params, tokens = setup(batch=1, length=8, clamp_length=3, num_layers=1)
+    model, params, tokens = setup("transformer_xl", batch=1, length=8, clamp_length=3, num_layers=1)
     near, far = tokens.copy(), tokens.copy()
     near[0, [5, 6]] = tokens[0, [6, 5]]
     far[0, [1, 3]] = tokens[0, [3, 1]]
@@ -103,7 +98,7 @@ def test_distances_beyond_the_clamp_are_equal():
 @pytest.mark.plain_cases(1)
 @pytest.mark.parametrize("fields", [{}, {"same_length": True, "memory_length": 3, "clamp_length": 4, "pre_norm": True}])
 def test_documents_in_several_calls_with_padding_equal_separate_documents(fields):
-    model, params, _ = setup(**fields)
+    model, params, _ = setup("transformer_xl", **fields)
     calls = [
         [[0, 0, 1, 1, 1, 2], [1, 1, 0, 0, 0, 0], [1, 0, 1, 2, 0, 2]],
         [[2, 0, 2, 3, 0, 0], [0, 0, 1, 1, 0, 1], [0, 0, 0, 0, 0, 0]],
@@ -126,7 +121,7 @@ def test_documents_in_several_calls_with_padding_equal_separate_documents(fields
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_does_not_displace_tokens_in_the_memory(side):
     """The memory is shorter than the prompt. A padded row decodes as without padding."""
-    model, params, tokens = setup(batch=1, length=10)
+    model, params, tokens = setup("transformer_xl", batch=1, length=10)
     padded, segments = np.zeros((2, 9), np.int32), np.zeros((2, 9), np.int32)
     real = slice(3, 9) if side == "left" else slice(0, 6)
     padded[0, real], segments[0, real] = tokens[0, :6], 1
@@ -140,7 +135,7 @@ def test_padding_does_not_displace_tokens_in_the_memory(side):
 
 @pytest.mark.thorough
 def test_no_gradient_flows_into_the_memory():
-    model, params, tokens = setup()
+    model, params, tokens = setup("transformer_xl")
 
     def loss(params, state):
         return jnp.sum(jnp.square(model.apply(params, tokens[:, 6:], state=state)[0]))
@@ -157,14 +152,14 @@ def test_no_gradient_flows_into_the_memory():
 
 
 def test_log_probabilities_are_normalized():
-    model, params, tokens = setup()
+    model, params, tokens = setup("transformer_xl")
     log_p = np.asarray(logits_of(model, params, apply(model, params, tokens)[0]), np.float64)
     assert log_p.shape == (2, 12, 64)
     assert np.abs(np.log(np.exp(log_p).sum(axis=-1))).max() < 1e-5
 
 
 def test_a_classifier_reads_the_last_real_token():
-    model, params, tokens = setup(task="classification", num_labels=3)
+    model, params, tokens = setup("transformer_xl", task="classification", num_labels=3)
     segments = np.array([[1] * 12, [0] * 2 + [1] * 7 + [0] * 3], np.int32)
     hidden, _ = apply(model, params, tokens, segment_ids=segments)
     pooled = model.pool(params, hidden, segment_ids=segments)
@@ -174,7 +169,7 @@ def test_a_classifier_reads_the_last_real_token():
 
 
 def test_a_model_without_head_has_no_logits():
-    model, params, tokens = setup(task="none")
+    model, params, tokens = setup("transformer_xl", task="none")
     assert "head" not in params
     with pytest.raises(ValueError, match="task='none' has no"):
         model.logits(params, apply(model, params, tokens)[0])
@@ -236,13 +231,13 @@ def test_fields_of_hugging_face_configs():
         with pytest.raises(ValueError, match="the first entry must be false, and all other entries must be equal"):
             read({"tie_projs": tie_projs})
     for tie_projs in ([False, 3], True):
-        message = re.escape(f"tie_projs={tie_projs!r} must be a list of booleans, or null")
+        message = re.escape(f"tie_projs={tie_projs!r} must be a list in which each entry is true or false or None")
         with pytest.raises(ValueError, match=message):
             read({"tie_projs": tie_projs})
 
 
 def test_a_mesh_may_split_a_vocabulary_that_needs_padding():
-    model, params, _ = setup(vocab_size=63, vocab_multiple=2)
+    model, params, _ = setup("transformer_xl", vocab_size=63, vocab_multiple=2)
     hidden = np.random.default_rng(0).normal(size=(2, 3, model.config.embed_dim)).astype(np.float32)
     expected = logits_of(model, params, hidden)
     with Sharding(make_mesh({"tensor": 2}, devices=jax.devices()[:2])).scope():

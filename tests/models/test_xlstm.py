@@ -1,7 +1,6 @@
 """xLSTM: published size, initial values, gates, sLSTM layers in documents and streams, errors, and files."""
 
 import json
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -18,17 +17,12 @@ from jaxlm.testing.helpers import (
     apply,
     assert_trees_equal,
     initial_params,
-    random_tokens,
     relative_error,
     tiny_model,
 )
+from tests.models.helpers import save_with_fields, setup
 
 SLSTM = "xlstm-slstm-tiny"
-
-
-def setup(name="xlstm-tiny", batch=2, length=12, **overrides):
-    model = tiny_model(name, **overrides)
-    return model, add_noise(initial_params(model)), random_tokens(model, batch, length)
 
 
 def test_published_parameter_count():
@@ -90,7 +84,7 @@ def test_packed_documents_with_an_slstm_equal_separate_documents_and_a_stream():
 
 
 def test_soft_caps_limit_gates_and_logits():
-    model, params, tokens = setup(logits_soft_cap=0.5, num_layers=1)
+    model, params, tokens = setup("xlstm-tiny", logits_soft_cap=0.5, num_layers=1)
     large = jax.tree.map(lambda x: x, params)
     gate = large["layers"][0]["mlstm"]["input_gate"]
     gate["bias"] = gate["bias"] + 1e4
@@ -112,8 +106,9 @@ def test_soft_caps_limit_gates_and_logits():
         ({"num_heads": 3}, "num_heads=3 does not divide key_dim=64"),
         ({"value_dim": 30}, "num_heads=4 does not divide value_dim=30"),
         ({"embed_dim": 30, "pattern": ("slstm",)}, "num_heads=4 does not divide embed_dim=30"),
-        ({"pattern": ()}, r"pattern=\(\) must not be empty, and each entry must be mlstm or slstm"),
-        ({"pattern": ("lstm",)}, "each entry must be mlstm or slstm"),
+        ({"embed_dim": 2}, "embed_dim=2 must be at least num_heads=4"),
+        ({"pattern": ()}, r"pattern=\(\) must not be empty"),
+        ({"pattern": ("lstm",)}, "each entry is 'mlstm' or 'slstm'"),
         ({"conv_width": 1}, "conv_width=1 must be at least 2"),
         ({"gate_soft_cap": 0.0}, "gate_soft_cap=0.0 must be positive, or None for no cap"),
         ({"mlp_dim": 0}, "mlp_dim=0 must be at least 1"),
@@ -156,7 +151,7 @@ def test_a_saved_slstm_model_loads_without_its_head(tmp_path):
 
 
 def test_names_and_layouts_of_tensors():
-    model, params, _ = setup()
+    model, params, _ = setup("xlstm-tiny")
     tensors, layer = dict(named_tensors(model, params)), params["layers"][1]
     name = "backbone.blocks.1.mlstm_layer."
     assert np.array_equal(tensors[name + "q.weight"], layer["mlstm"]["query"]["weight"].reshape(32, 64).T)
@@ -186,7 +181,7 @@ def test_sizes_of_the_published_config():
 
 def test_a_changed_mlp_width_replaces_the_loaded_fields(tmp_path):
     model = tiny_model("xlstm-tiny", mlp_dim=48)
-    save_with_fields(tmp_path / "a", ffn_proj_factor=1.2, ffn_round_up_to_multiple_of=16)  # also 48
+    save_with_fields(tmp_path / "a", "xlstm-tiny", ffn_proj_factor=1.2, ffn_round_up_to_multiple_of=16)  # also 48
     loaded, params = load_pretrained(tmp_path / "a")
     assert loaded.config == model.config
     save_pretrained(tmp_path / "b", loaded, params)
@@ -195,16 +190,6 @@ def test_a_changed_mlp_width_replaces_the_loaded_fields(tmp_path):
     wider = loaded.with_fields(mlp_dim=50)
     save_pretrained(tmp_path / "c", wider, wider.init(jax.random.key(0)))
     assert load_pretrained(tmp_path / "c")[0].config.mlp_dim == 50
-
-
-def save_with_fields(tmp_path: Path, **fields) -> Path:
-    """Save a model and change fields of its ``config.json``; returns the directory."""
-    model = tiny_model("xlstm-tiny")
-    save_pretrained(tmp_path, model, initial_params(model))
-    path = tmp_path / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
-    (tmp_path / "checksums.json").unlink()
-    return tmp_path
 
 
 @pytest.mark.parametrize(
@@ -221,4 +206,4 @@ def save_with_fields(tmp_path: Path, **fields) -> Path:
 )
 def test_unsupported_settings_raise(tmp_path, fields, message):
     with pytest.raises(ValueError, match=message):
-        load_pretrained(save_with_fields(tmp_path, **fields))
+        load_pretrained(save_with_fields(tmp_path, "xlstm-tiny", **fields))

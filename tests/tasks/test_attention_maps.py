@@ -57,14 +57,15 @@ def test_invalid_arguments_raise_errors():
     with pytest.raises(ValueError, match="only an encoder-decoder has outputs"):
         attention_maps(model, params, tokenizer, ["sun"], ["a"])
     small = model.with_fields(vocab_size=5)
-    with pytest.raises(ValueError, match="text 0 has id [0-9]+, outside the model's 5 ids"):
+    with pytest.raises(ValueError, match="text 0: id [0-9]+ at position 0 is outside the vocabulary of 5 ids"):
         attention_maps(small, params, tokenizer, ["sun"])
     model, params, tokenizer = model_params_tokenizer("gpt2-tiny")
-    with pytest.raises(ValueError, match="text 1 is '', which has no tokens: pass at least one character"):
+    with pytest.raises(ValueError, match="text 1: no tokens, at least 1 needed"):
         attention_maps(model, params, tokenizer, ["sun", ""])
-    assert attention_maps(model, params, tokenizer, []) == []
+    with pytest.raises(ValueError, match="there are no texts"):
+        attention_maps(model, params, tokenizer, [])
     limit = model.config.max_positions
-    with pytest.raises(ValueError, match=f"has {limit + 1} tokens, but the model has max_positions={limit}: set max_t"):
+    with pytest.raises(ValueError, match=f"text 1 has {limit + 1} tokens, but max_positions={limit}: shorten it"):
         attention_maps(model, params, tokenizer, ["sun", "a" * (limit + 1)], max_tokens=None)
 
 

@@ -261,7 +261,7 @@ def test_a_move_outside_the_san_vocabulary_is_read_as_unknown() -> None:
         (
             lambda: MoveReader(*model_and_params("bert-tiny"), UCI),
             ValueError,
-            "it does not predict moves; use a language model",
+            "it does not predict moves; load a language model",
         ),
         (
             lambda: MoveReader(*model_and_params("gpt2-tiny", 100), UCI),
@@ -316,7 +316,7 @@ def test_a_move_outside_the_san_vocabulary_is_read_as_unknown() -> None:
         ),
         (lambda: legal_move_rate(*model_and_params("gpt2-tiny"), UCI, max_moves=65), ValueError, "max_positions=64"),
         (lambda: mates_in_one("e2e4"), TypeError, "games='e2e4' is one string: give a sequence of lines"),
-        (lambda: mate_in_one_accuracy(*model_and_params("lstm-tiny"), UCI, []), ValueError, "at least one position"),
+        (lambda: mate_in_one_accuracy(*model_and_params("lstm-tiny"), UCI, []), ValueError, "positions is empty"),
         (
             lambda: mate_in_one_accuracy(*model_and_params("lstm-tiny"), UCI, ["e2e4"]),
             ValueError,

@@ -134,10 +134,12 @@ def test_errors_name_bad_examples(caplog):
     ):
         classification.encode(Examples([{"text": "red", "label": "x"}]), tokenizer(), LABELS, model)
     small = tiny_model("bert-tiny", task="classification", num_labels=2, vocab_size=2)
-    with pytest.raises(ValueError, match=r"the text '.*' of the examples has id \d+, outside the model's 2 ids"):
+    with pytest.raises(
+        ValueError, match=r"the text '.*' of the examples: id \d+ at position 0 is outside the vocabulary of 2"
+    ):
         classification.encode(examples(3), tokenizer(), LABELS, small)
     rows = [{"tokens": np.array([token], np.int32)} for token in (1, 2)]
-    with pytest.raises(ValueError, match="example 1 has id 2, outside the model's 2 ids"):
+    with pytest.raises(ValueError, match="example 1: id 2 at position 0 is outside the vocabulary of 2 ids"):
         classification.predict(small, initial_params(small), rows)
     long = Examples([{"text": "red " * 100, "label": "colour"}], "long.tsv")
     with pytest.raises(
@@ -152,6 +154,8 @@ def test_errors_name_bad_examples(caplog):
         ValueError, match="the labels of long.tsv are ..colour..: a classifier needs at least two labels"
     ):
         classification.encode(long, tokenizer(), ("colour",), model)
+    with pytest.raises(ValueError, match="the labels of long.tsv are .*, but the model has num_labels=2"):
+        classification.encode(long, tokenizer(), ("colour", "number", "shape"), model)
     with pytest.raises(ValueError, match="a part of long.tsv must have at least one example, got none"):
         classification.encode(long[:0], tokenizer(), LABELS, model)
 

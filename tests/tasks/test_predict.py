@@ -170,7 +170,7 @@ def test_errors_for_texts_that_cannot_be_classified() -> None:
         classify(*classifier(), words_tokenizer(), ["ann", ""])
     with pytest.raises(ValueError, match="text 1 has 65 tokens, but max_positions=64: shorten it"):
         classify(*classifier(), BYTES, ["a", "a" * 65])
-    with pytest.raises(ValueError, match=r"text 0 has id 120, outside the model's 100 ids: is this the tokenizer"):
+    with pytest.raises(ValueError, match=r"text 0: id 120 at position 0 is outside the vocabulary of 100 ids"):
         classify(tiny_model("bert-tiny", vocab_size=100, task="classification"), {}, BYTES, ["xa"])
     with pytest.raises(ValueError, match="the tokenizer returns token type 1, but roberta has num_token_types=1"):
         classify(*classifier("roberta-tiny"), BYTES, ["a"], ["b"])

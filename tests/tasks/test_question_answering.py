@@ -114,13 +114,13 @@ def test_targets_are_the_answer_in_every_window_that_contains_it(name: str) -> N
 
 
 def test_the_target_is_the_most_frequent_answer() -> None:
-    example = {**EXAMPLES[0], "answers": ["Malmö", "1998", "1998", "in 1998"], "starts": [22, 45, 37, 45]}
+    example = {**EXAMPLES[0], "answers": ["Malmö", "1998", "1998", "in 1998"], "starts": [21, 48, 39, 45]}
     (row,) = training_windows(QA_MODEL, BYTES, [example])
     (window,) = windows_of("bytes", example, 256, 0)
-    assert window.offsets[row["first"], 0] == 22, "all pairs of text and start are different: the first is used"
-    example = {**example, "answers": ["Malmö", "1998", "1998"], "starts": [22, 37, 37]}
+    assert window.offsets[row["first"], 0] == 21, "all pairs of text and start are different: the first is used"
+    example = {**example, "answers": ["Malmö", "1998", "1998"], "starts": [21, 39, 39]}
     (row,) = training_windows(QA_MODEL, BYTES, [example])
-    assert window.offsets[row["first"]].tolist() == [37, 38]
+    assert window.offsets[row["first"]].tolist() == [39, 40]
 
 
 def test_white_space_around_an_answer_is_not_part_of_the_target() -> None:
@@ -180,7 +180,7 @@ def test_errors_for_invalid_training_examples() -> None:
         )  # fmt: skip
     with pytest.raises(ValueError, match="question 'q': the context has no tokens: ''"):
         training_windows(model, BYTES, [{**EXAMPLES[0], "id": "q", "context": ""}])
-    with pytest.raises(ValueError, match="question 'q' has id 226, outside the model's 100 ids"):
+    with pytest.raises(ValueError, match="question 'q': id 104 at position 1 is outside the vocabulary of 100 ids"):
         training_windows(tiny_model("bert-tiny", vocab_size=100, task="span_qa"), BYTES, [{**EXAMPLES[0], "id": "q"}])
     with pytest.raises(ValueError, match="a masked-token head: it does not answer questions"):
         training_windows(tiny_model("bert-tiny"), BYTES, EXAMPLES)
@@ -188,8 +188,13 @@ def test_errors_for_invalid_training_examples() -> None:
         training_windows(tiny_model("roberta-tiny", vocab_size=400, task="span_qa"), tokenizer("bpe cls_sep"), EXAMPLES)
     with pytest.raises(ValueError, match="max_length=65 must be at most 64, the model's max_positions"):
         training_windows(model, BYTES, EXAMPLES, max_length=65)
+    space = CONTEXTS[0].index(" ")
     with pytest.raises(ValueError, match="question 'q': the answer ' ' has no tokens: remove this example, or"):
-        training_windows(QA_MODEL, BYTES, [{**EXAMPLES[0], "id": "q", "answers": [" "], "starts": [4]}])
+        training_windows(QA_MODEL, BYTES, [{**EXAMPLES[0], "id": "q", "answers": [" "], "starts": [space]}])
+    with pytest.raises(ValueError, match="question 'q': the answer 'in 1998' is not at character 1 of the context"):
+        training_windows(QA_MODEL, BYTES, [{**EXAMPLES[0], "id": "q", "answers": ["in 1998"], "starts": [1]}])
+    with pytest.raises(ValueError, match="question 'q' has no field 'starts': convert SQuAD's format with"):
+        training_windows(QA_MODEL, BYTES, [{"id": "q", "question": "?", "context": "a b", "answers": {"text": ["a"]}}])
 
 
 # -------------------------------------------------------------------------------------------------- answers

@@ -56,7 +56,9 @@ def test_empty_rows_do_not_change_loss_and_gradient(name):
 def test_an_id_outside_the_vocabulary_raises_an_error():
     tokens = tokenizer()
     small = SimpleNamespace(max_positions=None, config=SimpleNamespace(decoder_start_id=0, vocab_size=3))
-    with pytest.raises(ValueError, match=r"the source of an example has id \d, outside the model's 3 ids"):
+    with pytest.raises(
+        ValueError, match=r"the source of a batch: id \d at position \d is outside the vocabulary of 3 ids"
+    ):
         seq2seq.batches(seq2seq.encode(PAIRS, tokens), small, tokens, 2)
 
 

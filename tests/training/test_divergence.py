@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 import os
 import signal
 
@@ -12,8 +11,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxlm import checkpoint
-from jaxlm.checkpoint import Checkpointer, CorruptCheckpointError
+from jaxlm.checkpoint import Checkpointer
 from jaxlm.data import Batches
 from jaxlm.data.batching import TokenBatch
 from jaxlm.objectives import causal
@@ -291,16 +289,7 @@ def test_a_lasting_spike_causes_a_rollback(tmp_path):
     assert_trees_equal(result.state.replace(recent_losses=None), expected.state)
 
 
-# ------------------------------------------------------------------------------------ inconsistent records
-
-
-def rewrite_record(directory, step, change):
-    """Change the record of a checkpoint and update its checksum, as a faulty program would."""
-    path = directory / "checkpoints" / str(step) / "record" / "metadata"
-    record = json.loads(path.read_text())
-    del record["checksum"]
-    change(record)
-    path.write_text(json.dumps({**record, "checksum": checkpoint._digest(record)}))
+# ------------------------------------------------------------------------------------ changes in a resumed run
 
 
 @pytest.fixture(scope="module")
@@ -308,26 +297,6 @@ def finished_run(tmp_path_factory):
     directory = tmp_path_factory.mktemp("finished")
     run(directory, loss_with(), steps=8)
     return directory
-
-
-@pytest.mark.parametrize(
-    ("section", "name", "value", "message"),
-    [
-        ("data", "next", 9, "the data are at batch 9, with 0 batches left out"),
-        ("training", "batches_left_out", 1, "the data are at batch 8, with 1 batches left out"),
-        ("training", "step", 7, "its metadata is from step 7"),
-        ("training", "tokens", -1, "tokens is -1"),
-    ],
-)
-def test_a_checkpoint_with_an_inconsistent_record_is_rejected(finished_run, section, name, value, message):
-    path = finished_run / "checkpoints" / "8" / "record" / "metadata"
-    old_value = json.loads(path.read_text())["meta"][section][name]
-    rewrite_record(finished_run, 8, lambda record: record["meta"][section].update({name: value}))
-    try:
-        with pytest.raises(CorruptCheckpointError, match=f"the checkpoint of step 8 in .* is inconsistent: {message}"):
-            run(finished_run, loss_with(), resume=True)
-    finally:
-        rewrite_record(finished_run, 8, lambda record: record["meta"][section].update({name: old_value}))
 
 
 def test_a_resumed_run_rejects_changes_of_the_model(finished_run):

@@ -537,6 +537,24 @@ def test_training_stops_early_and_restores_the_best_weights(tmp_path, capfd, mon
     assert_trees_equal(resumed.params, result.params)
 
 
+def test_a_run_whose_best_weights_are_damaged_returns_the_last_weights(tmp_path, capfd, monkeypatch):
+    model, optimizer, tokens, _ = training_setup()
+    evaluate = scripted_evaluate([0.7, 0.1])
+    monkeypatch.setattr(sys.modules[__name__], "training_setup", lambda: (model, optimizer, tokens, evaluate))
+    options = {"best_metric": "score", "best_mode": "max", "steps": 4, "evaluate_every": 2, "checkpoint_every": 2}
+    assert run(tmp_path, restore_best=True, **options).step == 2
+    files = [path for path in (tmp_path / "checkpoints" / "2" / "state").rglob("*") if path.is_file()]
+    largest = max(files, key=lambda path: path.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
+    last = run(tmp_path, resume=True, restore_best=True, **options)
+    assert (last.step, last.validation["score"]) == (4, 0.1)
+    message = capfd.readouterr().err.replace("\n", " ")
+    assert "an earlier evaluation had a better score, but its weights were not saved, or are damaged: " in message
+    assert_trees_equal(last.params, run(tmp_path, resume=True, **options).params)
+
+
 @pytest.mark.parametrize(("score", "step"), [(0.9, 5), (0.2, 4)])
 def test_the_evaluation_of_an_interrupted_last_step_may_be_the_best(tmp_path, monkeypatch, score, step):
     model, optimizer, tokens, _ = training_setup()
@@ -549,11 +567,13 @@ def test_the_evaluation_of_an_interrupted_last_step_may_be_the_best(tmp_path, mo
     assert (result.step, result.validation["score"]) == (step, max(score, 0.7))
 
 
-def test_best_mode_cannot_change_and_a_directory_has_one_run(tmp_path):
+def test_best_mode_and_ema_cannot_change_and_a_directory_has_one_run(tmp_path):
     data = SignalBatches(RandomWindows(training_setup()[2], 16, 8, seed=1), 3, signal.SIGTERM)
     assert run(tmp_path, data=data).interrupted == "SIGTERM"
     with pytest.raises(ValueError, match="best_mode=max cannot change in a resumed run"):
         run(tmp_path, resume=True, best_mode="max")
+    with pytest.raises(ValueError, match=r"ema_decay=0.5 cannot change .* \(saved value: None\): set it to None"):
+        run(tmp_path, resume=True, ema_decay=0.5)
     with pytest.raises(FileExistsError, match="has checkpoints of another run"):
         run(tmp_path)
 

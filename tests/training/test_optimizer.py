@@ -103,7 +103,7 @@ def test_adafactor_factors_the_flattened_matrices_of_each_layer():
         }
         expected, _ = run_optimizer(reference, flat_matrices(params), list(map(flat_matrices, gradients)))
         assert_trees_close(flat_matrices(updates), expected, 1e-4)
-    factored = spec.flatten(state[0])
+    factored = spec.flatten(state[1])
     assert factored["layers/output/weight/0/v_row"].shape == (3, 130)
     assert factored["layers/output/weight/0/v_col"].shape == (3, 140)
 
@@ -308,6 +308,19 @@ def test_optimizer_states_are_sharded_like_parameters(name):
         leaf_sharding.shard_shape(state[path].shape)  # raises if the sharding does not divide the shape
 
 
+@pytest.mark.parametrize("name", ["adamw", "nt_asgd"])
+def test_clipping_and_learning_rates_of_layers_do_not_change_the_names_of_the_state(name):
+    """So a resumed run may switch them on or off. The numbers must stay those of earlier checkpoints."""
+    specs = tiny_model("gpt2-tiny").specs
+    rates = jax.tree.map(lambda leaf: 1.0, specs) if name == "adamw" else None
+    changes = ({}, {"clip_norm": None}, {"layer_decay": 0.5}, {"clip_norm": None, "layer_decay": 0.5})
+    optimizers = [make_optimizer(OptimizerConfig(name, **change), specs, 1000) for change in changes]
+    optimizers.append(make_optimizer(OptimizerConfig(name), specs, 1000, rates=rates))
+    names = [set(spec.flatten(jax.eval_shape(each.init, spec.abstract(specs)))) for each in optimizers]
+    assert {path.split("/")[0] for path in names[0]} == ({"1", "3"} if name == "adamw" else {"1", "3", "4"})
+    assert all(other == names[0] for other in names)
+
+
 # ---------------------------------------------------------------------------------------- layer-wise rates
 
 
@@ -382,7 +395,7 @@ def test_cosine_and_linear_hold_before_the_decay():
     [
         ({"name": "adam"}, "name='adam' is unknown: choose from 'adamw', 'adafactor'"),
         ({"schedule": "cosin"}, "schedule='cosin' is unknown: choose from 'cosine'"),
-        ({"hold_steps": -1}, "hold_steps=-1 must not be negative"),
+        ({"hold_steps": -1}, "hold_steps=-1 must be at least 0"),
         ({"warmup_steps": 1.5}, "warmup_steps=1.5 must be a whole number of steps, or below 1 for a fraction"),
         ({"layer_decay": 1.5}, r"layer_decay=1.5 must be in \(0, 1\], or None"),
         ({"nesterov": True}, "nesterov=True is only for sgd and nt_asgd, not for name='adamw'"),

@@ -172,6 +172,18 @@ def test_a_shard_map_step_carries_the_rows_of_each_device() -> None:
         assert_trees_close(state.model_state, expected.model_state, 1e-4)
 
 
+@pytest.mark.parametrize("rows", [1, 4])
+def test_a_batch_must_have_the_rows_of_the_carried_state(rows: int) -> None:
+    model, optimizer, batches = model_optimizer_batches("lstm-tiny")
+    trainer = dataclasses.replace(trainer_of(model, optimizer), carry_size=(rows, MEMORY))
+    evaluate = Evaluator(model, causal.loss, batches, carry_size=trainer.carry_size)
+    message = rf"carry_size=\({rows}, {MEMORY}\) has {rows} rows, but the batch has {ROWS}"
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(trainer.step, trainer.abstract(), batches[0])
+    with pytest.raises(ValueError, match=message):
+        evaluate(initial_params(model))
+
+
 def test_grad_accum_steps_rejects_a_batch_with_carried_state() -> None:
     model, optimizer, _ = model_optimizer_batches("lstm-tiny")
     with pytest.raises(ValueError, match="grad_accum_steps=2 cannot split a batch whose rows carry state"):

@@ -181,6 +181,14 @@ def test_grad_accum_steps_must_divide_the_batch():
         compiled_step(grad_accum_steps=3)(initial_state(), model_optimizer_batch()[2])
 
 
+def test_the_shards_of_a_mesh_must_divide_a_micro_batch():
+    model, optimizer, batch = model_optimizer_batch()
+    sharding = Sharding(make_mesh("data=8"))
+    trainer = Trainer(model, optimizer, causal.loss, grad_accum_steps=2, sharding=sharding)
+    with pytest.raises(ValueError, match="grad_accum_steps=2 gives micro-batches of 4 of the 8 rows.* into 8 shards"):
+        jax.eval_shape(trainer.jit_step(), trainer.abstract(), batch)
+
+
 def test_a_trainer_without_sharding_has_no_shardings():
     model, optimizer, _ = model_optimizer_batch()
     with pytest.raises(ValueError, match="sharding=None has no shardings: pass a Sharding to Trainer"):
@@ -305,12 +313,16 @@ def test_abstract_has_the_shapes_dtypes_and_shardings_of_the_state(scan_layers):
     assert moments.sharding.spec == jax.sharding.PartitionSpec(*[None] * scan_layers, "fsdp", "tensor")
 
 
-def test_parameters_on_one_device_are_copied_to_the_mesh():
+@pytest.mark.parametrize("reverse", [False, True])
+def test_parameters_on_other_devices_are_copied_to_the_mesh(reverse):
+    """Parameters and key are committed to one device, or to all devices in reverse order."""
     model, optimizer, batch = model_optimizer_batch()
     sharding = Sharding(make_mesh("fsdp=4,tensor=2"))
     trainer = Trainer(model, optimizer, causal.loss, sharding=sharding)
-    params = jax.device_put(jax.device_get(initial_state().params), jax.devices()[3])  # committed to this device
-    state = trainer.init(jax.random.key(0), params)
+    other = Sharding(make_mesh("fsdp=8", devices=jax.devices()[::-1]))
+    placements = (other.replicated(), other.tree(model.specs)) if reverse else jax.devices()[3]
+    key, params = jax.device_put((jax.random.key(0), jax.device_get(initial_state().params)), placements)
+    state = trainer.init(key, params)
     assert_trees_equal(state.params, params)
     assert jax.tree.map(lambda x: x.sharding, state.params) == sharding.tree(model.specs)
     evaluate = Evaluator(model, causal.loss, [batch], sharding=sharding)

@@ -12,7 +12,6 @@ the ``task`` of the model.
 
 from __future__ import annotations
 
-import functools
 import importlib
 import importlib.util
 from typing import Any
@@ -24,7 +23,6 @@ from jaxlm.models.registry import family as family_module
 __all__ = ["Format", "Layout", "of", "unpublished_fields"]
 
 
-@functools.cache
 def of(family: str) -> tuple[Format, ...]:
     """The published formats of a family, in the order in which ``save_pretrained`` tries them; empty if there are none.
 

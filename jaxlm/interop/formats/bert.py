@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from jaxlm.interop.formats.format import Format
+from jaxlm.interop.formats.format import Format, linear_tensors, norm_tensors
 from jaxlm.models.bert import mlp_dim
+
+_LAYER = "encoder.layer.{layer}"
 
 BERT = Format(
     architectures={
@@ -50,41 +52,21 @@ BERT = Format(
         "token_embedding": "embeddings.word_embeddings.weight",
         "position_embedding": "embeddings.position_embeddings.weight",
         "token_type_embedding": "embeddings.token_type_embeddings.weight",
-        "embedding_norm/scale": "embeddings.LayerNorm.weight",
-        "embedding_norm/bias": "embeddings.LayerNorm.bias",
-        "layers/attention/query/weight": "encoder.layer.{layer}.attention.self.query.weight",
-        "layers/attention/query/bias": "encoder.layer.{layer}.attention.self.query.bias",
-        "layers/attention/key/weight": "encoder.layer.{layer}.attention.self.key.weight",
-        "layers/attention/key/bias": "encoder.layer.{layer}.attention.self.key.bias",
-        "layers/attention/value/weight": "encoder.layer.{layer}.attention.self.value.weight",
-        "layers/attention/value/bias": "encoder.layer.{layer}.attention.self.value.bias",
-        "layers/attention/output/weight": "encoder.layer.{layer}.attention.output.dense.weight",
-        "layers/attention/output/bias": "encoder.layer.{layer}.attention.output.dense.bias",
-        "layers/attention_norm/scale": "encoder.layer.{layer}.attention.output.LayerNorm.weight",
-        "layers/attention_norm/bias": "encoder.layer.{layer}.attention.output.LayerNorm.bias",
-        "layers/mlp/up/weight": "encoder.layer.{layer}.intermediate.dense.weight",
-        "layers/mlp/up/bias": "encoder.layer.{layer}.intermediate.dense.bias",
-        "layers/mlp/down/weight": "encoder.layer.{layer}.output.dense.weight",
-        "layers/mlp/down/bias": "encoder.layer.{layer}.output.dense.bias",
-        "layers/mlp_norm/scale": "encoder.layer.{layer}.output.LayerNorm.weight",
-        "layers/mlp_norm/bias": "encoder.layer.{layer}.output.LayerNorm.bias",
-        "pooler/weight": "pooler.dense.weight",
-        "pooler/bias": "pooler.dense.bias",
+        **norm_tensors("", "embeddings.", embedding_norm="LayerNorm"),
+        **linear_tensors("layers/attention/", f"{_LAYER}.attention.self.", query="query", key="key", value="value"),
+        **linear_tensors("layers/attention/", f"{_LAYER}.attention.output.", output="dense"),
+        **norm_tensors(
+            "layers/", f"{_LAYER}.", attention_norm="attention.output.LayerNorm", mlp_norm="output.LayerNorm"
+        ),
+        **linear_tensors("layers/mlp/", f"{_LAYER}.", up="intermediate.dense", down="output.dense"),
+        **linear_tensors("", "", pooler="pooler.dense"),
     },
     unprefixed_tensors={
-        "masked/dense/weight": "cls.predictions.transform.dense.weight",
-        "masked/dense/bias": "cls.predictions.transform.dense.bias",
-        "masked/norm/scale": "cls.predictions.transform.LayerNorm.weight",
-        "masked/norm/bias": "cls.predictions.transform.LayerNorm.bias",
         "masked/bias": "cls.predictions.bias",
-        "next_sentence/weight": "cls.seq_relationship.weight",
-        "next_sentence/bias": "cls.seq_relationship.bias",
-        "classifier/weight": "classifier.weight",
-        "classifier/bias": "classifier.bias",
-        "token_classifier/weight": "classifier.weight",
-        "token_classifier/bias": "classifier.bias",
-        "span/weight": "qa_outputs.weight",
-        "span/bias": "qa_outputs.bias",
+        **linear_tensors("masked/", "cls.predictions.transform.", dense="dense"),
+        **norm_tensors("masked/", "cls.predictions.transform.", norm="LayerNorm"),
+        **linear_tensors("", "", next_sentence="cls.seq_relationship"),
+        **linear_tensors("", "", classifier="classifier", token_classifier="classifier", span="qa_outputs"),
     },
     tied_tensors={"cls.predictions.decoder.weight": "token_embedding", "cls.predictions.decoder.bias": "masked/bias"},
     renamed={"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"},  # in the first published files

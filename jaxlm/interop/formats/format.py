@@ -108,15 +108,43 @@ class Format:
         return self.model_type.startswith(JAXLM_PREFIX)
 
 
+def linear_tensors(path: str, name: str, /, **layers: str) -> dict[str, str]:
+    """``Format.tensors`` of linear layers and convolutions, which have a weight and a bias.
+
+    Args:
+        path: the start of the paths of all layers.
+        name: the start of the names of all layers in files.
+        layers: rest of the path of a layer -> rest of its name in files.
+
+    Example:
+        >>> linear_tensors("layers/mlp/", "h.{layer}.mlp.", up="c_fc")
+        {'layers/mlp/up/weight': 'h.{layer}.mlp.c_fc.weight', 'layers/mlp/up/bias': 'h.{layer}.mlp.c_fc.bias'}
+    """
+    return {
+        f"{path}{key}/{kind}": f"{name}{layer}.{kind}" for key, layer in layers.items() for kind in ("weight", "bias")
+    }
+
+
+def norm_tensors(path: str, name: str, /, **norms: str) -> dict[str, str]:
+    """``Format.tensors`` of norms with a scale and a bias. Files call a scale weight. See :func:`linear_tensors`."""
+    kinds = {"scale": "weight", "bias": "bias"}
+    return {f"{path}{key}/{kind}": f"{name}{norm}.{kinds[kind]}" for key, norm in norms.items() for kind in kinds}
+
+
 DECODER_HEADS = {
     "head": "lm_head.weight",
     "classifier/weight": "score.weight",
-    "token_classifier/weight": "score.weight",
-    "token_classifier/bias": "score.bias",
-    "span/weight": "qa_outputs.weight",
-    "span/bias": "qa_outputs.bias",
+    **linear_tensors("", "", token_classifier="score", span="qa_outputs"),
 }
 """``Format.unprefixed_tensors`` of the heads of most decoders in transformers."""
+
+
+def span_qa(table: Format, architecture: str) -> Format:
+    """The format of a question-answering class, whose tensor names have the prefix ``transformer.``, not ``model.``."""
+    return dataclasses.replace(
+        table, architectures={architecture: {"task": "span_qa"}}, prefix="transformer.",
+        default_fields={**table.default_fields, "task": "span_qa"},
+    )  # fmt: skip
 
 
 def shortest_pattern(kinds: Sequence[T]) -> tuple[T, ...]:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 from jaxlm.interop.formats import experts
-from jaxlm.interop.formats.format import DECODER_HEADS, Format, read_integer, shortest_pattern
+from jaxlm.interop.formats.format import DECODER_HEADS, Format, linear_tensors, read_integer, shortest_pattern, span_qa
 from jaxlm.interop.formats.rotary import read_rotary, write_rotary
 from jaxlm.models.common import layer_kinds
 from jaxlm.models.gated_deltanet import Config, Mixer
@@ -56,7 +55,6 @@ def _write_fields(cfg: Config) -> dict[str, Any]:
     }
 
 
-_ATTENTION = {"query_gate": "q_proj", "key": "k_proj", "value": "v_proj", "output": "o_proj"}
 _QWEN3_NEXT = Format(
     architectures={
         "Qwen3NextForCausalLM": {"task": "causal"},
@@ -102,11 +100,8 @@ _QWEN3_NEXT = Format(
         "layers/delta_rule/dt_bias": "layers.{layer}.linear_attn.dt_bias",
         "layers/delta_rule/norm/scale": "layers.{layer}.linear_attn.norm.weight",
         "layers/delta_rule/output/weight": "layers.{layer}.linear_attn.out_proj.weight",
-        **{
-            f"layers/attention/{name}/{kind}": f"layers.{{layer}}.self_attn.{hf_name}.{kind}"
-            for name, hf_name in _ATTENTION.items()
-            for kind in ("weight", "bias")
-        },
+        **linear_tensors("layers/attention/", "layers.{layer}.self_attn.", query_gate="q_proj", output="o_proj"),
+        **linear_tensors("layers/attention/", "layers.{layer}.self_attn.", key="k_proj", value="v_proj"),
         "layers/attention/query_norm/scale_minus_one": "layers.{layer}.self_attn.q_norm.weight",
         "layers/attention/key_norm/scale_minus_one": "layers.{layer}.self_attn.k_norm.weight",
         "layers/mlp_norm/scale_minus_one": "layers.{layer}.post_attention_layernorm.weight",
@@ -125,11 +120,4 @@ _QWEN3_NEXT = Format(
     ignored=(r"mtp\..*",),  # multi-token prediction layers, which transformers also ignores
 )
 
-FORMATS = (
-    # In the class for question answering, tensor names have the prefix ``transformer.`` instead of ``model.``.
-    dataclasses.replace(
-        _QWEN3_NEXT, architectures={"Qwen3NextForQuestionAnswering": {"task": "span_qa"}}, prefix="transformer.",
-        default_fields={**_QWEN3_NEXT.default_fields, "task": "span_qa"},
-    ),
-    _QWEN3_NEXT,
-)  # fmt: skip
+FORMATS = (span_qa(_QWEN3_NEXT, "Qwen3NextForQuestionAnswering"), _QWEN3_NEXT)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from jaxlm.interop.formats.format import Format
+from jaxlm.interop.formats.format import Format, linear_tensors, norm_tensors
 
 _GPT2 = Format(
     architectures={
@@ -57,28 +57,15 @@ _GPT2 = Format(
     tensors={
         "token_embedding": "wte.weight",
         "position_embedding": "wpe.weight",
-        "layers/attention_norm/scale": "h.{layer}.ln_1.weight",
-        "layers/attention_norm/bias": "h.{layer}.ln_1.bias",
-        "layers/attention/qkv/weight": "h.{layer}.attn.c_attn.weight",
-        "layers/attention/qkv/bias": "h.{layer}.attn.c_attn.bias",
-        "layers/attention/output/weight": "h.{layer}.attn.c_proj.weight",
-        "layers/attention/output/bias": "h.{layer}.attn.c_proj.bias",
-        "layers/mlp_norm/scale": "h.{layer}.ln_2.weight",
-        "layers/mlp_norm/bias": "h.{layer}.ln_2.bias",
-        "layers/mlp/up/weight": "h.{layer}.mlp.c_fc.weight",
-        "layers/mlp/up/bias": "h.{layer}.mlp.c_fc.bias",
-        "layers/mlp/down/weight": "h.{layer}.mlp.c_proj.weight",
-        "layers/mlp/down/bias": "h.{layer}.mlp.c_proj.bias",
-        "final_norm/scale": "ln_f.weight",
-        "final_norm/bias": "ln_f.bias",
+        **linear_tensors("layers/attention/", "h.{layer}.attn.", qkv="c_attn", output="c_proj"),
+        **linear_tensors("layers/mlp/", "h.{layer}.mlp.", up="c_fc", down="c_proj"),
+        **norm_tensors("layers/", "h.{layer}.", attention_norm="ln_1", mlp_norm="ln_2"),
+        **norm_tensors("", "", final_norm="ln_f"),
     },
     unprefixed_tensors={
         "head": "lm_head.weight",
         "classifier/weight": "score.weight",
-        "token_classifier/weight": "classifier.weight",
-        "token_classifier/bias": "classifier.bias",
-        "span/weight": "qa_outputs.weight",
-        "span/bias": "qa_outputs.bias",
+        **linear_tensors("", "", token_classifier="classifier", span="qa_outputs"),
     },
     tied_tensors={"lm_head.weight": "token_embedding"},  # in some files of models with a tied head
     # GPT-2's Conv1D stores weights as [in, out]. So these weights are not transposed; only axes are merged.

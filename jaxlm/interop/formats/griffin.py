@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, get_args
+from typing import Any
 
-from jaxlm.interop.formats.format import Format, read_integer
+from jaxlm.config import check_value
+from jaxlm.interop.formats import experts
+from jaxlm.interop.formats.format import Format, linear_tensors, read_integer
 from jaxlm.interop.formats.rotary import read_rotary
 from jaxlm.models.griffin import Config, Mixer, lru_width
 
@@ -18,12 +20,10 @@ def _read_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     mlp_dim = read_integer(config, "intermediate_size", 7680)
     if mlp_dim < 2:
         raise ValueError(f"intermediate_size={mlp_dim} must be at least 2")
-    pattern = config.get("block_types", Config.pattern)
+    pattern = config.get("block_types", list(Config.pattern))
+    check_value(list[Mixer], pattern, "block_types")
     if head_dim is not None and head_dim * num_heads != embed_dim:
         raise ValueError(f"head_dim={head_dim} must be hidden_size / num_attention_heads = {embed_dim} / {num_heads}")
-    if not isinstance(pattern, list | tuple) or not pattern or not all(mixer in get_args(Mixer) for mixer in pattern):
-        mixers = " or ".join(map(repr, get_args(Mixer)))
-        raise ValueError(f"block_types={pattern!r} must be a non-empty list whose entries are {mixers}")
     rotary = read_rotary(config, 0.5)
     if "rotary_scaling" in rotary:
         raise ValueError(f"scaled rotary positions are not supported: {rotary['rotary_scaling']}")
@@ -38,21 +38,7 @@ def _write_fields(cfg: Config) -> dict[str, Any]:
     }  # fmt: skip
 
 
-_LAYER = "layers.{layer}"
-_RECURRENT = f"{_LAYER}.temporal_block"
-_WEIGHTS_WITH_BIAS = {  # path of a linear layer or convolution with a bias -> its name in transformers
-    "recurrent/gate": "temporal_block.linear_y",
-    "recurrent/input": "temporal_block.linear_x",
-    "recurrent/output": "temporal_block.linear_out",
-    "recurrent/convolution": "temporal_block.conv_1d",
-    "attention/query": "temporal_block.q_proj",
-    "attention/key": "temporal_block.k_proj",
-    "attention/value": "temporal_block.v_proj",
-    "attention/output": "temporal_block.o_proj",
-    "mlp/gate": "mlp_block.gate_proj",
-    "mlp/up": "mlp_block.up_proj",
-    "mlp/down": "mlp_block.down_proj",
-}
+_MIXER = "layers.{layer}.temporal_block."
 _RG_LRU = {"recurrence_gate": "recurrent_gate", "input_gate": "input_gate"}
 
 FORMATS = (
@@ -84,19 +70,20 @@ FORMATS = (
         token_ids={"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2},
         tensors={
             "token_embedding": "embed_tokens.weight",
-            "layers/mixer_norm/scale_minus_one": f"{_LAYER}.temporal_pre_norm.weight",
-            "layers/mlp_norm/scale_minus_one": f"{_LAYER}.channel_pre_norm.weight",
+            "layers/mixer_norm/scale_minus_one": "layers.{layer}.temporal_pre_norm.weight",
+            "layers/mlp_norm/scale_minus_one": "layers.{layer}.channel_pre_norm.weight",
+            **linear_tensors("layers/recurrent/", _MIXER, gate="linear_y", input="linear_x", output="linear_out"),
+            **linear_tensors("layers/recurrent/", _MIXER, convolution="conv_1d"),
+            **linear_tensors(
+                "layers/attention/", _MIXER, query="q_proj", key="k_proj", value="v_proj", output="o_proj"
+            ),
+            **linear_tensors("layers/mlp/", "layers.{layer}.mlp_block.", **experts.SWIGLU),
             **{
-                f"layers/{path}/{kind}": f"{_LAYER}.{name}.{kind}"
-                for path, name in _WEIGHTS_WITH_BIAS.items()
-                for kind in ("weight", "bias")
-            },
-            **{
-                f"layers/recurrent/rg_lru/{path}/{kind}": f"{_RECURRENT}.rg_lru.{name}_{kind}"
+                f"layers/recurrent/rg_lru/{path}/{kind}": f"{_MIXER}rg_lru.{name}_{kind}"
                 for path, name in _RG_LRU.items()
                 for kind in ("weight", "bias")
             },
-            "layers/recurrent/rg_lru/lambda": f"{_RECURRENT}.rg_lru.recurrent_param",
+            "layers/recurrent/rg_lru/lambda": f"{_MIXER}rg_lru.recurrent_param",
             "final_norm/scale_minus_one": "final_norm.weight",
         },
         unprefixed_tensors={"head": "lm_head.weight"},

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxlm.interop.formats import experts
-from jaxlm.interop.formats.format import DECODER_HEADS, Format, read_integer, shortest_pattern
+from jaxlm.interop.formats.format import DECODER_HEADS, Format, linear_tensors, read_integer, shortest_pattern, span_qa
 from jaxlm.interop.formats.rotary import read_rotary, write_rotary
 from jaxlm.models.llama import Config, LayerKind, head_sizes, layer_kinds
 
@@ -230,12 +230,9 @@ _LLAMA = Format(
     tensors={
         "token_embedding": "embed_tokens.weight",
         "layers/attention_norm/scale": "layers.{layer}.input_layernorm.weight",
-        "layers/attention/query/weight": "layers.{layer}.self_attn.q_proj.weight",
-        "layers/attention/query/bias": "layers.{layer}.self_attn.q_proj.bias",
-        "layers/attention/key/weight": "layers.{layer}.self_attn.k_proj.weight",
-        "layers/attention/key/bias": "layers.{layer}.self_attn.k_proj.bias",
-        "layers/attention/value/weight": "layers.{layer}.self_attn.v_proj.weight",
-        "layers/attention/value/bias": "layers.{layer}.self_attn.v_proj.bias",
+        **linear_tensors(
+            "layers/attention/", "layers.{layer}.self_attn.", query="q_proj", key="k_proj", value="v_proj"
+        ),
         "layers/attention/output/weight": "layers.{layer}.self_attn.o_proj.weight",
         "layers/mlp_norm/scale": "layers.{layer}.post_attention_layernorm.weight",
         **{
@@ -421,26 +418,18 @@ _GEMMA3 = dataclasses.replace(
 )
 
 
-def _span_qa(table: Format, architecture: str) -> Format:
-    """The format of a question-answering class, whose tensor names have the prefix ``transformer.``, not ``model.``."""
-    return dataclasses.replace(
-        table, architectures={architecture: {"task": "span_qa"}}, prefix="transformer.",
-        default_fields={**table.default_fields, "task": "span_qa"},
-    )  # fmt: skip
-
-
 FORMATS = (
-    _span_qa(_LLAMA, "LlamaForQuestionAnswering"),
+    span_qa(_LLAMA, "LlamaForQuestionAnswering"),
     _LLAMA,
     _MISTRAL,
     _MIXTRAL,
-    _span_qa(_QWEN2, "Qwen2ForQuestionAnswering"),
+    span_qa(_QWEN2, "Qwen2ForQuestionAnswering"),
     _QWEN2,
-    _span_qa(_QWEN3, "Qwen3ForQuestionAnswering"),
+    span_qa(_QWEN3, "Qwen3ForQuestionAnswering"),
     _QWEN3,
-    _span_qa(_QWEN3_MOE, "Qwen3MoeForQuestionAnswering"),
+    span_qa(_QWEN3_MOE, "Qwen3MoeForQuestionAnswering"),
     _QWEN3_MOE,
-    _span_qa(_SMOLLM3, "SmolLM3ForQuestionAnswering"),
+    span_qa(_SMOLLM3, "SmolLM3ForQuestionAnswering"),
     _SMOLLM3,
     dataclasses.replace(  # in files of the base class, tensor names have no prefix
         _GEMMA3,

@@ -7,8 +7,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from jaxlm.config import check_value
 from jaxlm.interop.formats import experts
-from jaxlm.interop.formats.format import Format, read_integer, shortest_pattern
+from jaxlm.interop.formats.format import Format, linear_tensors, read_integer, shortest_pattern
 from jaxlm.interop.formats.rotary import read_rotary, write_rotary
 from jaxlm.models.common import layer_kinds
 from jaxlm.models.hybrid import Multipliers
@@ -44,8 +45,7 @@ def _write_fields(cfg: Config) -> dict[str, Any]:
 def _read_bamba_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     num_layers, width = read_integer(config, "num_hidden_layers", 32), read_integer(config, "hidden_size", 4096)
     indices = config.get("attn_layer_indices")
-    if indices is not None and not (isinstance(indices, list) and all(type(i) is int for i in indices)):
-        raise ValueError(f"attn_layer_indices={indices!r} must be a list of integers or null")
+    check_value(list[int] | None, indices, "attn_layer_indices")
     mixer_of_layer: list[Mixer] = ["attention" if i in (indices or ()) else "mamba2" for i in range(num_layers)]
     expand = read_integer(config, "mamba_expand", 2)
     return {
@@ -118,10 +118,9 @@ def _read_multipliers(config: Mapping[str, Any]) -> Multipliers | None:
         value = config.get(hf_name)
         if value is None and (hf_name not in config or hf_name not in _NOT_NULL_MULTIPLIERS):
             continue  # the multiplier is 1
-        numbers = value if hf_name in _MULTIPLIER_LISTS else [value]
-        if not isinstance(numbers, list) or not all(type(number) in (int, float) for number in numbers):
-            expected = "a list of numbers" if hf_name in _MULTIPLIER_LISTS else "a number"
-            raise ValueError(f"{hf_name}={value!r} must be {expected}")
+        is_list = hf_name in _MULTIPLIER_LISTS
+        check_value(list[float] if is_list else float, value, hf_name)
+        numbers: Any = value if is_list else [value]
         if len(numbers) != len(names):
             raise ValueError(f"{hf_name}={value!r} must have {len(names)} numbers")
         fields.update(zip(names, map(float, numbers), strict=True))
@@ -167,27 +166,21 @@ def _mixer_tensors(module: str) -> dict[str, str]:
     """
     prefix = f"layers.{{layer}}.{module}."
     return {
-        **{f"layers/mixer/{x}/{kind}": f"{prefix}in_proj.{kind}" for kind in _KINDS for x in ("zx", "BC", "dt")},
-        **{f"layers/mixer/{x}_convolution/{kind}": f"{prefix}conv1d.{kind}" for kind in _KINDS for x in ("x", "BC")},
+        **linear_tensors("layers/mixer/", prefix, zx="in_proj", BC="in_proj", dt="in_proj", output="out_proj"),
+        **linear_tensors("layers/mixer/", prefix, x_convolution="conv1d", BC_convolution="conv1d"),
         **{f"layers/mixer/{name}": prefix + name for name in ("dt_bias", "A_log", "D")},
         "layers/mixer/norm/scale": f"{prefix}norm.weight",
-        **{f"layers/mixer/output/{kind}": f"{prefix}out_proj.{kind}" for kind in _KINDS},
     }
 
 
-_KINDS = ("weight", "bias")
 # A depthwise convolution of torch has a weight of shape [channels, 1, taps].
 _LAYOUTS = {f"layers/mixer/{name}_convolution/weight": ((1,), (), (0,)) for name in ("x", "BC")}
-_ATTENTION = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "output": "o_proj"}
 _HYBRID_TENSORS = {
     "token_embedding": "embed_tokens.weight",
     "layers/norm/scale": "layers.{layer}.input_layernorm.weight",
     **_mixer_tensors("mamba"),
-    **{
-        f"layers/attention/{name}/{kind}": f"layers.{{layer}}.self_attn.{hf_name}.{kind}"
-        for name, hf_name in _ATTENTION.items()
-        for kind in _KINDS
-    },
+    **linear_tensors("layers/attention/", "layers.{layer}.self_attn.", query="q_proj", key="k_proj", value="v_proj"),
+    **linear_tensors("layers/attention/", "layers.{layer}.self_attn.", output="o_proj"),
     "layers/mlp_norm/scale": "layers.{layer}.pre_ff_layernorm.weight",
     **{
         f"layers/mlp/{name}/weight": f"layers.{{layer}}.feed_forward.{hf}.weight" for name, hf in experts.SWIGLU.items()

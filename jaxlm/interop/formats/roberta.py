@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxlm.interop.formats.bert import BERT
+from jaxlm.interop.formats.format import linear_tensors, norm_tensors
 from jaxlm.models.roberta import FIRST_POSITION, Config
 
 
@@ -42,19 +43,11 @@ _ROBERTA = dataclasses.replace(
     required={**BERT.required, "pad_token_id": FIRST_POSITION - 1},
     token_ids={"bos_token_id": 0, "eos_token_id": 2},
     unprefixed_tensors={
-        "masked/dense/weight": "lm_head.dense.weight",
-        "masked/dense/bias": "lm_head.dense.bias",
-        "masked/norm/scale": "lm_head.layer_norm.weight",
-        "masked/norm/bias": "lm_head.layer_norm.bias",
         "masked/bias": "lm_head.bias",
-        "classifier_dense/weight": "classifier.dense.weight",
-        "classifier_dense/bias": "classifier.dense.bias",
-        "classifier/weight": "classifier.out_proj.weight",
-        "classifier/bias": "classifier.out_proj.bias",
-        "token_classifier/weight": "classifier.weight",
-        "token_classifier/bias": "classifier.bias",
-        "span/weight": "qa_outputs.weight",
-        "span/bias": "qa_outputs.bias",
+        **linear_tensors("masked/", "lm_head.", dense="dense"),
+        **norm_tensors("masked/", "lm_head.", norm="layer_norm"),
+        **linear_tensors("", "classifier.", classifier_dense="dense", classifier="out_proj"),
+        **linear_tensors("", "", token_classifier="classifier", span="qa_outputs"),
     },
     tied_tensors={"lm_head.decoder.weight": "token_embedding", "lm_head.decoder.bias": "masked/bias"},
 )

@@ -6,14 +6,12 @@ architectures and the names of the config fields.
 
 from __future__ import annotations
 
-from jaxlm.interop.formats.format import Format, Layout
+from jaxlm.interop.formats.format import Format, Layout, norm_tensors
 
 _ATT, _FFN = "blocks.{layer}.att.", "blocks.{layer}.ffn."
 _LETTERS = {"receptance": "r", "decay": "w", "key": "k", "value": "v", "rate": "a", "gate": "g"}
 _LOW_RANK = {"decay": "w", "rate": "a", "value_residual": "v", "gate": "g"}
 _PER_CHANNEL = {"removal": "k_k", "replacement": "k_a", "bonus": "r_k"}
-_NORMS = {"time_mix_norm": "ln1", "channel_mix_norm": "ln2"}
-_NORM_PARAMETERS = {"scale": "weight", "bias": "bias"}
 
 _VECTOR: Layout = ((), (), (0,))  # [D] is [1, 1, D] in files
 _HEADS: Layout = ((), (), (0, 1))  # [H, K] is [1, 1, H * K] in files
@@ -39,12 +37,8 @@ FORMATS = (
         token_ids={"pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0},
         tensors={
             "token_embedding": "emb.weight",
-            **{f"embedding_norm/{kind}": f"blocks.0.ln0.{name}" for kind, name in _NORM_PARAMETERS.items()},
-            **{
-                f"layers/{norm}/{kind}": f"blocks.{{layer}}.{norm_name}.{name}"
-                for norm, norm_name in _NORMS.items()
-                for kind, name in _NORM_PARAMETERS.items()
-            },
+            **norm_tensors("", "", embedding_norm="blocks.0.ln0", final_norm="ln_out"),
+            **norm_tensors("layers/", "blocks.{layer}.", time_mix_norm="ln1", channel_mix_norm="ln2"),
             **{f"layers/time_mix/shift/{name}": f"{_ATT}x_{letter}" for name, letter in _LETTERS.items()},
             **{
                 f"layers/time_mix/{name}/{part}": f"{_ATT}{letter}{number}"
@@ -56,11 +50,10 @@ FORMATS = (
                 f"layers/time_mix/{name}/weight": f"{_ATT}{name}.weight"
                 for name in ("receptance", "key", "value", "output")
             },
-            **{f"layers/time_mix/norm/{kind}": f"{_ATT}ln_x.{name}" for kind, name in _NORM_PARAMETERS.items()},
+            **norm_tensors("layers/time_mix/", _ATT, norm="ln_x"),
             "layers/channel_mix/shift/key": f"{_FFN}x_k",
             "layers/channel_mix/key/weight": f"{_FFN}key.weight",
             "layers/channel_mix/value/weight": f"{_FFN}value.weight",
-            **{f"final_norm/{kind}": f"ln_out.{name}" for kind, name in _NORM_PARAMETERS.items()},
             "head": "head.weight",
         },
         layouts={

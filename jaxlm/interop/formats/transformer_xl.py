@@ -5,22 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from jaxlm.interop.formats.format import Format, read_integer
+from jaxlm.config import check_value
+from jaxlm.interop.formats.format import Format, linear_tensors, norm_tensors, read_integer
 from jaxlm.models.transformer_xl import Config
 
 
 def _read_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     fields: dict[str, Any] = {}
     cutoffs, clamp = config.get("cutoffs", []), read_integer(config, "clamp_len", 0)
-    if not isinstance(cutoffs, list) or any(type(cutoff) is not int for cutoff in cutoffs):
-        raise ValueError(f"cutoffs={cutoffs!r} must be a list of whole numbers")
+    check_value(list[int], cutoffs, "cutoffs")
     if "cutoffs" in config:
         fields["cutoffs"] = tuple(cutoffs)
     if "clamp_len" in config:
         fields["clamp_length"] = clamp if clamp > 0 else None
     tie_projs = config.get("tie_projs")
-    if not isinstance(tie_projs, list | None) or any(type(tied) is not bool for tied in tie_projs or ()):
-        raise ValueError(f"tie_projs={tie_projs!r} must be a list of booleans, or null")
+    check_value(list[bool] | None, tie_projs, "tie_projs")
     tied = tie_projs or [False, config.get("proj_share_all_but_first", True)]
     if tie_projs and "cutoffs" in config and len(tied) != 1 + len(cutoffs):
         raise ValueError(f"tie_projs={tied} must have one entry more than cutoffs={cutoffs}")
@@ -99,14 +98,10 @@ FORMATS = (
             "layers/attention/qkv/weight": "layers.{layer}.dec_attn.qkv_net.weight",
             "layers/attention/relative/weight": "layers.{layer}.dec_attn.r_net.weight",
             "layers/attention/output/weight": "layers.{layer}.dec_attn.o_net.weight",
-            "layers/attention_norm/scale": "layers.{layer}.dec_attn.layer_norm.weight",
-            "layers/attention_norm/bias": "layers.{layer}.dec_attn.layer_norm.bias",
-            "layers/mlp/up/weight": "layers.{layer}.pos_ff.CoreNet.0.weight",
-            "layers/mlp/up/bias": "layers.{layer}.pos_ff.CoreNet.0.bias",
-            "layers/mlp/down/weight": "layers.{layer}.pos_ff.CoreNet.3.weight",
-            "layers/mlp/down/bias": "layers.{layer}.pos_ff.CoreNet.3.bias",
-            "layers/mlp_norm/scale": "layers.{layer}.pos_ff.layer_norm.weight",
-            "layers/mlp_norm/bias": "layers.{layer}.pos_ff.layer_norm.bias",
+            **linear_tensors("layers/mlp/", "layers.{layer}.pos_ff.CoreNet.", up="0", down="3"),
+            **norm_tensors(
+                "layers/", "layers.{layer}.", attention_norm="dec_attn.layer_norm", mlp_norm="pos_ff.layer_norm"
+            ),
         },
         unprefixed_tensors={
             "head/bias": "crit.out_layers.0.bias",

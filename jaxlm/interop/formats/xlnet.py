@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from jaxlm.interop.formats.format import Format, read_integer
+from jaxlm.interop.formats.format import Format, linear_tensors, norm_tensors, read_integer
 from jaxlm.models.xlnet import Config, pool_dropout
 
 
@@ -85,25 +85,13 @@ FORMATS = (
             "layers/attention/position_bias": "layer.{layer}.rel_attn.r_r_bias",
             "layers/attention/type_bias": "layer.{layer}.rel_attn.r_s_bias",
             "layers/attention/type_embedding": "layer.{layer}.rel_attn.seg_embed",
-            "layers/attention_norm/scale": "layer.{layer}.rel_attn.layer_norm.weight",
-            "layers/attention_norm/bias": "layer.{layer}.rel_attn.layer_norm.bias",
-            "layers/mlp/up/weight": "layer.{layer}.ff.layer_1.weight",
-            "layers/mlp/up/bias": "layer.{layer}.ff.layer_1.bias",
-            "layers/mlp/down/weight": "layer.{layer}.ff.layer_2.weight",
-            "layers/mlp/down/bias": "layer.{layer}.ff.layer_2.bias",
-            "layers/mlp_norm/scale": "layer.{layer}.ff.layer_norm.weight",
-            "layers/mlp_norm/bias": "layer.{layer}.ff.layer_norm.bias",
+            **norm_tensors("layers/", "layer.{layer}.", attention_norm="rel_attn.layer_norm", mlp_norm="ff.layer_norm"),
+            **linear_tensors("layers/mlp/", "layer.{layer}.ff.", up="layer_1", down="layer_2"),
         },
         unprefixed_tensors={
             "output_bias": "lm_loss.bias",
-            "pool/weight": "sequence_summary.summary.weight",
-            "pool/bias": "sequence_summary.summary.bias",
-            "classifier/weight": "logits_proj.weight",
-            "classifier/bias": "logits_proj.bias",
-            "token_classifier/weight": "classifier.weight",
-            "token_classifier/bias": "classifier.bias",
-            "span/weight": "qa_outputs.weight",
-            "span/bias": "qa_outputs.bias",
+            **linear_tensors("", "", pool="sequence_summary.summary", classifier="logits_proj"),
+            **linear_tensors("", "", token_classifier="classifier", span="qa_outputs"),
         },
         tied_tensors={"lm_loss.weight": "token_embedding"},
         layouts={

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from jaxlm.interop.formats.format import Format
+from jaxlm.interop.formats.format import Format, linear_tensors
 from jaxlm.models.xlstm import Config
 
 UNPUBLISHED_FIELDS = ("pattern",)
@@ -95,11 +95,7 @@ FORMATS = (
         tensors={
             "token_embedding": "embeddings.weight",
             "layers/mixer_norm/scale": _LAYER + "norm_mlstm.weight",
-            **{
-                f"layers/mlstm/{name}/{kind}": f"{_LAYER}mlstm_layer.{hf_name}.{kind}"
-                for name, hf_name in _MLSTM.items()
-                for kind in ("weight", "bias")
-            },
+            **linear_tensors("layers/mlstm/", f"{_LAYER}mlstm_layer.", **_MLSTM),
             "layers/mlstm/norm/scale": _LAYER + "mlstm_layer.multihead_norm.weight",
             "layers/mlp_norm/scale": _LAYER + "norm_ffn.weight",
             **{f"layers/mlp/{name}/weight": f"{_LAYER}ffn.{hf_name}.weight" for name, hf_name in _MLP.items()},

@@ -47,13 +47,13 @@ from jaxlm.nn.attention.tile_scores import (
     CHECKPOINT_NAME,
     ScoreConfig,
     bias_gradients,
-    dot,
     qkv_gradients,
     scores,
     visible_keys,
 )
 from jaxlm.nn.custom_gradient import custom_vjp
 from jaxlm.nn.dropout import keep_rows
+from jaxlm.nn.linear import dot
 
 BLOCK_ROWS = (256, 512)
 """Queries per block: the first number for fewer than ``LONG_SEQUENCE`` queries, otherwise the second. Small blocks give
@@ -171,7 +171,7 @@ def _forward_block(static: _StaticArguments, block: _Block, bias_integers: Any) 
     total_R = jnp.sum(weights, axis=1)
     if keep is not None:
         weights = jnp.where(keep, weights / (1.0 - static.dropout), 0.0)
-    out = dot(weights.astype(v_EK.dtype), v_EK, 1, 0)
+    out = dot(weights.astype(v_EK.dtype), v_EK, (1, 0))
     visible_R = total_R > 0.0
     total_R = jnp.where(visible_R, total_R, 1.0)
     # For a query without visible keys, lse = +inf makes exp(score - lse) zero in the backward pass.
@@ -189,7 +189,7 @@ def _backward_block(
         # If a bias is large, such as -1e9, the rounding error of lse is large, so that a row does not sum to 1.
         total_R1 = jnp.sum(weights, axis=1, keepdims=True)
         weights = weights / jnp.where(total_R1 > 0.0, total_R1, 1.0)
-    dweights = dot(dout_RK, block.v_EK, 1, 1)
+    dweights = dot(dout_RK, block.v_EK, (1, 1))
     kept_weights = weights
     if keep is not None:
         kept_weights = jnp.where(keep, weights / (1.0 - static.dropout), 0.0)
@@ -197,22 +197,14 @@ def _backward_block(
     delta_R = jnp.sum(dout_RK.astype(jnp.float32) * out_RK.astype(jnp.float32), axis=1)
     dscores = weights * (dweights - delta_R[:, None])
     dq_RK, dk_KE, dv_KE = qkv_gradients(static, block.q_RK, block.k_EK, block.v_EK, dout_RK, kept_weights, dscores)
-    return dq_RK, dk_KE, dv_KE, _all_bias_gradients(static, block.bias_arrays, bias_integers, block.tile, dscores)
-
-
-def _all_bias_gradients(
-    static: _StaticArguments, bias_arrays: Any, integers: Any, tile: Tile, dscores: jax.Array
-) -> tuple[Any, ...]:
-    """For each bias, the gradients of the slices that the block uses."""
-
-    def gradients_of_bias(bias_fn: BiasFn, shared: bool, bias_arrays: Any, integers: Any) -> Any:
-        # The gradient is linear in dscores. So for a shared bias, dscores are summed over the batch first, and the
-        # gradient is computed once instead of once per row.
-        return bias_gradients(
-            bias_fn, bias_arrays, integers, tile, lax.psum(dscores, BATCH_AXIS) if shared else dscores
-        )
-
-    return tuple(map(gradients_of_bias, static.bias_fns, static.shared, bias_arrays, integers))
+    biases = zip(static.bias_fns, static.shared, block.bias_arrays, bias_integers, strict=True)
+    # The gradient of a bias is linear in dscores. So for a shared bias, dscores are summed over the batch first, and
+    # the gradient is computed once instead of once per row.
+    dbias = tuple(
+        bias_gradients(fn, arrays, integers, block.tile, lax.psum(dscores, BATCH_AXIS) if shared else dscores)
+        for fn, shared, arrays, integers in biases
+    )
+    return dq_RK, dk_KE, dv_KE, dbias
 
 
 # ----------------------------------------------------------------------------- blocks of one or all heads of a row
@@ -235,11 +227,7 @@ def _loop_over_blocks(
         rows = -(-max(queries // MAX_SECTIONS, 1) // block) * block
         for row in range(0, queries, rows):
             end = min(row + rows, queries)
-            first = (
-                0
-                if static.window is None
-                else max(row - static.window + 1, 0) // KEY_RANGE_MULTIPLE * KEY_RANGE_MULTIPLE
-            )
+            first = max(row - (static.window or queries) + 1, 0) // KEY_RANGE_MULTIPLE * KEY_RANGE_MULTIPLE
             carry = _loop_over_section(row, end, block, carry, functools.partial(_visit_with_keys, visit, first, end))
         return carry
 

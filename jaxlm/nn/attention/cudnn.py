@@ -25,7 +25,7 @@ def unsupported_reason(
     mask: Mask, dtype: DTypeLike, head_width: int, value_width: int, biases: Sequence[Any], key: jax.Array | None
 ) -> str | None:
     """Why cuDNN does not support the arguments or the GPU, as a part of an error message; None if it supports them."""
-    if jnp.dtype(dtype) not in [jnp.dtype(supported) for supported in DTYPES]:
+    if jnp.dtype(dtype) not in DTYPES:
         return f"takes bfloat16 and float16, not {jnp.dtype(dtype).name}"
     if head_width % 8 or head_width > MAX_HEAD_WIDTH:
         return f"takes head widths that are multiples of 8 up to {MAX_HEAD_WIDTH}, not {head_width}"

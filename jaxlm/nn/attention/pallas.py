@@ -29,9 +29,9 @@ from jaxlm.nn.attention import split, tile_scores
 from jaxlm.nn.attention.bias import AttentionBias, BiasFn, Dense, KernelBiasFn, Tile
 from jaxlm.nn.attention.mask import Mask
 from jaxlm.nn.attention.pallas_tile import VmemTile
-from jaxlm.nn.attention.tile_scores import dot
 from jaxlm.nn.custom_gradient import custom_vjp
 from jaxlm.nn.lazy_pallas import pl, pltpu
+from jaxlm.nn.linear import dot
 
 MAX_BLOCK = 512
 """Maximum number of queries of a block."""
@@ -195,7 +195,7 @@ def _weights(
 def _forward_kernel(static: _StaticArguments, R: int, refs: Any, out: Any) -> None:
     qkv, bias_arrays, integers, tile = _load(static, R, refs)
     weights, inv_denominator_R1 = _weights(static, qkv, bias_arrays, integers, tile)
-    mixed_RV = dot(weights.astype(qkv[2].dtype), qkv[2], 1, 0)
+    mixed_RV = dot(weights.astype(qkv[2].dtype), qkv[2], (1, 0))
     out[...] = (mixed_RV * inv_denominator_R1).astype(out.dtype)
 
 
@@ -211,7 +211,7 @@ def _backward_kernel(
     qkv, bias_arrays, integers, tile = _load(static, R, refs)
     weights, inv_denominator_R1 = _weights(static, qkv, bias_arrays, integers, tile)
     probabilities, dout_RV = weights * inv_denominator_R1, dout[...]
-    dprobabilities = dot(dout_RV, qkv[2], 1, 1)
+    dprobabilities = dot(dout_RV, qkv[2], (1, 1))
     row_sum_R1 = jnp.sum(probabilities * dprobabilities, axis=1, keepdims=True)
     dscores = probabilities * (dprobabilities - row_sum_R1)
 
@@ -300,9 +300,7 @@ def _map_bias_arrays(
     )
 
 
-def _pallas_call(
-    static: _StaticArguments, layout: _Layout, kernel: Callable[..., None], name: str, **arguments: Any
-) -> Any:
+def _pallas_call(layout: _Layout, kernel: Callable[..., None], name: str, **arguments: Any) -> Any:
     params = pltpu.CompilerParams(
         dimension_semantics=("parallel", "arbitrary", "arbitrary", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT_BYTES
     )
@@ -320,7 +318,7 @@ def _forward(static: _StaticArguments, floats: Any, integers: Any) -> tuple[jax.
     layout = _layout(static, floats, integers)
     q, k, v, bias_floats = floats
     run = _pallas_call(
-        static, layout, functools.partial(_forward_kernel, static, layout.R), "attention_forward",
+        layout, functools.partial(_forward_kernel, static, layout.R), "attention_forward",
         in_specs=(layout.inputs,), out_specs=layout.out,
         out_shape=jax.ShapeDtypeStruct((*q.shape[:3], v.shape[3]), v.dtype),
     )  # fmt: skip
@@ -344,7 +342,7 @@ def _backward(static: _StaticArguments, saved: Any, dout_BHTV: jax.Array) -> tup
     dkv_blocks = [pl.BlockSpec((None, None, width, S), lambda g, b, h, t: (b, g, 0, 0)) for width in widths]
     qkv_blocks, bias_blocks, _ = layout.inputs
     run = _pallas_call(
-        static, layout, functools.partial(_backward_kernel, static, layout.R, shared), "attention_backward",
+        layout, functools.partial(_backward_kernel, static, layout.R, shared), "attention_backward",
         in_specs=(layout.inputs, layout.out), out_specs=((qkv_blocks[0], *dkv_blocks), bias_blocks),
         out_shape=(
             (jax.ShapeDtypeStruct(q.shape, q.dtype), *map(keys_last, kv)),

@@ -18,9 +18,9 @@ from jax import lax
 
 from jaxlm.devices import LANES, SUBLANES
 from jaxlm.nn.attention.bias import Tile
-from jaxlm.nn.attention.tile_scores import dot
 from jaxlm.nn.custom_gradient import custom_vjp
 from jaxlm.nn.lazy_pallas import pltpu
+from jaxlm.nn.linear import dot
 
 SUBLANE_BITS, LANE_BITS = 3, 7
 """log2 of ``SUBLANES`` and of ``LANES``."""
@@ -90,13 +90,13 @@ def _reverse_rows(x_RY: jax.Array) -> jax.Array:
 
 def _factor_gradients(dproduct_RN: jax.Array, q_RK: jax.Array, table_KN: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The gradients of q and of the table, from the gradient of their product. All five arrays have the same dtype."""
-    dq_RK, dtable_KN = dot(dproduct_RN, table_KN, 1, 1), dot(q_RK, dproduct_RN, 0, 0)
+    dq_RK, dtable_KN = dot(dproduct_RN, table_KN, (1, 1)), dot(q_RK, dproduct_RN, (0, 0))
     return dq_RK.astype(q_RK.dtype), dtable_KN.astype(table_KN.dtype)
 
 
 @functools.partial(custom_vjp, nondiff_argnums=(0,))
 def _product(scale: float, q_RK: jax.Array, table_KN: jax.Array) -> jax.Array:
-    return dot(q_RK, table_KN, 1, 0) * scale
+    return dot(q_RK, table_KN, (1, 0)) * scale
 
 
 _product.defvjp(

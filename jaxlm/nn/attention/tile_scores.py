@@ -10,10 +10,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from jaxlm.nn.attention.bias import BiasFn, Tile
 from jaxlm.nn.attention.mask import Mask, keep_pairs
+from jaxlm.nn.linear import dot
 
 CHECKPOINT_NAME = "attention"
 """Name (``jax.ad_checkpoint.checkpoint_name``) of the arrays that the forward pass saves for the backward pass."""
@@ -40,7 +40,7 @@ def scores(
         bias_integers: for each bias, its integer arrays or None.
         visible_RE: the mask of the tile (:func:`visible_keys`).
     """
-    scores_RE = dot(q_RK, k_EK, 1, 1) * config.scale
+    scores_RE = dot(q_RK, k_EK, (1, 1)) * config.scale
     for bias_fn, arrays, integers in zip(config.bias_fns, bias_arrays, bias_integers, strict=True):
         scores_RE = scores_RE + bias_fn(arrays, integers, tile)
     return scores_RE if visible_RE is None else jnp.where(visible_RE, scores_RE, -jnp.inf)
@@ -72,12 +72,7 @@ def qkv_gradients(
         dscores: [R, E], the gradient of the scores.
     """
     scaled = (dscores * config.scale).astype(q_RK.dtype)
-    return dot(scaled, k_EK, 1, 0), dot(q_RK, scaled, 0, 0), dot(dout_RK, kept.astype(v_EK.dtype), 0, 0)
-
-
-def dot(x: jax.Array, y: jax.Array, x_axis: int, y_axis: int) -> jax.Array:
-    """The product of two matrices, contracted over axis ``x_axis`` of x and ``y_axis`` of y, float32."""
-    return lax.dot_general(x, y, (((x_axis,), (y_axis,)), ((), ())), preferred_element_type=jnp.float32)
+    return dot(scaled, k_EK, (1, 0)), dot(q_RK, scaled, (0, 0)), dot(dout_RK, kept.astype(v_EK.dtype), (0, 0))
 
 
 def bias_gradients(bias_fn: BiasFn, bias_arrays: Any, integers: Any, tile: Tile, dscores: jax.Array) -> Any:

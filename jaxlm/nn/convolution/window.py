@@ -40,7 +40,7 @@ def windows(
     padding: Padding,
     stride: int = 1,
     dilation: int = 1,
-    segment_ids: jax.Array | None = None,
+    documents_BT: jax.Array | None = None,
     fill: float = 0.0,
 ) -> jax.Array:
     """The inputs in each window, [B, T', K, C].
@@ -50,28 +50,14 @@ def windows(
         padding: see :data:`Padding`.
         stride: number of steps from one window to the next.
         dilation: number of steps from one tap to the next.
-        segment_ids: [B, T]. Taps outside the window's document give ``fill``. A change of the id starts a document
-            (``jaxlm.nn.segments.document_numbers``). Window t belongs to the document of step ``t * stride``. With
-            ``valid`` padding, it belongs to the document of its last tap. None: each row is one document.
+        documents_BT: the document number of each input (``jaxlm.nn.segments.document_numbers``). Taps outside the
+            window's document give ``fill``. Window t belongs to the document of step ``t * stride``. With ``valid``
+            padding, it belongs to the document of its last tap. None: each row is one document.
         fill: the value of taps outside the input or the document.
 
     Raises:
         ValueError: an unknown padding, or an input that is shorter than one window.
     """
-    documents_BT = None if segment_ids is None else document_numbers(segment_ids)
-    return _windows(x_BTC, kernel, padding, stride, dilation, documents_BT, fill)
-
-
-def _windows(
-    x_BTC: jax.Array,
-    kernel: int,
-    padding: Padding,
-    stride: int,
-    dilation: int,
-    documents_BT: jax.Array | None,
-    fill: float,
-) -> jax.Array:
-    """The result of :func:`windows`, from document numbers instead of segment ids."""
     before, after, count = padding_and_count(x_BTC.shape[1], kernel, padding=padding, stride=stride, dilation=dilation)
 
     def taps(x: jax.Array, fill: float) -> list[jax.Array]:
@@ -219,9 +205,10 @@ def causal_windows(
     If ``tail_BWC`` is None, there are no earlier tokens, and the returned tail is None.
     """
     if tail_BWC is None:
-        return _windows(x_BTC, kernel, "causal", 1, dilation, layout.documents, fill), None
-    x_BSC, documents_BS, tail_BWC = prepend_tail(layout, x_BTC, tail_BWC)
-    return _windows(x_BSC, kernel, "valid", 1, dilation, documents_BS, fill), tail_BWC
+        documents = layout.documents
+        return windows(x_BTC, kernel, padding="causal", dilation=dilation, documents_BT=documents, fill=fill), None
+    x_BSC, documents, tail_BWC = prepend_tail(layout, x_BTC, tail_BWC)
+    return windows(x_BSC, kernel, padding="valid", dilation=dilation, documents_BT=documents, fill=fill), tail_BWC
 
 
 def prepend_tail(layout: TokenLayout, x_BTC: jax.Array, tail_BWC: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

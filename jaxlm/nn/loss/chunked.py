@@ -17,6 +17,7 @@ from jaxlm.nn import choices
 from jaxlm.nn.custom_gradient import custom_vjp
 from jaxlm.nn.embedding import argmax
 from jaxlm.nn.loss.cross_entropy import Head, check_shapes, cross_entropy, loss_and_gradients, scale_gradients
+from jaxlm.nn.time_chunks import join_time, split_time
 from jaxlm.spec import Params
 
 
@@ -86,20 +87,6 @@ def _used_leaf_indices(head: Head, params: Params, hidden: jax.Array) -> list[in
     jaxpr = jax.make_jaxpr(head)(params, hidden).jaxpr
     used_indices = {id(var) for equation in jaxpr.eqns for var in equation.invars} | {id(var) for var in jaxpr.outvars}
     return [index for index, var in enumerate(jaxpr.invars[:-1]) if id(var) in used_indices]
-
-
-def split_time(x: jax.Array, C: int) -> jax.Array:
-    """``x`` [B, T, ...] split into chunks of time, [chunks, B, C, ...]. The last chunk is padded with zeros."""
-    B, T = x.shape[:2]
-    chunks = -(-T // C)
-    x = jnp.pad(x, ((0, 0), (0, chunks * C - T)) + ((0, 0),) * (x.ndim - 2))
-    return jnp.moveaxis(x.reshape(B, chunks, C, *x.shape[2:]), 1, 0)
-
-
-def join_time(chunks: jax.Array, T: int) -> jax.Array:
-    """The first T steps of ``chunks`` [chunks, B, C, ...], as [B, T, ...]: inverse of :func:`split_time`."""
-    x = jnp.moveaxis(chunks, 0, 1)
-    return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :T]
 
 
 def chunk_length(head: Head, max_chunk_logits: int, params: Params, hidden_BTD: jax.Array) -> int:

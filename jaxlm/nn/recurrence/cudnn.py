@@ -8,8 +8,11 @@ import jax.numpy as jnp
 from jaxlm.spec import Params, State
 
 
-def unsupported_reason(x_BTD: jax.Array, reset_BT: jax.Array | None) -> str | None:
-    """Why cuDNN does not support the arguments, as a part of an error message; None if it supports them."""
+def unsupported_reason(kind: str, x_BTD: jax.Array, reset_BT: jax.Array | None) -> str | None:
+    """Why cuDNN does not support the kind of layer or the arguments, as a part of an error message; None if it supports
+    them."""
+    if kind != "lstm":
+        return "supports only an LSTM"
     if x_BTD.dtype != jnp.float32:
         return f"supports only float32, got {x_BTD.dtype}"
     return None if reset_BT is None else "cannot reset the state at segment boundaries"

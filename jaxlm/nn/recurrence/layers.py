@@ -7,7 +7,7 @@ Two masks describe the documents of a row. ``reset_BT`` marks the tokens before 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -70,12 +70,7 @@ def lstm(
         ValueError: the shapes do not match, there are no steps, a mask is not boolean, the implementation is unknown,
             or the implementation does not support the arguments or the platform.
     """
-    reasons = {"cudnn": cudnn.unsupported_reason(x_BTD, reset_BT)}
-    _check("lstm", params, x_BTD, state, lstm_state_specs, reset_BT, keep_BT, implementation, remat, reasons)
-    if implementation == "cudnn":
-        return cudnn.lstm(params, x_BTD, state, keep_BT, reverse)
-    masks = complete_masks(reset_BT, keep_BT, x_BTD.shape[:2])
-    return _layer(_LSTM, params, x_BTD, state, masks, reverse, implementation, remat)
+    return _layer(_LSTM, params, x_BTD, state, reset_BT, keep_BT, reverse, implementation, remat)
 
 
 def lstm_states(params: Params, x_BTD: jax.Array, reset_BT: jax.Array, keep_BT: jax.Array) -> dict[str, jax.Array]:
@@ -87,7 +82,7 @@ def lstm_states(params: Params, x_BTD: jax.Array, reset_BT: jax.Array, keep_BT: 
     Raises:
         ValueError: the shapes do not match, there are no steps, or a mask is not boolean.
     """
-    _check("lstm", params, x_BTD, None, lstm_state_specs, reset_BT, keep_BT, None, False, {})
+    _check_shapes(_LSTM, params, x_BTD, None, reset_BT, keep_BT)
     masks = reset_BT & keep_BT, keep_BT
     x_BTD = jnp.where(keep_BT[:, :, None], x_BTD, jnp.zeros_like(x_BTD))  # see _layer
     zeros_BH = jnp.zeros_like(project(params, x_BTD[:, 0])[:, 0], jnp.float32)
@@ -115,58 +110,43 @@ def gru(
     the parameters contain ``bias_hidden``, the reset gate is applied after the product with the hidden weights,
     otherwise before it (``GRUReset``). ``pallas`` supports only parameters with ``bias_hidden``.
     """
-    reasons = {"cudnn": "supports only an LSTM"}
-    _check("gru", params, x_BTD, state, gru_state_specs, reset_BT, keep_BT, implementation, remat, reasons)
-    masks = complete_masks(reset_BT, keep_BT, x_BTD.shape[:2])
     cell = _GRU_AFTER if "bias_hidden" in params else _GRU_BEFORE
-    return _layer(cell, params, x_BTD, state, masks, reverse, implementation, remat)
+    return _layer(cell, params, x_BTD, state, reset_BT, keep_BT, reverse, implementation, remat)
 
 
 # -------------------------------------------------------------------------------------------------------- shared
 
 
-def _check(
-    name: str,
-    params: Params,
-    x_BTD: jax.Array,
-    state: State | None,
-    state_specs: Callable[[int, int], dict[str, ArraySpec]],
-    reset_BT: jax.Array | None,
-    keep_BT: jax.Array | None,
-    implementation: str | None,
-    remat: bool,
-    reasons: Mapping[str, str | None],
+class _Cell(NamedTuple):
+    """The functions of a cell that the implementations of its layer use.
+
+    Attributes:
+        kind: the name of the layer in error messages; for ``pallas``, the kind of the kernel.
+        state_specs: the specs of the state, from the batch size and the hidden width.
+        step: for ``reference``, the function that computes one step.
+        chunked: for ``chunked``, the functions of the cell.
+    """
+
+    kind: pallas.Kind
+    state_specs: Callable[[int, int], dict[str, ArraySpec]]
+    step: Callable[..., dict[str, jax.Array]]
+    chunked: chunked.Cell
+
+
+_LSTM = _Cell("lstm", lstm_state_specs, lstm_cell, chunked.LSTM)
+_GRU_AFTER = _Cell("gru", gru_state_specs, gru_cell, chunked.GRU_AFTER)
+_GRU_BEFORE = _Cell("gru", gru_state_specs, gru_cell, chunked.GRU_BEFORE)
+
+
+def _check_shapes(
+    cell: _Cell, params: Params, x_BTD: jax.Array, state: State | None, reset_BT: Any, keep_BT: Any
 ) -> None:
     if x_BTD.ndim != 3 or not x_BTD.shape[1]:
         raise ValueError(f"the input {list(x_BTD.shape)} must be [batch, time, width], with at least one step")
     check_width(params, x_BTD)
     if state is not None:
-        check_state(state, x_BTD.shape[0], state_specs(1, params["weight_hidden"].shape[0]))
+        check_state(state, x_BTD.shape[0], cell.state_specs(1, params["weight_hidden"].shape[0]))
     check_masks(reset_BT, keep_BT, x_BTD.shape[:2])
-    if remat:
-        reasons = dict.fromkeys(("reference", "pallas", "cudnn"), "does not support remat")
-    choices.check_implementation(name, implementation, Implementation, reasons)
-
-
-class _Cell(NamedTuple):
-    """The names and functions of a cell that the implementations of its layer use.
-
-    Attributes:
-        state: the names of the arrays of the state.
-        step: for ``reference``, the function that computes one step.
-        chunked: for ``chunked``, the functions of the cell.
-        kind: for ``pallas``, the kind of the kernel. Error messages also use it as the name of the layer.
-    """
-
-    state: tuple[str, ...]
-    step: Callable[..., dict[str, jax.Array]]
-    chunked: chunked.Cell
-    kind: pallas.Kind
-
-
-_LSTM = _Cell(("hidden", "cell"), lstm_cell, chunked.LSTM, "lstm")
-_GRU_AFTER = _Cell(("hidden",), gru_cell, chunked.GRU_AFTER, "gru")
-_GRU_BEFORE = _Cell(("hidden",), gru_cell, chunked.GRU_BEFORE, "gru")
 
 
 def _layer(
@@ -174,12 +154,22 @@ def _layer(
     params: Params,
     x_BTD: jax.Array,
     state: State | None,
-    masks: tuple[jax.Array, jax.Array] | None,
+    reset_BT: jax.Array | None,
+    keep_BT: jax.Array | None,
     reverse: bool,
     implementation: Implementation | None,
     remat: bool,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
+    _check_shapes(cell, params, x_BTD, state, reset_BT, keep_BT)
+    unsupported = pallas.unsupported_reason(params, x_BTD)
+    reasons = {"pallas": unsupported, "cudnn": cudnn.unsupported_reason(cell.kind, x_BTD, reset_BT)}
+    if remat:
+        reasons = dict.fromkeys(("reference", "pallas", "cudnn"), "does not support remat")
+    choices.check_implementation(cell.kind, implementation, Implementation, reasons)
+    if implementation == "cudnn":
+        return cudnn.lstm(params, x_BTD, state, keep_BT, reverse)
     B, T, _ = x_BTD.shape
+    masks = complete_masks(reset_BT, keep_BT, (B, T))
     x_BTD = constrain(x_BTD, ("batch", None, None))  # the time axis is not sharded, because steps are sequential
     # Fully sharded weights are gathered once before the loop, not in every step.
     weights = {
@@ -189,23 +179,22 @@ def _layer(
     params = {**params, **weights}
     if masks is not None:  # a NaN input at padding would make the gradient of the weights NaN
         x_BTD = jnp.where(masks[1][:, :, None], x_BTD, jnp.zeros_like(x_BTD))
+    names = tuple(cell.state_specs(1, params["weight_hidden"].shape[0]))
     if state is None:
         like_BH = project(params, x_BTD[:, 0])[:, 0]  # an array with the sharding of the state
-        state = {name: jnp.zeros_like(like_BH) for name in cell.state}
-    state = {name: state[name].astype(jnp.float32) for name in cell.state}
+        state = {name: jnp.zeros_like(like_BH) for name in names}
+    state = {name: state[name].astype(jnp.float32) for name in names}
     if implementation == "reference":
         output = lambda state: state["hidden"].astype(x_BTD.dtype)  # noqa: E731
         return _scan_cell(cell.step, params, x_BTD, state, masks, output, reverse)
     masks_BT1 = jax.tree.map(lambda mask_BT: mask_BT[:, :, None], masks)
-    arguments = params, x_BTD, tuple(state[name] for name in cell.state), masks_BT1
-    unsupported = pallas.unsupported_reason(params, B, T)
-    choices.check_implementation(cell.kind, implementation, Implementation, {"pallas": unsupported})
+    arguments = params, x_BTD, tuple(state.values()), masks_BT1
     if (implementation or choices.recurrence(unsupported, remat=remat)) == "pallas":
         hidden_BTH, last = pallas.layer(cell.kind, *arguments, reverse=reverse)
     else:
         chunk = choices.recurrence_chunk(B, T)
         hidden_BTH, last = chunked.layer(cell.chunked, *arguments, chunk=chunk, reverse=reverse, remat=remat)
-    return hidden_BTH, dict(zip(cell.state, last, strict=True))
+    return hidden_BTH, dict(zip(names, last, strict=True))
 
 
 def _scan_cell(

@@ -20,7 +20,6 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.sharding import PartitionSpec
 
 from jaxlm import sharding
@@ -28,6 +27,7 @@ from jaxlm.devices import LANES
 from jaxlm.nn import lazy_pallas
 from jaxlm.nn.custom_gradient import custom_vjp
 from jaxlm.nn.lazy_pallas import pl, pltpu
+from jaxlm.nn.linear import dot
 from jaxlm.nn.recurrence.chunked import State, Weights, gru_gradients, lstm_gradients
 
 MAX_WEIGHT_BYTES = 32 * 2**20
@@ -62,21 +62,15 @@ Kind = Literal["lstm", "gru"]
 """``gru``: the reset gate is applied after the product with the hidden weights."""
 
 
-def unsupported_reason(weights: Weights, batch: int, steps: int) -> str | None:
-    """Why the kernel does not support the arguments, as a part of an error message; None if it supports them.
-
-    Args:
-        weights: the weights in the compute dtype.
-        batch: B, the number of rows on all devices together.
-        steps: T.
-    """
-    weight = weights["weight_hidden"]
-    rows, width, size = batch // sharding.num_shards(("batch",)), weight.shape[0], weight.size * weight.dtype.itemsize
+def unsupported_reason(weights: Weights, x_BTD: jax.Array) -> str | None:
+    """Why the kernel does not support the arguments, as a part of an error message; None if it supports them."""
+    weight, (batch, steps, _) = weights["weight_hidden"], x_BTD.shape
+    rows, width, size = batch // sharding.num_shards(("batch",)), weight.shape[0], weight.size * x_BTD.dtype.itemsize
     precision = getattr(jax.config, "jax_default_matmul_precision", None)
     if weight.shape[1] == 3 and "bias_hidden" not in weights:
         return "does not support a GRU whose reset gate is applied before the product"
-    if weight.dtype not in (jnp.float32, jnp.bfloat16):
-        return f"supports float32 and bfloat16, not {weight.dtype}"
+    if x_BTD.dtype not in (jnp.float32, jnp.bfloat16):
+        return f"supports float32 and bfloat16, not {x_BTD.dtype}"
     if precision not in (None, "default", "highest", "float32"):
         return f"does not support jax_default_matmul_precision={precision!r}"
     if size > MAX_WEIGHT_BYTES:
@@ -160,7 +154,10 @@ def _forward(
     constants = [jnp.swapaxes(weights["weight_hidden"], 0, 1), weights["bias"][:, None].astype(jnp.float32)]
     if static.kind == "gru":
         constants.append(weights["bias_hidden"][None, None].astype(jnp.float32))
-    run = functools.partial(_device_forward, static, store)
+    outputs: list[tuple[int, Any]] = [(1, x_BTD.dtype)]
+    if store:
+        outputs += [(NUM_STORED_ARRAYS, x_BTD.dtype), *[(1, jnp.float32)] * (len(first) - 1)]
+    run = functools.partial(_device_call, static, "forward", outputs)
     last, hidden_1TBH, *stored = _over_devices(run, (projected_GTBH,), mask_TB1, tuple(constants), first)
     hidden_BTH = jnp.swapaxes(hidden_1TBH[0], 0, 1)
     return (hidden_BTH, last), (weights, x_BTD, first, mask_TB1, hidden_1TBH[0], stored)
@@ -180,7 +177,7 @@ def _backward(static: _Static, saved: Any, cotangents: Any) -> tuple[Any, ...]:
         stored = (*stored, before_TBH[None])
     by_time = jnp.swapaxes(doutput_BTH, 0, 1)[None], *stored
     weight_GKH = jnp.transpose(weights["weight_hidden"], (1, 2, 0))  # once, not in every step
-    run = functools.partial(_device_backward, static)
+    run = functools.partial(_device_call, static, "backward", [(NUM_STORED_ARRAYS, x_BTD.dtype)])
     dfirst, sums_GBH, dgates_GTBH = _over_devices(run, by_time, mask_TB1, (weight_GKH,), dlast)
     sums_GH = jnp.sum(sums_GBH, axis=1)
     num_gates = _CELLS[static.kind].num_gates
@@ -238,7 +235,7 @@ def _forward_kernel(
     def step(t: int, state: State) -> State:
         before = _after_reset(static, mask, t, state)
         inputs = [projected[gate, t].astype(jnp.float32) + bias[gate] for gate in range(projected.shape[0])]
-        products = [_dot(before[0], weight[gate]) for gate in range(weight.shape[0])]
+        products = [_product(before[0], weight[gate]) for gate in range(weight.shape[0])]
         after, values = _CELLS[static.kind].forward(inputs, products, *(x[0] for x in bias_hidden), before=before)
         after = _at_real_tokens(static, mask, t, after, before)
         hidden[0, t] = after[0].astype(hidden.dtype)
@@ -269,8 +266,8 @@ def _backward_kernel(
         _write(dgates, t, gradients)
         for i, x in enumerate(gradients):
             sums[i] += x
-        dhidden = functools.reduce(jnp.add, [_dot(gradients[gate], weight[gate]) for gate in range(weight.shape[0])])
-        dbefore = (dbefore[0] + dhidden, *dbefore[1:])
+        products = [_product(gradients[gate], weight[gate]) for gate in range(weight.shape[0])]
+        dbefore = (dbefore[0] + functools.reduce(jnp.add, products), *dbefore[1:])
         return _after_reset(static, mask, t, _at_real_tokens(static, mask, t, dbefore, dafter))
 
     _run_steps(step, doutput.shape[1], not static.reverse, dlast, dfirst, scratch)
@@ -312,8 +309,8 @@ def _write(ref: Any, t: int, arrays: Gates) -> None:
         ref[i, t] = x.astype(ref.dtype)
 
 
-def _dot(x: jax.Array, weight: jax.Array) -> jax.Array:
-    return lax.dot_general(x.astype(weight.dtype), weight, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+def _product(x: jax.Array, weight: jax.Array) -> jax.Array:
+    return dot(x.astype(weight.dtype), weight, (1, 0))
 
 
 # ------------------------------------------------------------------------------------------------- the cells
@@ -351,32 +348,18 @@ def _sigmoid(x: jax.Array) -> jax.Array:
 _CELLS = {"lstm": _Cell(4, _lstm_forward, _lstm_backward), "gru": _Cell(3, _gru_forward, _gru_backward)}
 
 
-# ------------------------------------------------------------------------------------------- calls of the kernels
+# ------------------------------------------------------------------------------------------- call of a kernel
 
 
-def _device_forward(
-    static: _Static, store: bool, by_time: Any, mask_TB1: Any, constants: Any, first: State
-) -> tuple[Any, ...]:
-    dtype = by_time[0].dtype
-    outputs = [(1, dtype)]
-    if store:
-        outputs += [(NUM_STORED_ARRAYS, dtype), *[(1, jnp.float32)] * (len(first) - 1)]
-    return _call(static, "forward", by_time, mask_TB1, constants, first, outputs)
-
-
-def _device_backward(static: _Static, by_time: Any, mask_TB1: Any, constants: Any, dlast: State) -> tuple[Any, ...]:
-    return _call(static, "backward", by_time, mask_TB1, constants, dlast, [(NUM_STORED_ARRAYS, by_time[0].dtype)])
-
-
-def _call(
-    static: _Static, name: Literal["forward", "backward"], by_time: Any, mask_TB1: Any, constants: Any, state: State,
-    outputs: Sequence[tuple[int, Any]],
+def _device_call(
+    static: _Static, name: Literal["forward", "backward"], outputs: Sequence[tuple[int, Any]], by_time: Any,
+    mask_TB1: Any, constants: Any, state: State,
 ) -> tuple[Any, ...]:  # fmt: skip
-    """The results of a kernel for all blocks of rows and steps: a state, the sums (only for ``backward``), and arrays.
+    """The results of a kernel for the rows of one device: a state, the sums (only for ``backward``), and arrays.
 
     Args:
-        state: the first state that the kernel reads: before the first step, or the gradient after the last step.
         outputs: for each array [size, T, B, H] of the results, its size and dtype.
+        state: the first state that the kernel reads: before the first step, or the gradient after the last step.
     """
     _, T, B, _ = by_time[0].shape
     H = state[0].shape[1]

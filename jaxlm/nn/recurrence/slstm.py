@@ -33,7 +33,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxlm.config import check_min
 from jaxlm.nn import choices
 from jaxlm.nn.custom_gradient import custom_vjp
 from jaxlm.nn.segments import check_masks, check_state, complete_masks, keep_state, reset_state
@@ -73,7 +72,6 @@ def slstm(
     *,
     reset_BT: jax.Array | None = None,
     keep_BT: jax.Array | None = None,
-    chunk: int | None = None,
     implementation: Implementation | None = None,
 ) -> tuple[jax.Array, State]:
     """The hidden state after each step, [B, T, H, P] in the dtype of ``projected_BTHGP``, and the last state.
@@ -88,14 +86,12 @@ def slstm(
         reset_BT: True where the state is set to zeros before the step (``jaxlm.nn.segments.segment_boundaries``).
             None: no resets.
         keep_BT: False where the step is padding; the output is then the unchanged hidden state. None: no padding.
-        chunk: L, the number of steps of a chunk, for ``chunked`` only. None: a default for the batch size and the
-            platform.
         implementation: ``reference`` is a ``lax.scan`` over the steps; ``chunked``, the default, is the same loop with
             a custom gradient (see the module docstring).
 
     Raises:
-        ValueError: shapes that do not match, an input without steps, a mask that is not boolean, a chunk below 1, or an
-            unknown implementation.
+        ValueError: shapes that do not match, an input without steps, a mask that is not boolean, or an unknown
+            implementation.
 
     Example:
         >>> params = {"weight_hidden": jnp.zeros((1, 1, 4, 1)), "bias": jnp.zeros((1, 4, 1))}
@@ -103,7 +99,7 @@ def slstm(
         >>> out.shape, sorted(state)
         ((1, 3, 1, 1), ['cell', 'hidden', 'normalizer', 'stabilizer'])
     """
-    _check(params, projected_BTHGP, state, reset_BT, keep_BT, chunk)
+    _check(params, projected_BTHGP, state, reset_BT, keep_BT)
     B, T = projected_BTHGP.shape[:2]
     choices.check_implementation("slstm", implementation, Implementation)
     # The time axis is not sharded, because the steps are sequential.
@@ -120,12 +116,12 @@ def slstm(
         step = functools.partial(_step, weight, params["bias"])
         last, hidden_TBHP = lax.scan(lambda state, inputs: _with_output(step(state, inputs)), state, time_major)
     else:
-        L = min(T, choices.recurrence_chunk(B, T) if chunk is None else chunk)
+        L = min(T, choices.recurrence_chunk(B, T))
         hidden_TBHP, last = _chunked(L, weight, params["bias"], *time_major, state)
     return jnp.swapaxes(hidden_TBHP, 0, 1).astype(projected_BTHGP.dtype), last
 
 
-def _check(params: Params, projected: jax.Array, state: Any, reset: Any, keep: Any, chunk: int | None) -> None:
+def _check(params: Params, projected: jax.Array, state: Any, reset: Any, keep: Any) -> None:
     H, P = params["weight_hidden"].shape[:2]
     if projected.ndim != 5 or projected.shape[2:] != (H, 4, P) or not projected.shape[1]:
         raise ValueError(
@@ -135,18 +131,12 @@ def _check(params: Params, projected: jax.Array, state: Any, reset: Any, keep: A
     if state is not None:
         check_state(state, projected.shape[0], slstm_state_specs(1, H, P))
     check_masks(reset, keep, projected.shape[:2])
-    check_min(1, chunk=chunk)
 
 
 def _preactivations(weight: jax.Array, bias: jax.Array, projected: jax.Array, hidden: jax.Array) -> jax.Array:
     """The pre-activations of all gates, [B, H, G, P] float32."""
-    return projected.astype(jnp.float32) + bias.astype(jnp.float32)[None] + _recurrent_product(weight, hidden)
-
-
-def _recurrent_product(weight_HPGQ: jax.Array, hidden_BHP: jax.Array) -> jax.Array:
-    """``R h`` of all gates, [B, H, G, Q] float32."""
-    hidden_BHP = hidden_BHP.astype(weight_HPGQ.dtype)
-    return jnp.einsum("BHP,HPGQ->BHGQ", hidden_BHP, weight_HPGQ, preferred_element_type=jnp.float32)
+    product = jnp.einsum("BHP,HPGQ->BHGQ", hidden.astype(weight.dtype), weight, preferred_element_type=jnp.float32)
+    return projected.astype(jnp.float32) + bias.astype(jnp.float32)[None] + product
 
 
 def _advance(preactivation_BHGP: jax.Array, state: State) -> State:

@@ -17,6 +17,7 @@ from jax.typing import DTypeLike
 
 from jaxlm import sharding
 from jaxlm.nn.custom_gradient import vary_equally
+from jaxlm.nn.time_chunks import join_time, split_time
 
 
 def prepare(
@@ -52,21 +53,20 @@ def per_head(x_BG: jax.Array, heads: int) -> jax.Array:
     return x_BG if x_BG.shape[1] == heads else jnp.repeat(x_BG, heads // x_BG.shape[1], axis=1)
 
 
-def scan_steps(
-    step: Callable[..., Any], inputs: Sequence[jax.Array], state_BHKV: jax.Array, reset_BT: jax.Array | None
-) -> Any:
+def scan_steps(step: Callable[..., Any], inputs: Sequence[jax.Array], state: Any, reset_BT: jax.Array | None) -> Any:
     """The outputs [B, T, H, V] and the last state of a loop over steps.
 
     Args:
         step: ``step(state, mask, *inputs of the step)`` returns the state after the step and the output [B, H, V].
             ``mask`` is the argument of ``reset_state`` for the step.
         inputs: arrays [B, T, ...].
+        state: an array or a tree of arrays.
         reset_BT: True where the state is set to zeros before the step; None: nowhere.
     """
     masks = None if reset_BT is None else (reset_BT, None)
     steps = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), (masks, *inputs))
-    last_BHKV, out_TBHV = lax.scan(lambda state, step_inputs: step(state, *step_inputs), state_BHKV, steps)
-    return jnp.swapaxes(out_TBHV, 0, 1), last_BHKV
+    last, out_TBHV = lax.scan(lambda state, step_inputs: step(state, *step_inputs), state, steps)
+    return jnp.swapaxes(out_TBHV, 0, 1), last
 
 
 def scan_chunks(
@@ -102,7 +102,7 @@ def scan_chunks(
             chunks = (jnp.cumsum(reset_CB1L1, axis=3) > 0, *chunks)
         recomputed = jax.checkpoint(function, prevent_cse=False)
         last_BHKV, out_CBHLV = lax.scan(lambda state, inputs: recomputed(state, *inputs), state_BHKV, chunks)
-        return join_chunks(out_CBHLV, inputs[0].shape[1]), last_BHKV
+        return join_time(jnp.swapaxes(out_CBHLV, 2, 3), inputs[0].shape[1]), last_BHKV
 
     if step is None:
         return run(inputs, state_BHKV, reset_BT)
@@ -139,19 +139,7 @@ def split_into_chunks(inputs: Sequence[jax.Array], chunk: int) -> tuple[jax.Arra
     """
     T = inputs[0].shape[1]
     L = min(chunk, 1 << (T - 1).bit_length())
-
-    def split(x_BTHX: jax.Array) -> jax.Array:
-        B, _, H, X = x_BTHX.shape
-        x_BTHX = jnp.pad(x_BTHX, ((0, 0), (0, -T % L), (0, 0), (0, 0)))
-        return x_BTHX.reshape(B, -(-T // L), L, H, X).transpose(1, 0, 3, 2, 4)
-
-    return tuple(map(split, inputs))
-
-
-def join_chunks(x_CBHLX: jax.Array, T: int) -> jax.Array:
-    """The first T steps of the chunks, [B, T, H, X]. It is the inverse of :func:`split_into_chunks`."""
-    C, B, H, L, X = x_CBHLX.shape
-    return x_CBHLX.transpose(1, 0, 3, 2, 4).reshape(B, C * L, H, X)[:, :T]
+    return tuple(jnp.swapaxes(split_time(x, L), 2, 3) for x in inputs)
 
 
 def product_in(dtype: DTypeLike) -> Callable[..., jax.Array]:

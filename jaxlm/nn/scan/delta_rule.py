@@ -36,6 +36,7 @@ from jaxlm.nn.scan.matrix_state import (
     Implementation,
     block_pairs,
     check_inputs,
+    check_per_head,
     choose_implementation,
     decay_products,
     pair_scores_and_decays,
@@ -92,10 +93,7 @@ def gated_delta_rule(
         ([2.0, 5.0, 6.5], [6.5])
     """
     check_inputs(query_BTHK, key_BTHK, value_BTHV, state_BHKV, reset_BT, keep_BT)
-    for name, x in (("log_decay", log_decay_BTH), ("beta", beta_BTH)):
-        if x.shape != query_BTHK.shape[:-1]:
-            expected = f"[batch, time, heads], {list(query_BTHK.shape[:-1])}"
-            raise ValueError(f"{name} {list(x.shape)} must be {expected}")
+    check_per_head(query_BTHK, log_decay=log_decay_BTH, beta=beta_BTH)
     unsupported = head_blocks.unsupported_reason(query_BTHK, value_BTHV)
     T = query_BTHK.shape[1]
     implementation = choose_implementation("gated_delta_rule", implementation, T, chunk, unsupported)

@@ -23,7 +23,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxlm.nn.lazy_pallas import start_with
-from jaxlm.nn.scan.head_blocks import Blocks, Decays, Kernels, chunk_decays, dot, split_non_finite
+from jaxlm.nn.linear import dot
+from jaxlm.nn.scan.head_blocks import Blocks, Decays, Kernels, chunk_decays, split_non_finite
 
 
 def _accurate_dot(a: jax.Array, b: jax.Array, dtype: Any, contract: tuple[int, int] = (1, 0)) -> jax.Array:
@@ -34,8 +35,7 @@ def _accurate_dot(a: jax.Array, b: jax.Array, dtype: Any, contract: tuple[int, i
     left out. The relative error is then about 1e-5. This takes half the time of a matmul with float32 precision.
     """
     if dtype == jnp.float32:
-        dimensions = (((contract[0],), (contract[1],)), ((), ()))
-        return lax.dot_general(a, b, dimensions, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
+        return dot(a, b, contract, precision=lax.Precision.HIGHEST)
     (a_high, a_low), (b_high, b_low) = _high_and_low(a), _high_and_low(b)
     return dot(a_high, b_high, contract) + (dot(a_high, b_low, contract) + dot(a_low, b_high, contract))
 

@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
 from jaxlm import sharding
 from jaxlm.devices import LANES
@@ -140,13 +141,23 @@ class Blocks(NamedTuple):
     def _chunk(self, c: Any) -> Any:
         return self.C - 1 - c if self.from_last else c
 
-    def spec(self, kind: str) -> Any:
-        """The ``BlockSpec`` of an array of this kind.
+    def shape(self, kind: str) -> tuple[int, ...]:
+        """The shape of an array of this kind.
 
-        Kinds: ``keys`` [B, T, G * K] (also queries), ``values`` [B, T, H * V], ``columns`` [B, N, T, 2 * J + 1],
-        ``rows`` [B, N, 2 * J + 1, T], ``per head`` [B, N, T, J], ``dkeys`` [B, N, T, K] (gradients of keys that heads
-        share), ``state`` [B, H, K, V], ``states`` [B, C, H, K, V] and ``one state`` [B, 1, H, K, V].
+        ``keys``: also queries. ``columns`` and ``rows``: the scalars of each step. ``per head``: gradients of these
+        scalars. ``dkeys``: gradients of keys that heads share.
         """
+        B, T, N, J = self.B, self.T, self.grid[1], self.J
+        state = self.H, self.K, self.V
+        return {
+            "keys": (B, T, self.G * self.K), "values": (B, T, self.H * self.V),
+            "columns": (B, N, T, 2 * J + 1), "rows": (B, N, 2 * J + 1, T), "per head": (B, N, T, J),
+            "dkeys": (B, N, T, self.K),
+            "state": (B, *state), "states": (B, self.C, *state), "one state": (B, 1, *state),
+        }[kind]  # fmt: skip
+
+    def spec(self, kind: str) -> Any:
+        """The ``BlockSpec`` of an array of this kind (:meth:`shape`)."""
         L, J, heads_per_group = self.L, self.J, self.H // self.G
         if kind == "keys":
             if self.has_own_keys:
@@ -160,10 +171,9 @@ class Blocks(NamedTuple):
             return pl.BlockSpec((None, None, J, self.K, self.V), lambda b, n, c: (b, 0, n, 0, 0))
         if kind == "states":
             return pl.BlockSpec((None, None, J, self.K, self.V), lambda b, n, c: (b, self._chunk(c), n, 0, 0))
-        width = {"columns": 2 * J + 1, "rows": 2 * J + 1, "per head": J, "dkeys": self.K}[kind]
         if kind == "rows":
-            return pl.BlockSpec((None, None, width, L), lambda b, n, c: (b, n, 0, self._chunk(c)))
-        return pl.BlockSpec((None, None, L, width), lambda b, n, c: (b, n, self._chunk(c), 0))
+            return pl.BlockSpec((None, None, 2 * J + 1, L), lambda b, n, c: (b, n, 0, self._chunk(c)))
+        return pl.BlockSpec((None, None, L, self.shape(kind)[3]), lambda b, n, c: (b, n, self._chunk(c), 0))
 
 
 def make_blocks(query: jax.Array, value: jax.Array, L: int, from_last: bool) -> Blocks:
@@ -197,10 +207,23 @@ def join_heads(x_BNTJ: jax.Array, blocks: Blocks) -> jax.Array:
     return x_BNTJ.transpose(0, 2, 1, 3).reshape(blocks.B, blocks.T, blocks.H)
 
 
-def _call(kernel: Any, name: str, blocks: Blocks, **arguments: Any) -> Any:
-    """:func:`call_with_carry` on the grid of ``blocks``; the carry is [J, K, V]."""
-    carry_shape = blocks.J, blocks.K, blocks.V
-    return call_with_carry(functools.partial(kernel, blocks), name, blocks.grid, carry_shape, **arguments)
+_INPUTS = ("keys", "keys", "values", "columns", "rows")
+"""The kinds of the arrays of :func:`padded_inputs`."""
+
+
+def _call(
+    kernel: Any, name: str, blocks: Blocks, inputs: Sequence[str], outputs: Sequence[tuple[str, DTypeLike]]
+) -> Any:
+    """A function that runs the kernel. ``inputs``: the kind of each input. ``outputs``: kind and dtype of each output.
+
+    The carry is [J, K, V].
+    """
+    return call_with_carry(
+        functools.partial(kernel, blocks), name, blocks.grid, (blocks.J, blocks.K, blocks.V),
+        in_specs=[blocks.spec(kind) for kind in inputs],
+        out_specs=tuple(blocks.spec(kind) for kind, _ in outputs),
+        out_shape=tuple(jax.ShapeDtypeStruct(blocks.shape(kind), dtype) for kind, dtype in outputs),
+    )  # fmt: skip
 
 
 def padded_inputs(
@@ -215,12 +238,6 @@ def padded_inputs(
     flat = [pad_time(x, L).reshape(blocks.B, blocks.T, -1) for x in (query, key, value)]
     flat[:2] = (x.astype(value.dtype) for x in flat[:2])
     return *flat, *_step_scalars(pad_time(log_BTH, L), pad_time(scale_BTH, L), pad_time(reset_BT, L), blocks)
-
-
-def dot(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
-    """The matmul that sums over axis ``contract[0]`` of ``a`` and axis ``contract[1]`` of ``b``, float32."""
-    dimensions = (((contract[0],), (contract[1],)), ((), ()))
-    return lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)
 
 
 class Decays(NamedTuple):
@@ -372,20 +389,12 @@ def _device_forward(
     Without ``save_states``, the third result is not used.
     """
     blocks = make_blocks(query, value, L, from_last=False)
-    T, C = query.shape[1], blocks.C if save_states else 1
-    out_BTX, last_BHKV, states_BCHKV = _call(
-        kernels.forward, kernels.name, blocks,
-        in_specs=[blocks.spec(kind) for kind in ("keys", "keys", "values", "columns", "rows", "state")],
-        out_specs=tuple(
-            blocks.spec(kind) for kind in ("values", "state", "states" if save_states else "one state")
-        ),
-        out_shape=(
-            jax.ShapeDtypeStruct((blocks.B, blocks.T, blocks.H * blocks.V), value.dtype),
-            jax.ShapeDtypeStruct(state_BHKV.shape, jnp.float32),
-            jax.ShapeDtypeStruct((blocks.B, C, *state_BHKV.shape[1:]), jnp.float32),
-        ),
-    )(*padded_inputs(query, key, value, log_BTH, scale_BTH, reset_BT, blocks), state_BHKV)  # fmt: skip
-    return out_BTX[:, :T].reshape(value.shape), last_BHKV, states_BCHKV
+    inputs = padded_inputs(query, key, value, log_BTH, scale_BTH, reset_BT, blocks)
+    states = "states" if save_states else "one state"
+    outputs = [("values", value.dtype), ("state", jnp.float32), (states, jnp.float32)]
+    run = _call(kernels.forward, kernels.name, blocks, (*_INPUTS, "state"), outputs)
+    out_BTX, last_BHKV, states_BCHKV = run(*inputs, state_BHKV)
+    return out_BTX[:, : query.shape[1]].reshape(value.shape), last_BHKV, states_BCHKV
 
 
 def _device_backward(
@@ -403,36 +412,21 @@ def _device_backward(
         is_shared: whether several heads share queries and keys, on this device or on several devices.
     """
     blocks = make_blocks(query, value, L, from_last=True)
-    B, T, N, K = blocks.B, query.shape[1], blocks.H // blocks.J, blocks.K
-    dkeys = (
-        jax.ShapeDtypeStruct((B, blocks.T, blocks.H * K), jnp.float32 if is_shared else value.dtype)
-        if blocks.has_own_keys
-        else jax.ShapeDtypeStruct((B, N, blocks.T, K), jnp.float32)
-    )
-    per_head = jax.ShapeDtypeStruct((B, N, blocks.T, blocks.J), jnp.float32)
-    dkeys_kinds = ["keys" if blocks.has_own_keys else "dkeys"] * 2
-    dout_BTX = pad_time(dout_BTHV, L).reshape(B, blocks.T, -1)
-    dquery, dkey, dvalue, ddecay, dscale, dstate = _call(
-        kernels.backward, f"{kernels.name}_backward", blocks,
-        in_specs=[
-            blocks.spec(kind)
-            for kind in ("keys", "keys", "values", "columns", "rows", "states", "values", "state")
-        ],
-        out_specs=tuple(blocks.spec(kind) for kind in (*dkeys_kinds, "values", "per head", "per head", "state")),
-        out_shape=(
-            dkeys, dkeys, jax.ShapeDtypeStruct((B, blocks.T, blocks.H * blocks.V), value.dtype), per_head, per_head,
-            jax.ShapeDtypeStruct(dlast_BHKV.shape, jnp.float32),
-        ),
-    )(
-        *padded_inputs(query, key, value, log_BTH, scale_BTH, reset_BT, blocks), states_BCHKV, dout_BTX, dlast_BHKV
-    )  # fmt: skip
+    T = query.shape[1]
+    inputs = padded_inputs(query, key, value, log_BTH, scale_BTH, reset_BT, blocks)
+    dout_BTX = pad_time(dout_BTHV, L).reshape(blocks.shape("values"))
+    dkeys = "keys" if blocks.has_own_keys else "dkeys", jnp.float32 if is_shared else value.dtype
+    outputs = [dkeys, dkeys, ("values", value.dtype), *[("per head", jnp.float32)] * 2, ("state", jnp.float32)]
+    kinds = (*_INPUTS, "states", "values", "state")
+    run = _call(kernels.backward, f"{kernels.name}_backward", blocks, kinds, outputs)
+    dquery, dkey, dvalue, ddecay, dscale, dstate = run(*inputs, states_BCHKV, dout_BTX, dlast_BHKV)
 
     def per_group(dx: jax.Array) -> jax.Array:
         if blocks.has_own_keys:
             dx = dx[:, :T].reshape(key.shape)
             return dx[:, :, None] if is_shared else dx
         # The blocks of a group are consecutive.
-        return dx[:, :, :T].reshape(B, blocks.G, -1, T, K).transpose(0, 3, 2, 1, 4)
+        return dx[:, :, :T].reshape(blocks.B, blocks.G, -1, T, blocks.K).transpose(0, 3, 2, 1, 4)
 
     ddecay_BTH, dscale_BTH = (join_heads(x, blocks) for x in (ddecay, dscale))
     return (

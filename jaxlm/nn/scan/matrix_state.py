@@ -13,6 +13,7 @@ of W steps (X: the same number, for the earlier block).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -108,11 +109,15 @@ def linear_attention(
         return head_blocks.run(matrix_state_pallas.KERNELS, inputs, state_BHKV, reset_BT)
     if scale_BTH is None:
         inputs.pop()  # the scales of 1, which only the kernel needs
+    # For a decay near 0, the gradient of the log decay must not be computed as a difference of two inner products (Yang
+    # et al. 2024, section 4.3): the rounding errors of the difference would be large relative to the gradient. Here,
+    # autodiff differentiates the products of decays.
+    step, run_chunk = (functools.partial(function, jnp.exp) for function in (decay_step, decay_chunk))
     if implementation == "reference":
-        return scan_steps(_log_step, inputs, state_BHKV, reset_BT)
+        return scan_steps(step, inputs, state_BHKV, reset_BT)
     loops = is_default and choices.loops_without_gradient(K, state_BHKV.size, per_channel=log_decay.ndim == 4)
     chunk = chunk or choices.linear_attention_chunk()
-    return scan_chunks(_chunk, inputs, state_BHKV, reset_BT, chunk, _log_step if loops else None)
+    return scan_chunks(run_chunk, inputs, state_BHKV, reset_BT, chunk, step if loops else None)
 
 
 def choose_implementation(
@@ -166,6 +171,13 @@ def check_inputs(
     check_masks(reset, keep, (B, T), "query")
 
 
+def check_per_head(query_BTHK: jax.Array, **arrays: jax.Array) -> None:
+    """Raise ``ValueError`` if one of the named arrays is not [B, T, H]."""
+    for name, x in arrays.items():
+        if x.shape != query_BTHK.shape[:-1]:
+            raise ValueError(f"{name} {list(x.shape)} must be [batch, time, heads], {list(query_BTHK.shape[:-1])}")
+
+
 def _scaled(k_BG: jax.Array, v_BH: jax.Array, scale_BH: jax.Array | None) -> tuple[jax.Array, jax.Array]:
     """Keys and values, float32, one of which is multiplied by the scale.
 
@@ -178,62 +190,35 @@ def _scaled(k_BG: jax.Array, v_BH: jax.Array, scale_BH: jax.Array | None) -> tup
     return (scale_BH * k_BG, v_BH) if k_BG.shape[1] == v_BH.shape[1] else (k_BG, scale_BH * v_BH)
 
 
-def _log_step(
+def decay_step(
+    to_decay: Callable[[jax.Array], jax.Array],
     state_BHKV: jax.Array,
     mask: Any,
     q_BGK: jax.Array,
     k_BGK: jax.Array,
     v_BHV: jax.Array,
-    log_BHE: jax.Array,
+    gate_BHE: jax.Array,
     scale_BH1: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    return decay_step(state_BHKV, mask, q_BGK, k_BGK, v_BHV, jnp.exp(log_BHE), scale_BH1)
-
-
-def decay_step(
-    state_BHKV: jax.Array,
-    mask: Any,
-    q_BGK: jax.Array,
-    k_BGK: jax.Array,
-    v_BHV: jax.Array,
-    decay_BHE: jax.Array,
-    scale_BH1: jax.Array | None,
-) -> tuple[jax.Array, jax.Array]:
-    """The state after a step, and its output in the dtype of the value."""
+    """The state after a step, and its output in the dtype of the value. The decay is ``to_decay(gate)``."""
     q, k, v = (per_head(x, v_BHV.shape[1]) for x in (q_BGK.astype(jnp.float32), *_scaled(k_BGK, v_BHV, scale_BH1)))
-    state_BHKV = decay_BHE[..., None] * reset_state(mask, state_BHKV) + k[..., None] * v[:, :, None, :]
+    state_BHKV = to_decay(gate_BHE)[..., None] * reset_state(mask, state_BHKV) + k[..., None] * v[:, :, None, :]
     return state_BHKV, jnp.einsum("BHK,BHKV->BHV", q, state_BHKV).astype(v_BHV.dtype)
 
 
 # ------------------------------------------------------------------------------------------------------ chunked
 
 
-def _chunk(
+def decay_chunk(
+    to_decay: Callable[[jax.Array], jax.Array],
     state_BHKV: jax.Array,
     q_BGLK: jax.Array,
     k_BGLK: jax.Array,
     v_BHLV: jax.Array,
-    log_BHLE: jax.Array,
+    gate_BHLE: jax.Array,
     scale_BHL1: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """The state after a chunk, and the outputs of its steps in the dtype of the values.
-
-    The gradient of a log decay equals a difference of two inner products (Yang et al. 2024, section 4.3). For a decay
-    near 0, the rounding errors of this difference would be large relative to the gradient. So this formula is not used:
-    autodiff differentiates the products of decays.
-    """
-    return decay_chunk(state_BHKV, q_BGLK, k_BGLK, v_BHLV, jnp.exp(log_BHLE), scale_BHL1)
-
-
-def decay_chunk(
-    state_BHKV: jax.Array,
-    q_BGLK: jax.Array,
-    k_BGLK: jax.Array,
-    v_BHLV: jax.Array,
-    decay_BHLE: jax.Array,
-    scale_BHL1: jax.Array | None,
-) -> tuple[jax.Array, jax.Array]:
-    """The state after a chunk, and the outputs of its steps in the dtype of the values.
+    """The state after a chunk, and the outputs of its steps in the dtype of the values. Decays are ``to_decay(gate)``.
 
     Let D(s, t) be the product of the decays of steps s + 1 to t, and S the state before the chunk (after step 0). Then
     the output of step t is ``q_t @ (D(0, t) * S + sum_{s <= t} D(s, t) * k_s v_s.T)``. The state after the chunk is the
@@ -244,6 +229,7 @@ def decay_chunk(
     product = product_in(dtype)
     q_BGLK = q_BGLK.astype(jnp.float32)  # the gradients of queries, keys and values are summed in float32
     k_BGLK, v_BHLV = _scaled(k_BGLK, v_BHLV, scale_BHL1)
+    decay_BHLE = to_decay(gate_BHLE)
     if decay_BHLE.shape[-1] == 1:  # one decay per head: multiply scores and values instead of q and k
 
         def split_groups(x_BHXV: jax.Array) -> jax.Array:

@@ -22,7 +22,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxlm.nn.lazy_pallas import start_with
-from jaxlm.nn.scan.head_blocks import Blocks, Kernels, chunk_decays, dot, split_non_finite
+from jaxlm.nn.linear import dot
+from jaxlm.nn.scan.head_blocks import Blocks, Kernels, chunk_decays, split_non_finite
 
 
 def _forward_kernel(

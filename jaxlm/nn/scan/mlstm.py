@@ -17,6 +17,7 @@ Shapes: B batch, T time, H heads, K width of queries and keys, V width of values
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -25,9 +26,16 @@ from jax import lax
 
 from jaxlm import sharding
 from jaxlm.devices import LANES
+from jaxlm.nn.scan.chunks import prepare, scan_steps
 from jaxlm.nn.scan.head_blocks import unsupported_reason
-from jaxlm.nn.scan.matrix_state import Implementation, check_inputs, choose_implementation, linear_attention
-from jaxlm.nn.segments import check_state, complete_masks, reset_state, select_state
+from jaxlm.nn.scan.matrix_state import (
+    Implementation,
+    check_inputs,
+    check_per_head,
+    choose_implementation,
+    linear_attention,
+)
+from jaxlm.nn.segments import check_state, reset_state, select_state
 from jaxlm.spec import ArraySpec, State
 
 STABILIZER_LIMITS = (-80.0, 40.0)
@@ -103,29 +111,24 @@ def mlstm(
         ([4.0, 6.0, 6.0], [3.0])
     """
     _check(query_BTHK, key_BTHK, value_BTHV, log_input_BTH, log_forget_BTH, state, reset_BT, keep_BT)
-    B, T = query_BTHK.shape[:2]
+    T = query_BTHK.shape[1]
     normalizers = jax.ShapeDtypeStruct((*value_BTHV.shape[:3], LANES), value_BTHV.dtype)
     unsupported = unsupported_reason(query_BTHK, value_BTHV) or unsupported_reason(query_BTHK, normalizers)
     implementation = choose_implementation("mlstm", implementation, T, chunk, unsupported)
-    # The time axis is not sharded, because the steps are sequential.
-    q, k, v = (sharding.constrain(x, ("batch", None, "heads", None)) for x in (query_BTHK, key_BTHK, value_BTHV))
+    inputs = (query_BTHK, key_BTHK, value_BTHV)
+    (q, k, v), cell, reset_BT = prepare(inputs, None if state is None else state["cell"], reset_BT, keep_BT)
     log_input_BTH, log_forget_BTH = (
         sharding.constrain(x.astype(jnp.float32), ("batch", None, "heads")) for x in (log_input_BTH, log_forget_BTH)
     )
-    masks = complete_masks(reset_BT, keep_BT, (B, T))
-    if masks is not None:  # inputs at padding may be NaN
-        reset_BT, keep = masks
-        q, k, v = (jnp.where(keep[:, :, None, None], x, 0) for x in (q, k, v))
-        # A forget gate of 1 and an input gate of 0 keep the state.
-        log_input_BTH = jnp.where(keep[:, :, None], log_input_BTH, -jnp.inf)
-        log_forget_BTH = jnp.where(keep[:, :, None], log_forget_BTH, 0.0)
+    if keep_BT is not None:  # at padding, an input gate of 0 and a forget gate of 1 keep the state
+        log_input_BTH = jnp.where(keep_BT[:, :, None], log_input_BTH, -jnp.inf)
+        log_forget_BTH = jnp.where(keep_BT[:, :, None], log_forget_BTH, 0.0)
     if state is None:
-        like = k[:, 0].astype(jnp.float32)  # an array with the sharding of the state
-        cell = jnp.zeros_like(like[..., None] * v[:, 0, :, None, :].astype(jnp.float32))
-        state = {"cell": cell, "normalizer": jnp.zeros_like(like), "stabilizer": jnp.zeros_like(like[..., 0])}
-    state = {name: state[name].astype(jnp.float32) for name in ("cell", "normalizer", "stabilizer")}
+        state = {"normalizer": jnp.zeros_like(cell[..., 0]), "stabilizer": jnp.zeros_like(cell[..., 0, 0])}
+    state = {"cell": cell, **{name: state[name].astype(jnp.float32) for name in ("normalizer", "stabilizer")}}
     if implementation == "reference":
-        return _reference((q, k, v, log_input_BTH, log_forget_BTH), state, masks, epsilon)
+        step = functools.partial(_step, epsilon)
+        return scan_steps(step, (q, k, v, log_input_BTH, log_forget_BTH), state, reset_BT)
     return _by_linear_attention(q, k, v, log_input_BTH, log_forget_BTH, state, reset_BT, epsilon, chunk, implementation)
 
 
@@ -134,30 +137,26 @@ def _check(
     reset: Any, keep: Any,
 ) -> None:  # fmt: skip
     check_inputs(query, key, value, None, reset, keep)
-    for name, x in (("log_input", log_input), ("log_forget", log_forget)):
-        if x.shape != query.shape[:-1]:
-            raise ValueError(f"{name} {list(x.shape)} must be [batch, time, heads], {list(query.shape[:-1])}")
+    check_per_head(query, log_input=log_input, log_forget=log_forget)
     (B, _, H, K), V = query.shape, value.shape[-1]
     if state is not None:
         check_state(state, B, mlstm_state_specs(1, H, K, V))
 
 
-def _reference(inputs: Any, state: dict[str, jax.Array], masks: Any, epsilon: float) -> Any:
-    def step(state: dict[str, jax.Array], inputs: Any) -> Any:
-        (q, k, v, log_i, log_f), step_masks = inputs
-        q, k, v32 = (x.astype(jnp.float32) for x in (q, k, v))
-        state = reset_state(step_masks, state)
-        C, n, m = state["cell"], state["normalizer"], state["stabilizer"]
-        new_m = jnp.maximum(jnp.maximum(log_f + m, log_i), MIN_STABILIZER)
-        f, i = jnp.exp(log_f + m - new_m)[..., None], jnp.exp(log_i - new_m)[..., None]
-        new_n = f * n + i * k
-        new_C = f[..., None] * C + (i * k)[..., None] * v32[:, :, None, :]
-        out = _output(jnp.einsum("BHK,BHKV->BHV", q, new_C), jnp.sum(q * new_n, axis=-1), new_m, epsilon)
-        return {"cell": new_C, "normalizer": new_n, "stabilizer": new_m}, out.astype(v.dtype)
-
-    time_major = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), (inputs, masks))
-    last, out_TBHV = lax.scan(step, state, time_major)
-    return jnp.swapaxes(out_TBHV, 0, 1), last
+def _step(
+    epsilon: float, state: dict[str, jax.Array], mask: Any, q: jax.Array, k: jax.Array, v: jax.Array,
+    log_i: jax.Array, log_f: jax.Array,
+) -> tuple[dict[str, jax.Array], jax.Array]:  # fmt: skip
+    """The state after a step, and its output."""
+    q, k, v32 = (x.astype(jnp.float32) for x in (q, k, v))
+    state = reset_state(mask, state)
+    C, n, m = state["cell"], state["normalizer"], state["stabilizer"]
+    new_m = jnp.maximum(jnp.maximum(log_f + m, log_i), MIN_STABILIZER)
+    f, i = jnp.exp(log_f + m - new_m)[..., None], jnp.exp(log_i - new_m)[..., None]
+    new_n = f * n + i * k
+    new_C = f[..., None] * C + (i * k)[..., None] * v32[:, :, None, :]
+    out = _output(jnp.einsum("BHK,BHKV->BHV", q, new_C), jnp.sum(q * new_n, axis=-1), new_m, epsilon)
+    return {"cell": new_C, "normalizer": new_n, "stabilizer": new_m}, out.astype(v.dtype)
 
 
 def _output(numerator: jax.Array, normalizer: jax.Array, m: jax.Array, epsilon: float) -> jax.Array:

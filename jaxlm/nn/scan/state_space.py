@@ -10,6 +10,7 @@ Shapes: B batch, T time, H heads, P width of a head, G groups of heads, N state 
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -84,9 +85,10 @@ def ssd(
     inputs, state_BHNP, reset_BT = prepare(
         (C_BTGN, B_BTGN, x_BTHP, decay_minus_one_BTH1, dt_BTH[..., None]), state_BHNP, reset_BT, keep_BT
     )
+    step, run_chunk = (functools.partial(function, lambda gate: 1.0 + gate) for function in (decay_step, decay_chunk))
     if implementation == "reference":
-        return scan_steps(_step, inputs, state_BHNP, reset_BT)
-    return scan_chunks(_chunk, inputs, state_BHNP, reset_BT, chunk or choices.linear_attention_chunk())
+        return scan_steps(step, inputs, state_BHNP, reset_BT)
+    return scan_chunks(run_chunk, inputs, state_BHNP, reset_BT, chunk or choices.linear_attention_chunk())
 
 
 def _check_inputs(x: jax.Array, dt: jax.Array, A: jax.Array, B: jax.Array, C: jax.Array, state: Any) -> None:
@@ -103,15 +105,3 @@ def _check_inputs(x: jax.Array, dt: jax.Array, A: jax.Array, B: jax.Array, C: ja
     state_shape = (x.shape[0], x.shape[2], B.shape[3], x.shape[3])
     if state is not None and state.shape != state_shape:
         raise ValueError(f"state {list(state.shape)} must be [batch, heads, state size, width], {list(state_shape)}")
-
-
-def _step(
-    state: jax.Array, mask: Any, C: jax.Array, B: jax.Array, x: jax.Array, decay_minus_one: jax.Array, dt: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    return decay_step(state, mask, C, B, x, 1.0 + decay_minus_one, dt)
-
-
-def _chunk(
-    state: jax.Array, C: jax.Array, B: jax.Array, x: jax.Array, decay_minus_one: jax.Array, dt: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    return decay_chunk(state, C, B, x, 1.0 + decay_minus_one, dt)

@@ -16,6 +16,7 @@ from jaxlm.nn.convolution.window import (
     tail_specs,
     windows,
 )
+from jaxlm.nn.segments import document_numbers
 from jaxlm.spec import ONES, Normal
 from jaxlm.testing.helpers import relative_error
 
@@ -162,7 +163,7 @@ def test_each_padded_document_equals_a_separate_document(cuts):
 @pytest.mark.thorough
 def test_a_segment_id_that_occurs_again_is_another_document():
     x, ids = np.arange(10.0, 60.0, 10.0, dtype=np.float32)[None, :, None], np.array([[1, 2, 0, 1, 1]])
-    got = windows(x, 3, padding="causal", segment_ids=ids)[0, :, :, 0]
+    got = windows(x, 3, padding="causal", documents_BT=document_numbers(ids))[0, :, :, 0]
     want = [[0, 0, 10], [0, 0, 20], [0, 0, 30], [0, 0, 40], [0, 40, 50]]
     assert got.tolist() == want
     # A call ends with document 2, and the ids of the next call begin with 1. The padding moves to the end.

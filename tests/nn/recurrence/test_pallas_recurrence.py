@@ -138,8 +138,8 @@ def test_unsupported_arguments_give_the_reason(on_tpu, monkeypatch):
         recurrence.lstm(params, x.astype(jnp.float16), implementation="pallas")
 
     def reason(width=64, dtype=jnp.bfloat16, batch=8, steps=8):
-        weights = {"weight_hidden": jax.ShapeDtypeStruct((width, 4, width), dtype)}
-        return pallas.unsupported_reason(weights, batch, steps)
+        weights = {"weight_hidden": jax.ShapeDtypeStruct((width, 4, width), jnp.float32)}
+        return pallas.unsupported_reason(weights, jax.ShapeDtypeStruct((batch, steps, width), dtype))
 
     assert reason() is None
     assert reason(batch=320) is None

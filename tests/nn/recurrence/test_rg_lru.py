@@ -12,6 +12,7 @@ from jaxlm.nn.recurrence import rg_lru, rg_lru_specs
 from jaxlm.nn.recurrence.rg_lru import MAX_SQRT_SLOPE, DecayInit
 from jaxlm.nn.segments import segment_boundaries
 from jaxlm.testing.helpers import add_noise, assert_trees_close, relative_error
+from tests.nn.results import results
 
 B, T, W, N = 2, 13, 12, 3
 IMPLEMENTATIONS = ("reference", "sequential", "chunked")
@@ -56,18 +57,6 @@ def masks(kind, with_state):
     if kind == "documents":
         return start, keep, {"reset_BT": start, "keep_BT": keep}
     return start, keep, {}
-
-
-def results(function, arguments):
-    """The outputs and all gradients. The last state is part of the loss, so that its gradient is tested as well."""
-
-    def loss(*arguments):
-        outputs = function(*arguments)
-        return sum(jnp.sum(leaf * jnp.cos(jnp.arange(leaf.size).reshape(leaf.shape))) for leaf in outputs), outputs
-
-    numbers = tuple(range(len(arguments)))
-    (_, outputs), gradients = jax.jit(jax.value_and_grad(loss, numbers, has_aux=True))(*arguments)
-    return jax.device_get((outputs, gradients))
 
 
 @pytest.mark.plain_cases(1)

@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 
 from jaxlm import spec
+from jaxlm.nn import choices
 from jaxlm.nn.recurrence import slstm, slstm_specs, slstm_state_specs
 from jaxlm.nn.recurrence.slstm import STATE_NAMES
 from jaxlm.nn.segments import segment_boundaries
 from jaxlm.spec import Normal
 from jaxlm.testing.helpers import assert_trees_close, relative_error
+from tests.nn.results import float64_results, random_masks, results
 
 B, T, H, P = 2, 11, 2, 3
 
@@ -25,12 +27,6 @@ def arguments(strength=1.0):
     state = {name: rng.standard_normal((B, H, P)).astype(np.float32) for name in STATE_NAMES}
     state["normalizer"] = 1.0 + np.abs(state["normalizer"])
     return jax.device_get(params), np.float32(strength * rng.standard_normal((B, T, H, 4, P))), state
-
-
-def masks():
-    rng = np.random.default_rng(4)
-    reset, keep = rng.random((B, T)) < 0.2, rng.random((B, T)) < 0.7
-    return {"reset_BT": reset & keep, "keep_BT": keep}
 
 
 def equations(params, projected, state, reset_BT=None, keep_BT=None):
@@ -64,32 +60,21 @@ def equations(params, projected, state, reset_BT=None, keep_BT=None):
     }  # fmt: skip
 
 
-def results(function, arguments, **options):
-    """The outputs and all gradients. The last state is part of the loss, so that its gradient is tested as well."""
-
-    def loss(*arguments):
-        outputs = function(*arguments, **options)
-        leaves = jax.tree.leaves(outputs)
-        return sum(jnp.sum(leaf * jnp.cos(jnp.arange(leaf.size).reshape(leaf.shape))) for leaf in leaves), outputs
-
-    (_, outputs), gradients = jax.jit(jax.value_and_grad(loss, range(3), has_aux=True))(*arguments)
-    return jax.tree.map(np.asarray, (outputs, gradients))
-
-
-def float64_results(arguments, **options):
-    with jax.enable_x64(True):
-        return results(equations, jax.tree.map(lambda x: np.asarray(x, np.float64), arguments), **options)
+@pytest.fixture(autouse=True)
+def chunks_of_four_steps(monkeypatch):
+    monkeypatch.setattr(choices, "CHUNK_ROWS", 4 * B)
 
 
 @pytest.mark.plain_cases(1)
 @pytest.mark.parametrize("masked", [False, True])
-def test_values_and_all_gradients_equal_those_of_the_equations(masked):
-    options = masks() if masked else {}
-    want = float64_results(arguments(), **options)
+def test_values_and_all_gradients_equal_those_of_the_equations(masked, monkeypatch):
+    options = random_masks(B, T) if masked else {}
+    want = float64_results(equations, arguments(), **options)
     assert all(np.abs(leaf).max() > 1e-2 for leaf in jax.tree.leaves(want))
     assert_trees_close(results(slstm, arguments(), **options, implementation="reference"), want, 3e-6)
-    for chunk in (4, None):  # two full chunks and a partial chunk; one chunk
-        assert_trees_close(results(slstm, arguments(), **options, chunk=chunk), want, 3e-6)
+    for rows in (4 * B, 512):  # two full chunks and a partial chunk; one chunk
+        monkeypatch.setattr(choices, "CHUNK_ROWS", rows)
+        assert_trees_close(results(slstm, arguments(), **options), want, 3e-6)
 
 
 @pytest.mark.thorough
@@ -97,8 +82,8 @@ def test_values_and_all_gradients_equal_those_of_the_equations(masked):
 def test_strong_gates(implementation):
     """Gates from exp(-100) to exp(100). The state is computed without a stabilizer in float64."""
     params, projected, state = arguments(40.0)
-    got = results(slstm, (params, projected, state), implementation=implementation, chunk=4)
-    assert_trees_close(got, float64_results((params, projected, state)), 1e-5, floor=0.1)
+    got = results(slstm, (params, projected, state), implementation=implementation)
+    assert_trees_close(got, float64_results(equations, (params, projected, state)), 1e-5, floor=0.1)
 
 
 @pytest.mark.parametrize("implementation", ["reference", "chunked"])
@@ -108,7 +93,7 @@ def test_extreme_gates_have_finite_values_and_gradients(gate, implementation):
     signs = np.random.default_rng(1).choice([0.0, 1.0], projected.shape)
     projected = np.float32(projected + gate * signs)
     state = jax.tree.map(np.zeros_like, state)
-    got = results(slstm, (params, projected, state), implementation=implementation, chunk=4, **masks())
+    got = results(slstm, (params, projected, state), implementation=implementation, **random_masks(B, T))
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(got))
 
 
@@ -140,7 +125,7 @@ def test_packed_documents_equal_separate_documents_and_padding_may_be_nan(implem
     reset_BT, keep_BT, _ = map(np.asarray, jax.jit(segment_boundaries)(segments))
     params, without_nan, _ = arguments()
     with_nan = np.where(keep_BT[:, :, None, None, None], without_nan, np.float32(np.nan))
-    layer = jax.jit(functools.partial(slstm, implementation=implementation, chunk=4))
+    layer = jax.jit(functools.partial(slstm, implementation=implementation))
 
     def loss(params, projected):
         out, last = layer(params, projected, reset_BT=reset_BT, keep_BT=keep_BT)
@@ -160,17 +145,16 @@ def test_packed_documents_equal_separate_documents_and_padding_may_be_nan(implem
 
 def test_bfloat16_keeps_a_float32_state():
     params, projected, state = arguments()
-    (out, last), gradients = results(slstm, (params, projected.astype(jnp.bfloat16), state), chunk=4)
+    (out, last), gradients = results(slstm, (params, projected.astype(jnp.bfloat16), state))
     assert out.dtype == gradients[1].dtype == jnp.bfloat16
     assert {leaf.dtype for leaf in jax.tree.leaves((last, gradients[0]))} == {jnp.dtype("float32")}
     rounded = projected.astype(jnp.bfloat16).astype(np.float32)
-    assert_trees_close(((out, last), gradients), float64_results((params, rounded, state)), 0.05)
+    assert_trees_close(((out, last), gradients), float64_results(equations, (params, rounded, state)), 0.05)
 
 
 def test_only_inputs_and_one_state_per_chunk_are_saved():
     params, projected, state = arguments()
-    layer = functools.partial(slstm, chunk=4)
-    residuals = jax.eval_shape(lambda *arguments: jax.vjp(layer, *arguments)[1], params, projected, state)
+    residuals = jax.eval_shape(lambda *arguments: jax.vjp(slstm, *arguments)[1], params, projected, state)
     saved = sum(leaf.size for leaf in jax.tree.leaves(residuals))
     assert saved <= projected.size + spec.count(params) + 4 * spec.count(slstm_state_specs(B, H, P))
 
@@ -188,7 +172,5 @@ def test_bad_inputs_raise():
         slstm(params, projected, {**state, "cell": state["cell"][..., :2]})
     with pytest.raises(ValueError, match=r"reset_BT \[2, 3\] must be \[batch, time\] of the input, \[2, 11\]"):
         slstm(params, projected, reset_BT=np.ones((2, 3), bool))
-    with pytest.raises(ValueError, match="chunk=0 must be at least 1"):
-        slstm(params, projected, chunk=0)
     with pytest.raises(ValueError, match="no slstm implementation 'fast': choose from reference, chunked"):
         slstm(params, projected, implementation="fast")

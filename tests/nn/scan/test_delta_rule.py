@@ -10,6 +10,7 @@ import pytest
 from jaxlm.nn.scan import gated_delta_rule, generalized_delta_rule, linear_attention
 from jaxlm.nn.segments import segment_boundaries
 from jaxlm.testing.helpers import assert_trees_close, assert_trees_equal, relative_error
+from tests.nn.results import float64_results, random_masks, results
 
 B, T, H, K, V = 2, 13, 2, 3, 4
 IMPLEMENTATIONS = ("reference", "chunked")
@@ -33,12 +34,6 @@ def arrays(name="gated", strength=1.0, seed=0):
     if name == "gated":
         return q, unit, v, log_decay, rate, state
     return q, k[:, ::-1], v, log_decay, -unit, rate * unit, state
-
-
-def masks():
-    rng = np.random.default_rng(4)
-    reset, keep = rng.random((B, T)) < 0.2, rng.random((B, T)) < 0.7
-    return {"reset_BT": reset & keep, "keep_BT": keep}
 
 
 def reference_loop(q, k, v, log_decay, *others, reset_BT=None, keep_BT=None):
@@ -65,29 +60,17 @@ def reference_loop(q, k, v, log_decay, *others, reset_BT=None, keep_BT=None):
     return jnp.swapaxes(out_TB, 0, 1), state
 
 
-def results(rule, arguments, **options):
-    """The outputs and all gradients. The last state is part of the loss, so that its gradient is tested as well."""
-
-    def weighted(*arguments):
-        outputs = rule(*arguments, **options)
-        return sum(jnp.sum(leaf * jnp.cos(jnp.arange(leaf.size).reshape(leaf.shape))) for leaf in outputs), outputs
-
-    gradient = jax.value_and_grad(weighted, range(len(arguments)), has_aux=True)
-    (_, outputs), gradients = jax.jit(gradient)(*arguments)
-    return jax.tree.map(np.asarray, (outputs, gradients))
-
-
-def float64_results(arguments, **options):
-    with jax.enable_x64(True), jax.numpy_rank_promotion("allow"):
-        return results(reference_loop, [np.asarray(x, np.float64) for x in arguments], **options)
+def loop_results(arguments, **options):
+    with jax.numpy_rank_promotion("allow"):
+        return float64_results(reference_loop, arguments, **options)
 
 
 @pytest.mark.plain_cases(1)
 @every_rule
 @pytest.mark.parametrize("masked", [False, True])
 def test_values_and_all_gradients_equal_those_of_the_loop(name, masked):
-    arguments, options = arrays(name), masks() if masked else {}
-    want = float64_results(arguments, **options)
+    arguments, options = arrays(name), random_masks(B, T) if masked else {}
+    want = loop_results(arguments, **options)
     assert all(np.abs(leaf).max() > 1e-2 for leaf in jax.tree.leaves(want))
     assert_trees_close(results(RULES[name], arguments, **options, implementation="reference"), want, 2e-6)
     for chunk in (1, 4, 64):  # three full chunks and a partial chunk; one chunk that is reduced to a power of two
@@ -102,7 +85,7 @@ def test_strong_and_weak_decays(name):
     log_decay = log_decay * np.random.default_rng(1).choice(np.float32([0.0, 1e-3, 1.0, 1e3]), log_decay.shape)
     log_decay[:, 5] = -np.inf
     arguments = (q, k, v, log_decay, *others)
-    want = float64_results(arguments)
+    want = loop_results(arguments)
     for options in ({"implementation": "reference"}, {"implementation": "chunked", "chunk": 16}):
         got = results(RULES[name], arguments, **options)
         assert_trees_close(got, want, 2e-6)
@@ -210,7 +193,7 @@ def test_bfloat16_keeps_a_float32_state(name, implementation):
     assert out.dtype == jnp.bfloat16
     assert last.dtype == jnp.float32
     assert [leaf.dtype for leaf in gradients] == [x.dtype for x in bfloat16_arguments]
-    assert_trees_close(((out, last), gradients), float64_results(rounded), 0.03)
+    assert_trees_close(((out, last), gradients), loop_results(rounded), 0.03)
 
 
 def test_a_long_text_with_reflections_keeps_its_precision():

@@ -10,6 +10,7 @@ import pytest
 from jaxlm.nn.scan import linear_attention
 from jaxlm.nn.segments import segment_boundaries
 from jaxlm.testing.helpers import assert_trees_close, assert_trees_equal, relative_error
+from tests.nn.results import float64_results, random_masks, results
 
 B, T, H, K, V = 2, 13, 2, 3, 4
 DECAYS = ("head", "channel", "grouped")
@@ -22,12 +23,6 @@ def arrays(decay, strength=1.0, seed=0):
     shapes = [(B, T, H, K), (B, T, H, K), (B, T, heads, V), decays, (B, heads, K, V)]
     q, k, v, g, state = (rng.standard_normal(shape).astype(np.float32) for shape in shapes)
     return q, k, v, -strength * np.exp(g), state
-
-
-def masks():
-    rng = np.random.default_rng(4)
-    reset, keep = rng.random((B, T)) < 0.2, rng.random((B, T)) < 0.7
-    return {"reset_BT": reset & keep, "keep_BT": keep}
 
 
 def reference_loop(q, k, v, log_decay, state, reset_BT=None, keep_BT=None):
@@ -49,28 +44,12 @@ def reference_loop(q, k, v, log_decay, state, reset_BT=None, keep_BT=None):
     return jnp.swapaxes(out_TB, 0, 1), state
 
 
-def results(attend, arguments, **options):
-    """The outputs and all gradients. The last state is part of the loss, so that its gradient is tested as well."""
-
-    def weighted(*arguments):
-        outputs = attend(*arguments, **options)
-        return sum(jnp.sum(leaf * jnp.cos(jnp.arange(leaf.size).reshape(leaf.shape))) for leaf in outputs), outputs
-
-    (_, outputs), gradients = jax.jit(jax.value_and_grad(weighted, (0, 1, 2, 3, 4), has_aux=True))(*arguments)
-    return jax.tree.map(np.asarray, (outputs, gradients))
-
-
-def float64_results(arguments, **options):
-    with jax.enable_x64(True):
-        return results(reference_loop, [np.asarray(x, np.float64) for x in arguments], **options)
-
-
 @pytest.mark.plain_cases(1)
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("decay", DECAYS)
 def test_values_and_all_gradients_equal_those_of_the_loop(decay, masked):
-    arguments, options = arrays(decay), masks() if masked else {}
-    want = float64_results(arguments, **options)
+    arguments, options = arrays(decay), random_masks(B, T) if masked else {}
+    want = float64_results(reference_loop, arguments, **options)
     assert all(np.abs(leaf).max() > 1e-2 for leaf in jax.tree.leaves(want))
     assert_trees_close(results(linear_attention, arguments, **options, implementation="reference"), want, 2e-6)
     for chunk in (4, 64):  # three full chunks and a partial chunk; one chunk that is reduced to a power of two
@@ -85,7 +64,7 @@ def test_strong_and_weak_decays(decay):
     log_decay = log_decay * np.random.default_rng(1).choice(np.float32([0.0, 1e-3, 1.0, 1e3]), log_decay.shape)
     log_decay[:, 5] = -np.inf
     arguments = (q, k, v, log_decay, state)
-    want = float64_results(arguments)
+    want = float64_results(reference_loop, arguments)
     for options in ({"implementation": "reference"}, {"implementation": "chunked", "chunk": 16}):
         got = results(linear_attention, arguments, **options)
         assert_trees_close(got, want, 2e-6)
@@ -95,7 +74,7 @@ def test_strong_and_weak_decays(decay):
 @pytest.mark.parametrize("implementation", ["reference", "chunked"])
 def test_scales_multiply_the_new_values(implementation):
     q, k, v, log_decay, state = arrays("grouped")
-    options = {"implementation": implementation, **masks()}
+    options = {"implementation": implementation, **random_masks(B, T)}
 
     def with_scale(q, k, v, scale, state):
         return linear_attention(q, k, v, log_decay, state, scale_BTH=scale, **options)
@@ -175,7 +154,7 @@ def test_bfloat16_keeps_a_float32_state(implementation):
     assert out.dtype == jnp.bfloat16
     assert last.dtype == jnp.float32
     assert [leaf.dtype for leaf in gradients] == [x.dtype for x in bfloat16_arguments]
-    assert_trees_close(((out, last), gradients), float64_results(arguments), 0.03)
+    assert_trees_close(((out, last), gradients), float64_results(reference_loop, arguments), 0.03)
     ones, attend = (
         np.ones((1, 3000, 1, 1), jnp.bfloat16),
         functools.partial(linear_attention, implementation=implementation),
@@ -197,7 +176,7 @@ def test_the_gradient_of_a_strong_decay_is_accurate(log_decay, decay):
             np.asarray(gradients[3])
             for _, gradients in (
                 results(linear_attention, arguments, chunk=4, implementation="chunked"),
-                float64_results(arguments),
+                float64_results(reference_loop, arguments),
             )
         )
         assert np.linalg.norm(got - want) < tolerance * np.linalg.norm(want)

@@ -10,6 +10,7 @@ import pytest
 from jaxlm.nn.scan import linear_scan, vector_state
 from jaxlm.nn.segments import segment_boundaries
 from jaxlm.testing.helpers import assert_trees_close, relative_error
+from tests.nn.results import results
 
 B, T, D = 3, 11, 4
 IMPLEMENTATIONS = ("reference", "sequential", "chunked")
@@ -39,17 +40,6 @@ def reference_loop(decay, new, state, reset_BT=None, keep_BT=None, reverse=False
         state = jnp.where(real, decay[:, t] * before + new[:, t], state)
         states[t] = state
     return jnp.stack([states[t] for t in range(T)], axis=1), state
-
-
-def results(scan, arguments, **options):
-    """The outputs and all gradients. The last state is part of the loss, so that its gradient is tested as well."""
-
-    def weighted(*arguments):
-        outputs = scan(*arguments, **options)
-        return sum(jnp.sum(leaf * jnp.cos(jnp.arange(leaf.size).reshape(leaf.shape))) for leaf in outputs), outputs
-
-    (_, outputs), gradients = jax.jit(jax.value_and_grad(weighted, (0, 1, 2), has_aux=True))(*arguments)
-    return jax.device_get((outputs, gradients))
 
 
 @pytest.mark.plain_cases(2)

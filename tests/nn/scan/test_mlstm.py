@@ -10,6 +10,7 @@ import pytest
 from jaxlm.nn.scan import linear_attention, mlstm
 from jaxlm.nn.segments import segment_boundaries
 from jaxlm.testing.helpers import assert_trees_close, relative_error
+from tests.nn.results import float64_results, random_masks, results
 
 B, T, H, K, V = 2, 11, 2, 3, 4
 EPSILON = 1e-2  # larger than in published models, so that its gradients are visible
@@ -22,12 +23,6 @@ def arrays(strength=1.0, seed=0):
     q, k, v, i, f, cell, normalizer, m = (rng.standard_normal(shape).astype(np.float32) for shape in shapes)
     state = {"cell": cell, "normalizer": normalizer, "stabilizer": m}
     return q, k, v, np.float32(strength) * i, -np.logaddexp(np.float32(0), np.float32(-strength) * f), state
-
-
-def masks():
-    rng = np.random.default_rng(4)
-    reset, keep = rng.random((B, T)) < 0.2, rng.random((B, T)) < 0.7
-    return {"reset_BT": reset & keep, "keep_BT": keep}
 
 
 def plain_loop(q, k, v, log_i, log_f, state, reset_BT=None, keep_BT=None):
@@ -59,31 +54,14 @@ def plain_loop(q, k, v, log_i, log_f, state, reset_BT=None, keep_BT=None):
     return jnp.swapaxes(out_TB, 0, 1), last
 
 
-def results(cell, arguments, **options):
-    """The outputs and all gradients. The last state is part of the loss, so that its gradient is tested as well."""
-
-    def weighted(*arguments):
-        outputs = cell(*arguments, **options)
-        leaves = jax.tree.leaves(outputs)
-        return sum(jnp.sum(leaf * jnp.cos(jnp.arange(leaf.size).reshape(leaf.shape))) for leaf in leaves), outputs
-
-    (_, outputs), gradients = jax.jit(jax.value_and_grad(weighted, range(6), has_aux=True))(*arguments)
-    return jax.tree.map(np.asarray, (outputs, gradients))
-
-
-def float64_results(arguments, **options):
-    with jax.enable_x64(True):
-        return results(plain_loop, jax.tree.map(lambda x: np.asarray(x, np.float64), list(arguments)), **options)
-
-
 CELL = functools.partial(mlstm, epsilon=EPSILON)
 
 
 @pytest.mark.plain_cases(1)
 @pytest.mark.parametrize("masked", [False, True])
 def test_values_and_all_gradients_equal_those_of_the_equations(masked):
-    arguments, options = arrays(), masks() if masked else {}
-    want = float64_results(arguments, **options)
+    arguments, options = arrays(), random_masks(B, T) if masked else {}
+    want = float64_results(plain_loop, arguments, **options)
     assert all(np.abs(leaf).max() > 1e-2 for leaf in jax.tree.leaves(want))
     assert_trees_close(results(CELL, arguments, **options, implementation="reference"), want, 3e-6)
     for chunk in (1, 4, 64):  # two full chunks and a partial chunk; one chunk that is reduced to a power of two
@@ -97,7 +75,7 @@ def test_values_and_all_gradients_equal_those_of_the_equations(masked):
 def test_strong_gates(strength, implementation):
     """Gates from exp(-250) to exp(250) in one chunk: in float64 without a stabilizer, in float32 with a stabilizer."""
     arguments = arrays(strength)
-    want = float64_results(arguments)
+    want = float64_results(plain_loop, arguments)
     got = results(CELL, arguments, implementation=implementation, chunk=16)
     # The gradients of the initial state are nearly 0. Rounding a gate of 250 changes its exponential by 1e-5.
     assert_trees_close(got, want, 1e-5, floor=0.1)
@@ -110,7 +88,7 @@ def test_extreme_gates_have_finite_values_and_gradients(gate, implementation):
     q, k, v, log_i, log_f, state = arrays()
     signs = np.random.default_rng(1).choice(np.float32([0.0, 1.0]), log_i.shape)
     arguments = (q, k, v, log_i + gate, log_f - signs * abs(gate), jax.tree.map(np.zeros_like, state))
-    (out, last), gradients = results(CELL, arguments, implementation=implementation, chunk=4, **masks())
+    (out, last), gradients = results(CELL, arguments, implementation=implementation, chunk=4, **random_masks(B, T))
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((out, last, gradients)))
     if gate < 0:
         assert np.abs(out).max() < 1e-30  # the input gate is 0
@@ -150,7 +128,7 @@ def test_the_output_of_large_gates_is_a_normalized_mean(implementation):
 @pytest.mark.parametrize("implementation", ["reference", "chunked"])
 def test_padding_after_large_gates_is_zero_without_epsilon(implementation):
     q, k, v, log_i, log_f, _ = arrays()
-    keep = masks()["keep_BT"]
+    keep = random_masks(B, T)["keep_BT"]
 
     def loss(*arguments):
         out, _ = mlstm(*arguments, keep_BT=keep, epsilon=0.0, chunk=4, implementation=implementation)
@@ -219,7 +197,7 @@ def test_bfloat16_keeps_a_float32_state(implementation):
     assert out.dtype == jnp.bfloat16
     assert {leaf.dtype for leaf in jax.tree.leaves(last)} == {jnp.dtype("float32")}
     assert [leaf.dtype for leaf in gradients[:5]] == [x.dtype for x in bfloat16_arguments[:5]]
-    assert_trees_close(((out, last), gradients), float64_results(rounded), 0.05)
+    assert_trees_close(((out, last), gradients), float64_results(plain_loop, rounded), 0.05)
 
 
 @pytest.mark.plain_cases(1)
@@ -231,7 +209,7 @@ def test_the_gradient_of_a_strong_forget_gate_is_accurate_in_bfloat16(log_forget
     arguments = [*rounded, 0.1 * log_i, np.full_like(log_f, log_forget), state]
     (_, got), (_, want) = (
         results(CELL, arguments, implementation="chunked", chunk=4),
-        float64_results(arguments),
+        float64_results(plain_loop, arguments),
     )
     assert np.linalg.norm(got[4] - want[4]) < 0.01 * np.linalg.norm(want[4])
 

@@ -10,6 +10,7 @@ import pytest
 from jaxlm.nn.scan import ssd
 from jaxlm.nn.segments import segment_boundaries
 from jaxlm.testing.helpers import assert_trees_close, relative_error
+from tests.nn.results import float64_results, results
 
 B, T, H, P, G, N = 2, 21, 6, 3, 2, 4
 NAMES = ("x", "dt", "A", "B", "C", "state")
@@ -56,23 +57,11 @@ def masked_attention(x, dt, A, b, c):
     return np.einsum("BTSH,BTHN,BSHN,BSHP->BTHP", L, c, b, dt[..., None] * x, optimize=True)
 
 
-def results(function, arguments, **options):
-    """The outputs and the gradients of all inputs; the last state is part of the loss."""
-
-    def loss(*arguments):
-        outputs = function(*arguments, **options)
-        return sum(jnp.sum(leaf * jnp.cos(jnp.arange(leaf.size).reshape(leaf.shape))) for leaf in outputs), outputs
-
-    (_, outputs), gradients = jax.jit(jax.value_and_grad(loss, range(6), has_aux=True))(*arguments)
-    return jax.device_get((outputs, dict(zip(NAMES, gradients, strict=True))))
-
-
 @functools.cache
 def expected(masked, **options):
     """The results of the loop in float64."""
     arguments, options = arrays(), {**options, **(masks() if masked else {})}
-    with jax.enable_x64(True):
-        return results(recurrence, [np.asarray(x, np.float64) for x in arguments], **options)
+    return float64_results(recurrence, arguments, **options)
 
 
 @pytest.mark.plain_cases(3)
@@ -101,9 +90,9 @@ def test_the_gradient_of_negative_eigenvalues_is_accurate_for_decays_near_zero(d
     function = functools.partial(ssd, negative_eigenvalues=True)
     got = results(function, [half[0].astype(dtype), dt, A, half[1].astype(dtype), half[2].astype(dtype), state])[1]
     want = results(recurrence, [half[0], dt, A, *half[1:], state], negative_eigenvalues=True)[1]
-    for name in ("dt", "A"):
-        error = np.linalg.norm(got[name] - want[name]) / np.linalg.norm(want[name])
-        assert error < tolerance, name
+    for name, x, y in zip(NAMES, got, want, strict=True):
+        if name in ("dt", "A"):
+            assert np.linalg.norm(x - y) / np.linalg.norm(y) < tolerance, name
 
 
 def test_the_reference_multiplies_by_the_step_sizes_in_float32():
@@ -144,7 +133,7 @@ def test_the_state_is_float32_in_bfloat16():
     half = (x.astype(jnp.bfloat16), dt, A, b.astype(jnp.bfloat16), c.astype(jnp.bfloat16), state)
     outputs, gradients = results(ssd, half, **masks())
     assert [leaf.dtype for leaf in outputs] == [jnp.bfloat16, jnp.float32]
-    assert [gradients[name].dtype for name in NAMES] == [leaf.dtype for leaf in half]
+    assert [gradient.dtype for gradient in gradients] == [leaf.dtype for leaf in half]
     assert_trees_close((outputs, gradients), expected(True), 0.03)
 
 
