@@ -6,8 +6,8 @@
 
 All losses are in nats per character. The next commands train on tinyshakespeare. The preset nanogpt is the CPU
 configuration of nanoGPT. It trains for 1 minute, and its validation loss is 1.89 (nanoGPT's README states 1.88). The
-preset lstm_large trains for about 45 minutes, and its score on the whole validation split is 1.41. The other two
-presets have not been measured yet.
+presets lstm_large and gpt_large train for about 45 minutes. Their scores on the whole validation split are 1.41 and
+1.47. The preset transformer_xl_large has not been measured yet.
 
     python -m experiments.text_generation --preset nanogpt --data tinyshakespeare.txt
     python -m experiments.text_generation --preset lstm_large --data tinyshakespeare.txt

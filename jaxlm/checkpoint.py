@@ -48,7 +48,7 @@ _LEFTOVER = re.compile(r"\d+\.(deleted|orbax-checkpoint-tmp.*)")
 
 
 class CorruptCheckpointError(ValueError):
-    """A checkpoint is damaged: its files differ from the saved files, are incomplete, or have another version."""
+    """A checkpoint is damaged: its files differ from the saved files, are incomplete, or have another format."""
 
 
 # --------------------------------------------------------------------------------------------- checksums

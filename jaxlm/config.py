@@ -116,8 +116,10 @@ def _parse_value(hint: Any, value: Any, where: str) -> Any:
 def _convert_json(hint: Any, value: Any, where: str) -> Any:
     """``value`` with the types that JSON does not have: dataclasses, tuples and paths. Other values are not changed.
 
-    JSON has lists for tuples, and a config with lists is not hashable.
+    JSON has lists for tuples, and a config with lists is not hashable. So a list that is an entry of a tuple also
+    becomes a tuple if the type of the entry is ``Any``.
     """
+    converted = value
     for option in _union_members(hint):
         if isinstance(value, dict) and dataclasses.is_dataclass(option) and isinstance(option, type):
             return from_json(option, value, where)
@@ -126,9 +128,12 @@ def _convert_json(hint: Any, value: Any, where: str) -> Any:
         if isinstance(value, list) and typing.get_origin(option) is tuple:
             entries = _entry_types(option, len(value))
             entries += (Any,) * (len(value) - len(entries))
+            entries = tuple(tuple[Any, ...] if entry is Any else entry for entry in entries)
             pairs = enumerate(zip(entries, value, strict=False))
-            return tuple(_convert_json(entry, item, f"{where}[{number}]") for number, (entry, item) in pairs)
-    return value
+            converted = tuple(_convert_json(entry, item, f"{where}[{number}]") for number, (entry, item) in pairs)
+            if _has_type(option, converted):
+                break
+    return converted
 
 
 def check_value(hint: Any, value: Any, where: str) -> None:
@@ -265,6 +270,8 @@ def _type_name(hint: Any) -> str:
     """A description of a type for error messages, such as "a whole number or None"."""
     options = _union_members(hint)
     if len(options) > 1:
+        # After "each entry is a string", the words "or None" would seem to describe the entries.
+        options = tuple(sorted(options, key=lambda option: typing.get_origin(option) in (tuple, list)))
         return " or ".join(map(_type_name, options))
     arguments = typing.get_args(hint)
     if typing.get_origin(hint) is typing.Literal:

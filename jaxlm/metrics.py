@@ -433,7 +433,7 @@ def _corpus_score(name: str, metric: Any, hypotheses: Sequence[str], references:
     metric._compute_score_from_stats = compute_float
     result = metric.corpus_score(list(hypotheses), [list(references)], n_bootstrap=BOOTSTRAP_SAMPLES)
     # sacrebleu returns the interval only as text and in two private attributes: its center and half of its width.
-    # The score of equal texts is above 100 by a rounding error.
+    # A rounding error can make the score of equal texts larger than 100.
     numbers = (result.score, result._mean - result._ci, result._mean + result._ci)
     value, low, high = (min(100.0, max(0.0, float(number))) for number in numbers)
     return Score(name, value, low, high, len(hypotheses), str(metric.get_signature()))

@@ -54,6 +54,16 @@ def test_json_round_trip(tmp_path):
         assert config_lib.read(Outer, tmp_path / "config.json") == config
 
 
+def test_lists_in_a_tuple_are_read_as_tuples():
+    @dataclasses.dataclass(frozen=True)
+    class Tuples:
+        anything: tuple[Any, ...] = ()
+        sizes: tuple[int, ...] | tuple[tuple[int, int], ...] = ()
+
+    for config in (Tuples(((1, (2,)), "a"), ((1, 2),)), Tuples(sizes=(1, 2))):
+        assert config_lib.from_json(Tuples, config_lib.to_json(config)) == config
+
+
 def test_errors_name_unknown_and_missing_fields(tmp_path):
     with pytest.raises(ValueError, match=r"config.model has an unknown field 'num_layer': did you mean 'num_layers'"):
         config_lib.from_json(Outer, {"model": {"num_layer": 3}})
@@ -112,7 +122,7 @@ def test_the_entries_of_a_list_are_checked():
     for ids in (None, [], [1, 2]):
         config_lib.check_value(list[int] | None, ids, "ids")
     for ids in ([1, True], (1, 2), 1):
-        with pytest.raises(ValueError, match="must be a list in which each entry is a whole number or None"):
+        with pytest.raises(ValueError, match="must be None or a list in which each entry is a whole number"):
             config_lib.check_value(list[int] | None, ids, "ids")
 
 

@@ -48,7 +48,7 @@ def check_tokens(ids: np.ndarray, vocab_size: int, min_length: int = 1, name: st
             index = int(np.flatnonzero((chunk < 0) | (chunk >= vocab_size))[0])
             raise ValueError(
                 f"{name}: id {chunk[index]} at position {first + start + index} is outside the vocabulary of "
-                f"{vocab_size} ids; use ids of the model's tokenizer, or a model with a larger vocab_size"
+                f"{vocab_size} ids; use ids of the model's tokenizer, or a larger vocabulary"
             )
 
 

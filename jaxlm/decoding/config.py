@@ -122,10 +122,10 @@ class GenerationConfig:
 
         Args:
             default: defaults of the calling program, which replace those of the class.
-            sampling: values for ``do_sample`` and for fields of :class:`Sampling`, which override the file. None: the
-                field is not set. This argument is used only if ``self.sampling`` is None. If the mapping has a
-                ``temperature``, its ``do_sample`` has no effect. As in transformers, 0 turns ``top_k`` and ``min_p``
-                off, and 1 turns ``top_p`` off.
+            sampling: values for ``do_sample`` and for fields of :class:`Sampling`, which override the file. A field
+                with the value None counts as not set. This argument is used only if ``self.sampling`` is None. If the
+                mapping sets ``temperature``, its ``do_sample`` has no effect. As in transformers, 0 turns ``top_k`` and
+                ``min_p`` off, and 1 turns ``top_p`` off.
 
         Raises:
             ValueError: the file has an unsupported field with a value that changes the text; the file has a value of
@@ -153,11 +153,11 @@ class GenerationConfig:
             end_ids = tuple(i for i in configs[1].end_ids if 0 <= i < ids) or end_ids
         if end_ids is None:
             end_ids = _model_end_ids(model, tokenizer)
+        overrides = {name: value for name, value in (sampling or {}).items() if value is not None}
         resolved_sampling = self.sampling
         if resolved_sampling is None:
             fallback = _DEFAULT.sampling if default is None or default.sampling is None else default.sampling
             assert fallback is not None
-            overrides = {name: value for name, value in (sampling or {}).items() if value is not None}
             resolved_sampling = _resolve_sampling(file_fields, file, fallback, overrides, num_beams, ids)
         try:
             return GenerationConfig(
@@ -173,7 +173,7 @@ class GenerationConfig:
                 ignored_fields=self.ignored_fields,
             )
         except ValueError as error:
-            given = {name for name, value in vars(self).items() if value is not None} | (sampling or {}).keys()
+            given = {name for name, value in vars(self).items() if value is not None} | overrides.keys()
             given |= set() if self.sampling is None else {"do_sample", *_SAMPLING_FIELDS}
             raise ValueError(f"{error}{_file_hint(error, file_fields, given, file)}") from error
 

@@ -98,7 +98,7 @@ def apply(
         tokens: [B, T] integer ids. An id outside the vocabulary gives NaN for all tokens of the row (causal) or of its
             document (classification).
         state: the state that the previous call returned, or the initial state (``state_specs``). No gradient flows
-            into its memory.
+            through the memory to earlier calls.
         segment_ids: [B, T] int32, 0 for padding and n for document n. Documents do not interact. Default: one document.
         key: random key for dropout; None: no dropout.
 

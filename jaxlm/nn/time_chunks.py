@@ -19,5 +19,5 @@ def split_time(x: jax.Array, C: int) -> jax.Array:
 
 def join_time(chunks: jax.Array, T: int) -> jax.Array:
     """The first T steps of ``chunks`` [chunks, B, C, ...], as [B, T, ...]: inverse of :func:`split_time`."""
-    x = jnp.moveaxis(chunks, 0, 1)
-    return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :T]
+    num_chunks, B, C = chunks.shape[:3]
+    return jnp.moveaxis(chunks, 0, 1).reshape(B, num_chunks * C, *chunks.shape[3:])[:, :T]

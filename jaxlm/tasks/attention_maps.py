@@ -87,7 +87,8 @@ def attention_maps(
             targets of the training had these tokens.
 
     Raises:
-        TypeError: the model cannot record attention weights, or ``texts`` is a single string.
+        TypeError: the model cannot record attention weights, or ``texts`` is a single string or has an element that is
+            not a string.
         ValueError: there are no texts; ``outputs`` is missing for an encoder-decoder, is given for another family, or
             has a different length than ``texts``; ``pairs`` has a different length than ``texts``; a text has no tokens
             or more tokens than the model has positions; or the tokenizer returns an id or a token type that the model

@@ -20,7 +20,7 @@ from jaxlm.models import Model, resnet
 from jaxlm.objectives import classification
 from jaxlm.objectives.batch import Batch
 from jaxlm.spec import Params
-from jaxlm.tasks.predict import label_probabilities
+from jaxlm.tasks.predict import label_probabilities, require_classifier
 from jaxlm.training.report import read_results, write_confusion, write_results, write_samples
 
 
@@ -45,7 +45,8 @@ def encode(
         raise ValueError(f"the labels of {examples.name} are {list(labels)}: a classifier needs at least two labels")
     if len(labels) != model.config.num_labels:
         raise ValueError(
-            f"the labels of {examples.name} are {list(labels)}, but the model has num_labels={model.config.num_labels}"
+            f"the labels of {examples.name} are {list(labels)}, but the model has num_labels="
+            f"{model.config.num_labels}: make the model with num_labels={len(labels)}"
         )
     if not len(examples):
         raise ValueError(f"{examples.name} must have at least one example, got none")
@@ -107,11 +108,12 @@ def predict(model: Model, params: Params, encoded: Sequence[Encoded], batch_size
     For the same tokens, they equal the probabilities of :func:`jaxlm.tasks.predict.classify`.
 
     Raises:
-        ValueError: An example is not valid (:func:`jaxlm.data.buckets.check_examples`), has more tokens than the model
-            has positions, or has an id or a token type that the model does not have. The outputs of the model are
-            regression scores, as in ``classify``.
+        ValueError: The model is not a classifier, or its outputs are regression scores, as in ``classify``. An example
+            is not valid (:func:`jaxlm.data.buckets.check_examples`), has more tokens than the model has positions, or
+            has an id or a token type that the model does not have.
         NotFiniteError: logits are not finite. The message names the examples.
     """
+    require_classifier(model)
     if len(encoded):
         check_examples(encoded, model.max_positions)
     ids = [np.asarray(example["tokens"]) for example in encoded]

@@ -89,10 +89,7 @@ def classify(
         >>> classify(model, params, tokenizer, ["a fine film", "what a bore"]).labels   # doctest: +SKIP
         ['positive', 'negative']
     """
-    require_task(
-        model, ("classification",), "it does not classify texts",
-        "fine-tune it with load_pretrained(directory, task='classification'), or load a classifier",
-    )  # fmt: skip
+    require_classifier(model)
     encodings = _encode(model, tokenizer, texts, pairs)
     ids, types = [encoding.ids for encoding in encodings], [encoding.token_types for encoding in encodings]
     return Predictions(label_probabilities(model, params, ids, types, batch_size), model.labels)
@@ -497,6 +494,14 @@ def _labels_are_independent(model: Model) -> bool:
     return independent
 
 
+def require_classifier(model: Model) -> None:
+    """Raise ``ValueError`` if the head of the model does not classify texts."""
+    require_task(
+        model, ("classification",), "it does not classify texts",
+        "fine-tune it with load_pretrained(directory, task='classification'), or load a classifier",
+    )  # fmt: skip
+
+
 def label_probabilities(
     model: Model,
     params: Params,
@@ -506,7 +511,7 @@ def label_probabilities(
     *,
     what: str = "text",
 ) -> np.ndarray:
-    """The label probabilities of each text, [N, L] float32.
+    """The label probabilities of each text, [N, L] float32, for a model with task "classification".
 
     Args:
         ids, token_types: as for :func:`input_batches`.

@@ -144,7 +144,10 @@ def _targets(
     answers = zip(example["answers"], example["starts"], strict=True)
     (text, start), _ = Counter(answers).most_common(1)[0]
     if not example["context"].startswith(text, start):
-        raise ValueError(f"{what}: the answer {text!r} is not at character {start} of the context")
+        raise ValueError(
+            f"{what}: the answer {text!r} is not at character {start} of the context: correct its start, or remove "
+            "this example"
+        )
     # Most vocabularies have no tokens for white space, so leave out white space around the answer.
     stripped_start, stripped_end = start + len(text) - len(text.lstrip()), start + len(text.rstrip())
     overlaps = [_overlapping(window, stripped_start, stripped_end) for window in windows]

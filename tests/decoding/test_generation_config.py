@@ -138,6 +138,7 @@ def test_errors_name_the_config_if_it_has_the_settings(fields: dict[str, Any], m
         ({}, {"temperature": 0.7}, {"max_length": 9, "do_sample": True}, False),  # num_beams=5 is a default
         ({}, {}, {"do_sample": True}, True),
         ({"num_beams": 2}, {}, {"do_sample": True}, True),
+        ({"num_beams": 2}, {"temperature": None}, {"do_sample": True}, True),
         ({"num_beams": 2, "sampling": Sampling()}, {}, {"do_sample": True, "num_beams": 3}, False),
     ],
 )
@@ -377,7 +378,7 @@ def test_the_decoder_start_id_of_the_file_overrides_that_of_the_config() -> None
     [
         ({"max_new_tokens": 3, "max_length": 4}, ValueError, "give max_new_tokens=3 or max_length=4, not both"),
         ({"early_stopping": "soon"}, ValueError, "early_stopping='soon' must be true or false or 'never'"),
-        ({"end_ids": ("a",)}, ValueError, r"end_ids=\('a',\) must be a tuple in which each entry is a whole number"),
+        ({"end_ids": ("a",)}, ValueError, r"end_ids=\('a',\) must be None or a tuple in which each entry is a whole"),
         ({"batch_size": 1.5}, ValueError, "batch_size=1.5 must be a whole number or None"),
         ({"ignored_fields": "top_k"}, TypeError, r"ignored_fields is a sequence of strings, .* pass \('top_k',\)"),
         ({"end_ids": 3}, TypeError, r"end_ids is a sequence of ids, got one id: pass \(3,\)"),

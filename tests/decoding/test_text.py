@@ -287,8 +287,8 @@ def test_errors_name_bad_texts(texts: Any, error: type[Exception], message: str)
         ({"num_beams": 2, "length_penalty": float("inf")}, ValueError, r"length_penalty=inf must be a finite number"),
         ({"max_new_tokens": 2.5}, ValueError, "max_new_tokens=2.5 must be a whole number or None"),
         ({"num_beams": 2.0}, ValueError, "num_beams=2.0 must be a whole number or None"),
-        ({"stop": (1,)}, ValueError, r"stop=\(1,\) must be a tuple in which each entry is a string or None"),
-        ({"stop": 1}, ValueError, "stop=1 must be a tuple in which each entry is a string or None"),
+        ({"stop": (1,)}, ValueError, r"stop=\(1,\) must be None or a tuple in which each entry is a string"),
+        ({"stop": 1}, ValueError, "stop=1 must be None or a tuple in which each entry is a string"),
     ],
 )
 def test_errors_name_bad_fields(fields: dict[str, Any], error: type[Exception], message: str) -> None:

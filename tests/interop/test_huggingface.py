@@ -567,7 +567,7 @@ def test_parameters_that_could_not_be_loaded_are_not_saved(tmp_path: Path) -> No
         ({"tie_word_embeddings": None}, r"tie_word_embeddings=None must be true or false"),
         (
             {"eos_token_id": "2"},
-            r"config.json: eos_token_id='2' must be a whole number or a list in which each entry is",
+            r"config.json: eos_token_id='2' must be a whole number or None or a list in which each entry is",
         ),
         ({"n_head": 5}, r"config.json: num_heads=5 does not divide embed_dim=24"),
         ({"n_layer": 10**3}, r"1000 layers .*, but only 28 tensors"),

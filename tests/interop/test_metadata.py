@@ -351,7 +351,7 @@ def test_a_generation_config_of_an_earlier_save_is_removed(tmp_path: Path) -> No
     directory = save_model(tmp_path, get_model("gpt2-tiny"))
     (directory / "generation_config.json").write_text('{"eos_token_id": "3"}')
     with pytest.raises(
-        ValueError, match=r"generation_config.json: eos_token_id='3' must be a whole number or a list in"
+        ValueError, match=r"generation_config.json: eos_token_id='3' must be a whole number or None or a list in"
     ):
         load_pretrained(directory)
     save_model(directory, get_model("gpt2-tiny"))

@@ -288,7 +288,7 @@ def test_unsupported_settings_raise(tmp_path, fields, message):
         ({"attention_dropout": 0.1}, "attention_dropout=0.1 is not supported"),
         (
             {"attn_layer_indices": 1},
-            "attn_layer_indices=1 must be a list in which each entry is a whole number or None",
+            "attn_layer_indices=1 must be None or a list in which each entry is a whole number",
         ),
         ({"mamba_n_heads": 7}, "mamba_n_heads=7 times mamba_d_head=8 must equal the width of the mixer, 64"),
         ({"mamba_d_head": "wide"}, "mamba_d_head='wide' must equal the width of the mixer, 64"),

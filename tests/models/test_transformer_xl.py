@@ -231,7 +231,7 @@ def test_fields_of_hugging_face_configs():
         with pytest.raises(ValueError, match="the first entry must be false, and all other entries must be equal"):
             read({"tie_projs": tie_projs})
     for tie_projs in ([False, 3], True):
-        message = re.escape(f"tie_projs={tie_projs!r} must be a list in which each entry is true or false or None")
+        message = re.escape(f"tie_projs={tie_projs!r} must be None or a list in which each entry is true or false")
         with pytest.raises(ValueError, match=message):
             read({"tie_projs": tie_projs})
 

@@ -307,7 +307,7 @@ def mixture(params, x):
         (mixture, [expert_specs(4, 6, 3, Normal(1.0)), empty(4)], {}),
         (lstm, [lstm_specs(5, 4), empty(5)], {"implementation": "chunked"}),
         (gru, [gru_specs(5, 4), empty(5)], {"implementation": "reference"}),
-        (slstm, [slstm_specs(2, 4), empty(2, 4, 4)], {"chunk": 4}),
+        (slstm, [slstm_specs(2, 4), empty(2, 4, 4)], {}),
         (mlstm, [*[empty(2, 8)] * 3, empty(2), empty(2)], {"chunk": 4, "implementation": "chunked"}),
         (linear_scan, [empty(4)] * 2, {"implementation": "chunked"}),
         (linear_attention, [empty(1, 8), empty(1, 8), empty(2, 3), empty(2)], {"chunk": 4}),

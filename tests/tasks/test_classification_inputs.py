@@ -141,6 +141,9 @@ def test_errors_name_bad_examples(caplog):
     rows = [{"tokens": np.array([token], np.int32)} for token in (1, 2)]
     with pytest.raises(ValueError, match="example 1: id 2 at position 0 is outside the vocabulary of 2 ids"):
         classification.predict(small, initial_params(small), rows)
+    labeler = tiny_model("bert-tiny", task="token_classification", num_labels=2)
+    with pytest.raises(ValueError, match="it does not classify texts"):
+        classification.predict(labeler, initial_params(labeler), rows)
     long = Examples([{"text": "red " * 100, "label": "colour"}], "long.tsv")
     with pytest.raises(
         ValueError, match="the text 'red .*' of long.tsv has 100 tokens: it must have from 1 to .* max_length"

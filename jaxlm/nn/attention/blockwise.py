@@ -227,7 +227,8 @@ def _loop_over_blocks(
         rows = -(-max(queries // MAX_SECTIONS, 1) // block) * block
         for row in range(0, queries, rows):
             end = min(row + rows, queries)
-            first = max(row - (static.window or queries) + 1, 0) // KEY_RANGE_MULTIPLE * KEY_RANGE_MULTIPLE
+            first = 0 if static.window is None else max(row - static.window + 1, 0)
+            first = first // KEY_RANGE_MULTIPLE * KEY_RANGE_MULTIPLE
             carry = _loop_over_section(row, end, block, carry, functools.partial(_visit_with_keys, visit, first, end))
         return carry
 

@@ -9,8 +9,7 @@ from jaxlm.spec import Params, State
 
 
 def unsupported_reason(kind: str, x_BTD: jax.Array, reset_BT: jax.Array | None) -> str | None:
-    """Why cuDNN does not support the kind of layer or the arguments, as a part of an error message; None if it supports
-    them."""
+    """Why cuDNN does not support the arguments, as a part of an error message; None if it supports them."""
     if kind != "lstm":
         return "supports only an LSTM"
     if x_BTD.dtype != jnp.float32:
