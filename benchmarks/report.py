@@ -114,7 +114,8 @@ def read(directory: Path) -> list[Measurement]:
 def _measurements(file: Path) -> list[Measurement]:
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
-        rows = [row for row in record["rows"] if isinstance(row, dict) and "ratio" in row and "seconds" in row]
+        rows = [row for row in record["rows"] if isinstance(row, dict) and "seconds" in row]
+        rows = [row for row in rows if "ratio" in row or "ratios" in row]
         if record.get("program") not in SECTIONS:
             return []
         common = {"program": record["program"], "file": file.name, "machine": record["machine"]}
@@ -126,7 +127,7 @@ def _measurements(file: Path) -> list[Measurement]:
 def _row_measurements(row: dict[str, Any], common: dict[str, Any]) -> Iterable[Measurement]:
     if "task" in row:  # benchmarks.texts: one row for all implementations
         for name, seconds in row["seconds"].items():
-            ratio = 1.0 if name == JAXLM else row["ratio"]
+            ratio = 1.0 if name == JAXLM else row["ratios"][name]
             shape = f"{row['sentences']} sentences"
             yield Measurement(
                 operation=row["task"], shape=shape, implementation=name, seconds=statistics.median(seconds),

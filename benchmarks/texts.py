@@ -8,9 +8,12 @@ directory of a T5 model. ``--classifier`` is a run directory of ``experiments.se
 Hugging Face directory of BERT with a classification head. ``--sources`` and ``--texts`` have one text per line. Empty
 lines are skipped.
 
-The times include tokenization. jaxlm and transformers sort the texts by length and use the same batch size. The column
-``first s`` has the seconds of the first run, in which jaxlm compiles. The program also prints the percentage of texts
-for which both results are equal.
+There are two baselines with torch. ``torch`` calls the model of transformers with texts that the benchmark has sorted
+by length, as jaxlm sorts them. ``pipeline`` is ``transformers.pipeline`` with the texts in the order of the file, which
+users write with one line; its batches have more padding. All use the same batch size.
+
+The times include tokenization. The column ``first s`` has the seconds of the first run, in which jaxlm compiles. The
+column ``equal`` has the percentage of texts for which the result equals that of jaxlm.
 """
 
 from __future__ import annotations
@@ -30,10 +33,12 @@ from benchmarks import harness
 TRANSLATORS = {
     "jaxlm": "benchmarks.texts_baselines:JaxlmTranslator",
     "torch": "benchmarks.texts_baselines:TorchTranslator",
+    "pipeline": "benchmarks.texts_baselines:PipelineTranslator",
 }
 CLASSIFIERS = {
     "jaxlm": "benchmarks.texts_baselines:JaxlmClassifier",
     "torch": "benchmarks.texts_baselines:TorchClassifier",
+    "pipeline": "benchmarks.texts_baselines:PipelineClassifier",
 }
 
 
@@ -67,8 +72,8 @@ class Texts:
 def compare(task: str, implementations: dict[str, str], rounds: int, device: str, **arguments: Any) -> dict[str, Any]:
     """Measure one task with all implementations, and return a record for :func:`show` and for JSON.
 
-    ``seconds`` has the seconds of each round by implementation, ``equal`` the fraction of texts for which both results
-    are equal, and ``ratio`` the speed of jaxlm divided by the speed of torch.
+    All values are by implementation: ``seconds`` has the seconds of each round, ``equal`` the fraction of texts for
+    which the result equals that of jaxlm, and ``ratios`` the speed of jaxlm divided by the speed of the implementation.
 
     Args:
         implementations: the ``module:class`` of each implementation, jaxlm first.
@@ -94,32 +99,33 @@ def compare(task: str, implementations: dict[str, str], rounds: int, device: str
         for number in range(rounds):
             for name in harness.rotated(list(running_workers), number):
                 seconds[name].append(harness.run_after_warm_up(running_workers[name])[0])
-    ours, theirs = (results[name] for name in implementations)
+    ours, baselines = results["jaxlm"], [name for name in implementations if name != "jaxlm"]
     return {
         "task": task,
         "sentences": len(ours),
-        "equal": sum(a == b for a, b in zip(ours, theirs, strict=True)) / len(ours),
+        "equal": {
+            name: sum(a == b for a, b in zip(ours, results[name], strict=True)) / len(ours) for name in baselines
+        },
         "seconds": seconds,
         "first_seconds": {name: runs[0][0] for name, runs in warm_up.items()},
-        "ratio": harness.paired_ratio(seconds["torch"], seconds["jaxlm"]),
+        "ratios": {name: harness.paired_ratio(seconds[name], seconds["jaxlm"]) for name in baselines},
     }
 
 
 def show(record: dict[str, Any]) -> str:
-    """A record of :func:`compare` as text: a table, the percentage of equal results, and the relative speed."""
+    """A record of :func:`compare` as text: a table, and the relative speeds."""
     lines = []
     for name, seconds in record["seconds"].items():
         p10, p90 = np.percentile(seconds, (10, 90)).tolist()
         median = statistics.median(seconds)
         lines.append(
             [name, f"{record['sentences'] / median:,.1f}", f"{median:.2f}", f"{p10:.2f}", f"{p90:.2f}",
-             f"{record['first_seconds'][name]:.1f}"]
+             f"{record['first_seconds'][name]:.1f}",
+             f"{100 * record['equal'][name]:.1f} %" if name in record["equal"] else ""]
         )  # fmt: skip
-    header = ("implementation", "sentences/s", "median s", "p10", "p90", "first s")
-    return (
-        f"{record['task']}: {record['sentences']:,} sentences, {100 * record['equal']:.1f} % of the results are equal\n"
-        f"{harness.table(header, lines)}\njaxlm is {record['ratio']:.2f}x as fast as torch"
-    )
+    header = ("implementation", "sentences/s", "median s", "p10", "p90", "first s", "equal")
+    ratios = ", ".join(f"{ratio:.2f}x as fast as {name}" for name, ratio in record["ratios"].items())
+    return f"{record['task']}: {record['sentences']:,} sentences\n{harness.table(header, lines)}\njaxlm is {ratios}"
 
 
 def run(options: Texts) -> None:

@@ -77,17 +77,23 @@ class _Torch(_Texts, TorchImplementation):
         return self.tokenizer(texts, padding=True, return_tensors="pt").to(torch_device())
 
 
+def _beam_options(num_beams: int, max_new_tokens: int) -> dict[str, Any]:
+    """The keyword arguments of ``generate`` in transformers that correspond to those of :class:`JaxlmTranslator`."""
+    return {
+        "num_beams": num_beams,
+        "max_new_tokens": max_new_tokens,
+        "length_penalty": 1.0,
+        "early_stopping": False,
+        "do_sample": False,
+    }
+
+
 class TorchTranslator(_Torch):
     """Translation with ``generate`` of transformers, one batch after the other."""
 
     def __init__(self, directory: str, file: str, batch: int, num_beams: int, max_new_tokens: int) -> None:
         super().__init__(directory, file, batch, "AutoModelForSeq2SeqLM")
-        self.options = {
-            "num_beams": num_beams,
-            "max_new_tokens": max_new_tokens,
-            "length_penalty": 1.0,
-            "early_stopping": False,
-        }
+        self.options = _beam_options(num_beams, max_new_tokens)
 
     def run(self) -> list[str]:
         import torch
@@ -95,7 +101,7 @@ class TorchTranslator(_Torch):
         outputs = [""] * len(self.texts)
         with torch.inference_mode():
             for indices in self.sorted_batches():
-                tokens = self.model.generate(**self.encode(indices), do_sample=False, **self.options)
+                tokens = self.model.generate(**self.encode(indices), **self.options)
                 texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
                 for index, text in zip(indices, texts, strict=True):
                     outputs[index] = text
@@ -118,3 +124,36 @@ class TorchClassifier(_Torch):
                 for index, label in zip(indices, batch_labels, strict=True):
                     labels[index] = label
         return labels
+
+
+class _Pipeline(_Texts, TorchImplementation):
+    """Base class of ``transformers.pipeline``. It reads the texts in the order of the file."""
+
+    def __init__(self, task: str, directory: str, file: str, batch: int) -> None:
+        super().__init__(file, batch)
+        import transformers
+
+        self.pipeline: Any = transformers.pipeline(task, directory, device=torch_device())  # type: ignore[call-overload]
+
+
+class PipelineTranslator(_Pipeline):
+    """Translation with ``transformers.pipeline``."""
+
+    def __init__(self, directory: str, file: str, batch: int, num_beams: int, max_new_tokens: int) -> None:
+        super().__init__("text2text-generation", directory, file, batch)
+        self.options = _beam_options(num_beams, max_new_tokens)
+
+    def run(self) -> list[str]:
+        outputs = self.pipeline(self.texts, batch_size=self.batch, **self.options)
+        return [output["generated_text"] for output in outputs]
+
+
+class PipelineClassifier(_Pipeline):
+    """Label ids from ``transformers.pipeline``."""
+
+    def __init__(self, directory: str, file: str, batch: int) -> None:
+        super().__init__("text-classification", directory, file, batch)
+
+    def run(self) -> list[int]:
+        ids = self.pipeline.model.config.label2id
+        return [ids[output["label"]] for output in self.pipeline(self.texts, batch_size=self.batch)]

@@ -122,7 +122,7 @@ def test_rows_of_the_benchmark_of_texts_are_read(tmp_path):
         "task": "classification",
         "sentences": 7,
         "seconds": {"jaxlm": [1.0, 3.0, 2.0], "torch": [1.0]},
-        "ratio": 0.5,
+        "ratios": {"torch": 0.5},
     }
     write_results(tmp_path, [texts], program="texts")
     ours, torch = report.read(tmp_path)

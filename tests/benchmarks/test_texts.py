@@ -58,9 +58,9 @@ def test_implementations_on_different_devices_are_not_compared(monkeypatch: pyte
             pass
 
     monkeypatch.setattr(harness, "Worker", FakeWorker)
-    with pytest.raises(harness.Failure, match="different devices, {'jaxlm': 'gpu', 'torch': 'cpu'}"):
+    with pytest.raises(harness.Failure, match="different devices, {'jaxlm': 'gpu', 'torch': 'cpu', 'pipeline': 'cpu'}"):
         texts.compare("classification", texts.CLASSIFIERS, 1, "cpu")
-    assert environments == [harness.DEVICES["cpu"]] * 2
+    assert environments == [harness.DEVICES["cpu"]] * 3
 
 
 def test_jaxlm_returns_label_ids(paths: dict[str, str]) -> None:
@@ -70,6 +70,7 @@ def test_jaxlm_returns_label_ids(paths: dict[str, str]) -> None:
 
 @pytest.mark.live
 def test_torch_returns_the_same_label_ids(paths: dict[str, str]) -> None:
-    labels = [getattr(texts_baselines, name)(**paths, batch=2).run() for name in ("JaxlmClassifier", "TorchClassifier")]
-    assert labels[0] == labels[1]
+    names = ("JaxlmClassifier", "TorchClassifier", "PipelineClassifier")
+    labels = [getattr(texts_baselines, name)(**paths, batch=2).run() for name in names]
+    assert labels[0] == labels[1] == labels[2]
     assert len(set(labels[0])) > 1
