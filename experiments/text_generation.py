@@ -7,7 +7,7 @@
 All losses are in nats per character. The next commands train on tinyshakespeare. The preset nanogpt is the CPU
 configuration of nanoGPT. It trains for 1 minute, and its validation loss is 1.89 (nanoGPT's README states 1.88). The
 presets lstm_large and gpt_large train for about 45 minutes. Their scores on the whole validation split are 1.41 and
-1.47. The preset transformer_xl_large has not been measured yet.
+1.47. The preset transformer_xl_large was not run yet.
 
     python -m experiments.text_generation --preset nanogpt --data tinyshakespeare.txt
     python -m experiments.text_generation --preset lstm_large --data tinyshakespeare.txt
