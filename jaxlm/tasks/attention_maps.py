@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +46,10 @@ def write_attention_maps(
     tokenizer: Tokenizer,
     texts: Sequence[str],
     outputs: Sequence[str] | None = None,
-    **options: Any,
+    *,
+    pairs: Sequence[str] | None = None,
+    max_tokens: int | None = None,
+    output_special_tokens: bool = True,
 ) -> None:
     """Write the :func:`attention_maps` of the texts to ``attention.json`` in the directory ``run``.
 
@@ -55,7 +57,11 @@ def write_attention_maps(
     :func:`has_attention_maps` is False. The other arguments and the errors are those of :func:`attention_maps`.
     """
     if texts and has_attention_maps(model):
-        write_attention(run, attention_maps(model, params, tokenizer, texts, outputs, **options))
+        maps = attention_maps(
+            model, params, tokenizer, texts, outputs, pairs=pairs, max_tokens=max_tokens,
+            output_special_tokens=output_special_tokens,
+        )  # fmt: skip
+        write_attention(run, maps)
 
 
 def attention_maps(

@@ -224,6 +224,8 @@ def move_samples(
         ValueError: there are no games, one of these games has no moves, or as in
             :func:`jaxlm.tasks.chess_reading.next_move_probabilities`.
     """
+    if not games:
+        raise ValueError("there are no games to sample: use at least one game")
     games_words = [line.split() for line in games[:20]]
     for index, words in enumerate(games_words):
         if not words:

@@ -111,7 +111,7 @@ def test_a_family_without_attention_has_no_attention_map(tmp_path: Path) -> None
 
 @pytest.mark.parametrize(
     ("games", "message"),
-    [([], "games_so_far is empty"), ([SCHOLAR, " "], "game 1 has no moves: remove it")],
+    [([], "there are no games to sample"), ([SCHOLAR, " "], "game 1 has no moves: remove it")],
 )
 def test_samples_need_games_with_moves(games: list[str], message: str, tmp_path: Path) -> None:
     model = tiny_model("lstm-tiny", vocab_size=UCI.vocab_size)
