@@ -410,6 +410,7 @@ class Checkpointer:
             raise CorruptCheckpointError(
                 f"{path / 'record'} has format {record['format']}, this jaxlm reads {FORMAT}: update jaxlm"
             )
+        record = {"step": step, "extra": False, **record}  # the oldest records of this format lack these entries
         if record["step"] != step:
             raise CorruptCheckpointError(f"{path} is the checkpoint of step {record['step']}: it was renamed")
         if not (path / "state").is_dir():

@@ -507,6 +507,19 @@ def test_every_flipped_bit_of_a_record_is_detected(tmp_path: Path) -> None:
         assert checkpointer.restore(tree)[1] == {"n": 2}
 
 
+def test_the_oldest_records_without_step_and_extra_are_read(tmp_path: Path) -> None:
+    tree = saved_twice(tmp_path)
+    path = tmp_path / "2" / "record" / "metadata"
+    record = json.loads(path.read_text())
+    for name in ("step", "extra", "checksum"):
+        del record[name]
+    path.write_text(json.dumps(record | {"checksum": checkpoint._digest(record)}))
+    with Checkpointer(tmp_path) as checkpointer:
+        assert checkpointer.latest_scheduled == 2
+        restored, _ = checkpointer.restore(tree)
+    assert spec.differences(tree, restored) == []
+
+
 def test_a_record_of_another_version_raises(tmp_path: Path) -> None:
     tree = saved_twice(tmp_path)
     path = tmp_path / "2" / "record" / "metadata"
