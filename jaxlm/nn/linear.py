@@ -44,13 +44,24 @@ def linear(params: Params, x: jax.Array, *, num_input_axes: int = 1) -> jax.Arra
     The product contracts the last ``num_input_axes`` axes of ``x`` [..., in...]. The parameters are cast to the dtype
     of ``x``, which is also the dtype of the result.
     """
-    weight = params["weight"].astype(x.dtype)
+    weight, bias = params["weight"].astype(x.dtype), params.get("bias")
+    output_shape = weight.shape[num_input_axes:]
+    add = _add_with_matmul_vjp if bias is not None and choices.bias_gradient_by_matmul(bias) else _add
+    if choices.merge_head_axes():
+        if num_input_axes > 1:
+            x, weight = _merge(x, x.ndim - 2), _merge(weight, num_input_axes - 2)
+            num_input_axes -= 1
+        if len(output_shape) > 1:
+            weight, bias = (None if w is None else _merge(w, w.ndim - 2) for w in (weight, bias))
+        weight = lax.optimization_barrier(weight)  # otherwise, XLA would separate the axes again
     y = _product(x, weight, num_input_axes)
-    if "bias" not in params:
-        return y
-    bias = params["bias"]
-    add = _add_with_matmul_vjp if choices.bias_gradient_by_matmul(bias) else _add
-    return add(y, bias)
+    y = y if bias is None else add(y, bias)
+    return y.reshape(*y.shape[: x.ndim - num_input_axes], *output_shape)
+
+
+def _merge(x: jax.Array, axis: int) -> jax.Array:
+    """``x`` with ``axis`` and the axis after it merged into one axis."""
+    return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
 
 
 def dot(x: jax.Array, y: jax.Array, contract: tuple[int, int], *, precision: lax.Precision | None = None) -> jax.Array:
@@ -76,7 +87,7 @@ _add_with_matmul_vjp = custom_vjp.from_rules(lambda y, bias: (_add(y, bias), bia
 
 
 def _product_forward(x: jax.Array, weight: jax.Array, num_input_axes: int) -> tuple[jax.Array, Any]:
-    # A reshape that merges the axes would lose the sharding of the axis ``heads``. XLA merges the axes without cost.
+    # A reshape that merged all axes would lose the sharding of the axis ``heads``.
     x_axes = tuple(range(x.ndim - num_input_axes, x.ndim))
     return lax.dot_general(x, weight, ((x_axes, tuple(range(num_input_axes))), ((), ()))), (x, weight)
 

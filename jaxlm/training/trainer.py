@@ -381,19 +381,22 @@ class Trainer:
 
         # With jax.lax.cond, XLA updates parameters and moments in place. With jnp.where, XLA would first copy the old
         # moments (docs/labbook.md).
-        trees = (state.params, state.optimizer, state.ema, model_state, state.frozen)
-        trees = jax.lax.cond(
-            accepted,
-            lambda trees: self._update(trees, grads, scale, loss, norm, new_model_state),
-            lambda trees: trees,
-            trees,
-        )
+        def update(trees: Any) -> tuple[Any, jax.Array]:
+            trees = self._update(trees, grads, scale, loss, norm, new_model_state)
+            # XLA computes the norm of the parameters in the same pass as the update. Without the barrier, XLA would
+            # move the norm, which both branches compute, behind the conditional.
+            return trees, jax.lax.optimization_barrier(optax.tree.norm(trees[0]))
+
+        trees, parameter_norm = jax.lax.cond(
+            accepted, update, lambda trees: (trees, optax.tree.norm(trees[0])),
+            (state.params, state.optimizer, state.ema, model_state, state.frozen),
+        )  # fmt: skip
         skipped = state.skipped + jnp.where(accepted, 0, 1)
         in_a_row = jnp.where(accepted, 0, state.skipped_in_a_row + 1)
         metrics = {
             "loss": loss,
             "gradient_norm": norm,
-            "parameter_norm": optax.tree.norm(trees[0]),
+            "parameter_norm": parameter_norm,
             "weight": weight,
             "skipped": skipped.astype(jnp.float32),
             "skipped_in_a_row": in_a_row.astype(jnp.float32),

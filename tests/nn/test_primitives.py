@@ -32,14 +32,16 @@ def draw(*shape):
     return RNG.normal(size=shape).astype(np.float32)
 
 
+@pytest.mark.parametrize("merge", [True, False])
 @pytest.mark.parametrize("separate", [True, False])
 @pytest.mark.parametrize(
     ("rows", "inputs", "shape"),
-    [((3, 7), 1, (8, 2, 3)), ((4, 5), 2, (3, 4, 5)), ((22,), 1, (9, 4)), ((6,), 2, (2, 2, 7))],
+    [((3, 7), 1, (8, 3, 2, 3)), ((4, 5), 2, (3, 4, 5)), ((22,), 1, (9, 4)), ((6,), 2, (2, 2, 2, 7))],
 )
-def test_gradients_of_linear_equal_autodiff(monkeypatch, rows, inputs, shape, separate):
+def test_gradients_of_linear_equal_autodiff(monkeypatch, rows, inputs, shape, separate, merge):
     """Functions before and after the layer make all gradients nonuniform. Weights have more inputs or more outputs."""
     monkeypatch.setattr(choices, "isolate_weight_gradient", lambda: separate)
+    monkeypatch.setattr(choices, "merge_head_axes", lambda: merge)
     x = jax.random.normal(jax.random.key(0), (*rows, *shape[:inputs]))
     params = {"weight": jax.random.normal(jax.random.key(1), shape), "bias": jnp.ones(shape[inputs:])}
 

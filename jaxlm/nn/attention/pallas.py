@@ -4,10 +4,16 @@ A block of queries is multiplied with all keys at once. Its scores, with biases,
 with the values. Without the kernel, XLA writes each tile of the scores to HBM. It does so several times if a relative
 bias shifts each row of the scores by a different amount (``jaxlm.nn.attention.pallas_tile``).
 
-The backward pass recomputes the scores. A block has whole rows, so the backward pass also computes the sums over rows,
-and reads no log-sum-exps and no row sums from HBM. Scores that a causal mask hides are computed as well.
+The kernels read queries, keys and values as the projections write them: [B, T, H * K], with the heads of a token beside
+each other. With a separate axis of heads, a TPU would pad a head of width 64 to a vector of 128 entries, and XLA would
+transpose the arrays and would use half of the matrix unit in the projections. So a block has so many heads that they
+fill whole vectors, and the kernels compute these heads one after the other.
 
-Shapes as in ``jaxlm.nn.attention.api``, with V width of values, R queries of a block, X and Y the last axes of a bias's
+The backward pass recomputes the scores. A block has whole rows, so the backward pass also computes the sums over rows,
+and reads no log-sum-exps and no row sums from HBM. With a causal mask that compares indices, the queries are split into
+tiles, and a tile has no keys after its last query. Other masked scores are computed as well.
+
+Shapes as in ``jaxlm.nn.attention.api``, with V width of values, R queries of a tile, X and Y the last axes of a bias's
 array.
 """
 
@@ -15,7 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -34,7 +40,12 @@ from jaxlm.nn.lazy_pallas import pl, pltpu
 from jaxlm.nn.linear import dot
 
 MAX_BLOCK = 512
-"""Maximum number of queries of a block."""
+"""Maximum number of queries of a block that is one tile."""
+CAUSAL_TILE = 256
+"""Number of queries of a tile if a causal mask compares indices. Smaller tiles compute fewer masked scores, but the
+matrix unit is used less well."""
+MAX_CAUSAL_BLOCK = 1024
+"""Maximum number of queries of a block that is split into causal tiles. The code of the kernel contains every tile."""
 MAX_BIAS_BLOCK_ENTRIES = 512 * 1536
 """Maximum number of entries of an array [R, R + S] from which the bias of a block is made. Several arrays of this size
 must fit into VMEM."""
@@ -63,9 +74,15 @@ def unsupported_reason(keys: int, biases: tuple[AttentionBias, ...], dropout_key
 
 @dataclasses.dataclass(frozen=True)
 class _StaticArguments(tile_scores.ScoreConfig):
-    """The static (trace-time) arguments of the kernels. ``keys``: number of real keys; keys after them are padding."""
+    """The static (trace-time) arguments of the kernels.
+
+    Attributes:
+        keys: number of real keys; keys after them are padding.
+        heads: numbers H and G of the query heads and the key heads of a device.
+    """
 
     keys: int
+    heads: tuple[int, int] = (1, 1)
 
 
 def attention(
@@ -104,14 +121,14 @@ def attention(
 
 def _device_attention(static: _StaticArguments, qkv: Any, bias_floats: Any, integers: Any) -> jax.Array:
     """Attention for the rows and heads of one device, [B, T, H, V]."""
-    T = qkv[0].shape[1]
+    T, H, _ = qkv[0].shape[1:]
     query_padding, key_padding = -T % LANES, -static.keys % LANES
 
-    def heads_first(x_BTHK: jax.Array, padding: int) -> jax.Array:
-        # The checkpoint name marks the transposed arrays. If remat saves them, it recomputes neither the projection nor
-        # the transpose.
-        x_BTHK = jnp.pad(x_BTHK, ((0, 0), (0, padding), (0, 0), (0, 0)))
-        return checkpoint_name(jnp.swapaxes(x_BTHK, 1, 2), tile_scores.CHECKPOINT_NAME)
+    def merge_heads(x_BTHK: jax.Array, padding: int) -> jax.Array:
+        # The checkpoint name marks the padded arrays. If remat saves them, it recomputes neither the projection nor the
+        # padding.
+        merged = x_BTHK.reshape(*x_BTHK.shape[:2], -1)
+        return checkpoint_name(jnp.pad(merged, ((0, 0), (0, padding), (0, 0))), tile_scores.CHECKPOINT_NAME)
 
     def column(x_BT: jax.Array) -> jax.Array:
         return jnp.pad(x_BT, ((0, 0), (0, query_padding)))[:, :, None]
@@ -119,12 +136,14 @@ def _device_attention(static: _StaticArguments, qkv: Any, bias_floats: Any, inte
     def row(x_BS: jax.Array) -> jax.Array:
         return jnp.pad(x_BS, ((0, 0), (0, key_padding)))[:, None, :]
 
-    q, k, v = map(heads_first, qkv, (query_padding, key_padding, key_padding))
+    q, k, v = map(merge_heads, qkv, (query_padding, key_padding, key_padding))
     padded_biases = [
         cast(KernelBiasFn, bias_fn).padded(floats, query_padding, key_padding)
         for bias_fn, floats in zip(static.bias_fns, bias_floats, strict=True)
     ]
-    static = dataclasses.replace(static, bias_fns=tuple(bias_fn for bias_fn, _ in padded_biases))
+    static = dataclasses.replace(
+        static, bias_fns=tuple(bias_fn for bias_fn, _ in padded_biases), heads=(H, qkv[1].shape[2])
+    )
     mask_integers, bias_integers = integers
     mask_integers = tuple(
         None if x is None else layout(x) for x, layout in zip(mask_integers, (column, row, column, row), strict=True)
@@ -132,8 +151,8 @@ def _device_attention(static: _StaticArguments, qkv: Any, bias_floats: Any, inte
     layouts = {"query": column, "key": row}
     bias_integers = tuple(arrays and {name: layouts[name](x) for name, x in arrays.items()} for arrays in bias_integers)
     floats = (q, k, v, tuple(floats for _, floats in padded_biases))
-    out_BHTV = _attention(static, floats, (mask_integers, bias_integers))
-    return jnp.swapaxes(out_BHTV, 1, 2)[:, :T]
+    out = _attention(static, floats, (mask_integers, bias_integers))
+    return out[:, :T].reshape(*qkv[0].shape[:3], -1)
 
 
 def _block_size(queries: int, keys: int) -> int:
@@ -151,34 +170,72 @@ def _is_query_indexed(bias_fn: BiasFn, name: str) -> bool:
 # ------------------------------------------------------------------------------------------------ the kernels
 
 
-def _slice_indices(bias_fn: BiasFn, tile: Tile) -> dict[str, Any]:
-    """``{name: index}`` of the slices that a tile needs (``required_slices``), except for query-indexed arrays.
+class _Tile(NamedTuple):
+    """The queries of one head in a tile, and the keys that they may attend to.
 
-    The grid already splits query-indexed arrays into blocks. The slices are lane-aligned, because all block sizes and
+    Attributes:
+        head: index of the query head in the block.
+        rows: the queries in the block.
+        q, k, v: the queries, the keys and the values in their arrays of the block: (rows, lanes of the head).
+        scores: which scores of the head the tile has.
+    """
+
+    head: int
+    rows: slice
+    q: tuple[slice, slice]
+    k: tuple[slice, slice]
+    v: tuple[slice, slice]
+    scores: VmemTile
+
+
+def _tiles(layout: _Layout) -> Iterator[_Tile]:
+    """The tiles of a block: for some queries, the tiles of all heads one after the other, then for the next queries."""
+    for row in range(0, layout.queries, layout.R):
+        # A causal block has all queries, so the index of the first query of a tile is static.
+        first = row if layout.is_causal else pl.program_id(3) * layout.queries + row
+        keys = min(row + layout.R, layout.keys) if layout.is_causal else layout.keys
+        rows, columns = slice(row, row + layout.R), slice(0, keys)
+        for head in range(layout.key_heads * layout.group):
+            q = _lanes(head, layout.widths[0])
+            k, v = (_lanes(head // layout.group, width) for width in layout.widths)
+            yield _Tile(head, rows, (rows, q), (columns, k), (columns, v), VmemTile(first, layout.R, 0, keys))
+
+
+def _lanes(head: int, width: int) -> slice:
+    """The entries of a head in the last axis of an array [..., heads * width]."""
+    return slice(head * width, (head + 1) * width)
+
+
+def _bias_index(bias_fn: BiasFn, name: str, tile: _Tile) -> tuple[Any, ...]:
+    """The index of the part of a bias's array [heads, X, Y] that a tile needs (``required_slices``).
+
+    The grid already splits query-indexed arrays into blocks. Other slices are lane-aligned, because all block sizes and
     padded lengths are multiples of LANES.
     """
-    return {
-        name: (slice(None), pl.ds(pl.multiple_of(start, LANES), size))
-        for name, (start, size, axis) in bias_fn.required_slices(tile).items()
-        if axis != 0
-    }
+    required = bias_fn.required_slices(tile.scores).get(name)
+    if required is None:
+        return (tile.head,)
+    start, size, axis = required
+    if axis == 0:
+        return tile.head, tile.rows
+    return tile.head, slice(None), pl.ds(start if isinstance(start, int) else pl.multiple_of(start, LANES), size)
 
 
-def _load(static: _StaticArguments, R: int, refs: Any) -> tuple[Any, Any, Any, VmemTile]:
-    """The arrays of a block: (q, k, v); the sliced arrays of the biases; the integers of mask and biases; the tile."""
-    qkv, bias_floats, integers = refs
-    tile = VmemTile(pl.program_id(3) * R, R, 0, qkv[1].shape[0])
-    bias_arrays = _map_bias_arrays(
-        static, lambda bias_fn, name, x: x[_slice_indices(bias_fn, tile).get(name, ...)], bias_floats
-    )
-    read = functools.partial(jax.tree.map, lambda x: x[...])
-    return read(qkv), bias_arrays, read(integers), tile
+def _load(static: _StaticArguments, tile: _Tile, refs: Any) -> tuple[Any, Any, Any]:
+    """The arrays of a tile: (q, k, v); the slices of the biases' arrays; the integers of the mask and the biases."""
+    (q, k, v), bias_floats, integers = refs
+    bias_arrays = _map_bias_arrays(static, lambda bias_fn, name, x: x[_bias_index(bias_fn, name, tile)], bias_floats)
+
+    def load_integers(x: Any) -> jax.Array:
+        return x[tile.rows] if x.shape[1] == 1 else x[:, tile.k[0]]
+
+    return (q[tile.q], k[tile.k], v[tile.v]), bias_arrays, jax.tree.map(load_integers, integers)
 
 
 def _weights(
     static: _StaticArguments, qkv: Any, bias_arrays: Any, integers: Any, tile: Tile
 ) -> tuple[jax.Array, jax.Array]:
-    """``exp(scores - maximum of the row)`` of a block, [R, S], and the inverse of the row sums [R, 1].
+    """``exp(scores - maximum of the row)`` of a tile, [R, S], and the inverse of the row sums [R, 1].
 
     The inverse is 0 for a query that may not attend to any key.
     """
@@ -192,102 +249,147 @@ def _weights(
     return weights, jnp.where(total_R1 > 0.0, 1.0 / total_R1, 0.0)
 
 
-def _forward_kernel(static: _StaticArguments, R: int, refs: Any, out: Any) -> None:
-    qkv, bias_arrays, integers, tile = _load(static, R, refs)
-    weights, inv_denominator_R1 = _weights(static, qkv, bias_arrays, integers, tile)
-    mixed_RV = dot(weights.astype(qkv[2].dtype), qkv[2], (1, 0))
-    out[...] = (mixed_RV * inv_denominator_R1).astype(out.dtype)
+def _forward_kernel(static: _StaticArguments, layout: _Layout, refs: Any, out: Any) -> None:
+    for tile in _tiles(layout):
+        qkv, bias_arrays, integers = _load(static, tile, refs)
+        weights, inv_denominator_R1 = _weights(static, qkv, bias_arrays, integers, tile.scores)
+        mixed_RV = dot(weights.astype(qkv[2].dtype), qkv[2], (1, 0))
+        out[tile.rows, _lanes(tile.head, layout.widths[1])] = (mixed_RV * inv_denominator_R1).astype(out.dtype)
 
 
 def _backward_kernel(
-    static: _StaticArguments, R: int, shared: Any, refs: Any, dout: Any, dqkv: Any, dbias: Any, *sums: Any
+    static: _StaticArguments, layout: _Layout, shared: Any, refs: Any, dout: Any, dqkv: Any, dbias: Any, *sums: Any
 ) -> None:
     """Write the gradients of a block.
 
     Args:
         shared: for each array of the biases, whether all rows of the batch share it.
-        sums: scratch memory for the sums of dk and dv, with keys last.
+        sums: scratch memory for the sums of dk and dv over the queries and over the query heads of a key head, with
+            keys last.
     """
-    qkv, bias_arrays, integers, tile = _load(static, R, refs)
-    weights, inv_denominator_R1 = _weights(static, qkv, bias_arrays, integers, tile)
-    probabilities, dout_RV = weights * inv_denominator_R1, dout[...]
-    dprobabilities = dot(dout_RV, qkv[2], (1, 1))
-    row_sum_R1 = jnp.sum(probabilities * dprobabilities, axis=1, keepdims=True)
-    dscores = probabilities * (dprobabilities - row_sum_R1)
+    _, row, step, block = map(pl.program_id, range(4))
+    _, _, steps, blocks = map(pl.num_programs, range(4))
 
-    _, row, head, block = map(pl.program_id, range(4))
-    _, _, heads, blocks = map(pl.num_programs, range(4))
-
-    def add(total: Any, new: jax.Array, index: Any, first: Any) -> None:
+    def clear(total: Any, first: Any) -> None:
         @pl.when(first)
         def initialize() -> None:
             total[...] = jnp.zeros(total.shape, total.dtype)
 
-        total[index] += new.astype(total.dtype)
+    for total in sums:
+        clear(total, (step == 0) & (block == 0))
+    for i, bias_fn in enumerate(static.bias_fns):
+        for name, out in dbias[i].items():
+            if not _is_query_indexed(bias_fn, name):
+                clear(out, (row == 0) & (block == 0) if shared[i][name] else block == 0)
 
-    q, k, v = qkv
-    dq_RK, *dkv = tile_scores.qkv_gradients(static, q, k, v, dout_RV, probabilities, dscores)
-    dqkv[0][...] = dq_RK.astype(dqkv[0].dtype)
-    for total, new in zip(sums, dkv, strict=True):
-        add(total, new, ..., (head == 0) & (block == 0))
+    for tile in _tiles(layout):
+        (q, k, v), bias_arrays, integers = _load(static, tile, refs)
+        weights, inv_denominator_R1 = _weights(static, (q, k, v), bias_arrays, integers, tile.scores)
+        probabilities, dout_RV = weights * inv_denominator_R1, dout[tile.rows, _lanes(tile.head, layout.widths[1])]
+        dprobabilities = dot(dout_RV, v, (1, 1))
+        row_sum_R1 = jnp.sum(probabilities * dprobabilities, axis=1, keepdims=True)
+        dscores = probabilities * (dprobabilities - row_sum_R1)
+        dq_RK, *dkv = tile_scores.qkv_gradients(static, q, k, v, dout_RV, probabilities, dscores)
+        dqkv[0][tile.q] = dq_RK.astype(dqkv[0].dtype)
+        for total, new, (columns, lanes) in zip(sums, dkv, (tile.k, tile.v), strict=True):
+            total[lanes, columns] += new
+        for i, bias_fn in enumerate(static.bias_fns):
+            gradients = tile_scores.bias_gradients(bias_fn, bias_arrays[i], integers[1][i], tile.scores, dscores)
+            for name, new in gradients.items():
+                out, index = dbias[i][name], _bias_index(bias_fn, name, tile)
+                total = new if _is_query_indexed(bias_fn, name) else out[index] + new
+                out[index] = total.astype(out.dtype)
 
-    @pl.when((head == heads - 1) & (block == blocks - 1))
+    @pl.when((step == steps - 1) & (block == blocks - 1))
     def write_dkv() -> None:
         for out, total in zip(dqkv[1:], sums, strict=True):
-            out[...] = total[...].astype(out.dtype)
-
-    for i, bias_fn in enumerate(static.bias_fns):
-        for name, new in tile_scores.bias_gradients(bias_fn, bias_arrays[i], integers[1][i], tile, dscores).items():
-            out = dbias[i][name]
-            if _is_query_indexed(bias_fn, name):
-                out[...] = new.astype(out.dtype)
-            else:
-                first = (row == 0) & (block == 0) if shared[i][name] else block == 0
-                add(out, new, _slice_indices(bias_fn, tile).get(name, ...), first)
+            out[...] = total[...].T.astype(out.dtype)
 
 
 # ------------------------------------------------------------------------------------------- calls of the kernels
 
 
-class _Layout(NamedTuple):
-    """How arrays are split into blocks. The grid is (key heads, rows of the batch, query heads of a key head, blocks of
-    queries)."""
+@dataclasses.dataclass(frozen=True)
+class _Layout:
+    """How arrays are split into blocks.
 
+    The grid is (blocks of key heads, rows of the batch, blocks of query heads of a block of key heads, blocks of
+    queries).
+
+    Attributes:
+        queries: queries of a block.
+        R: queries of a tile.
+        keys: keys of a block: all, with padding.
+        is_causal: whether a tile has only the keys up to its last query. Then a block has all queries.
+        key_heads: key heads of a block.
+        group: query heads of a block for each of its key heads.
+        widths: K and V.
+        inputs: block specs of q, k and v; of the biases' arrays; of the integers.
+        out: block spec of the output.
+    """
+
+    queries: int
     R: int
+    keys: int
+    is_causal: bool
+    key_heads: int
+    group: int
+    widths: tuple[int, int]
     grid: tuple[int, int, int, int]
     inputs: Any
-    """Block specs of q, k and v; of the biases' arrays; of the integers."""
     out: Any
-    """Block spec of the output."""
+
+
+def _heads_of_block(heads: tuple[int, int], widths: tuple[int, int]) -> tuple[int, int]:
+    """The numbers of key heads of a block, and of query heads for each of its key heads.
+
+    They are the smallest numbers for which a block fills whole vectors, or all heads.
+    """
+    H, G = heads
+
+    def fewest(count: int) -> int:
+        sizes = (n for n in range(1, count + 1) if count % n == 0)
+        return next((n for n in sizes if all(n * width % LANES == 0 for width in widths)), count)
+
+    key_heads, group = fewest(G), H // G
+    return key_heads, fewest(group) if key_heads == 1 else group
 
 
 def _layout(static: _StaticArguments, floats: Any, integers: Any) -> _Layout:
-    (B, H, T, K), (G, S, V) = floats[0].shape, floats[2].shape[1:]
-    R = _block_size(T, S)
-
-    group = H // G
+    (B, T, q_width), S = floats[0].shape, floats[2].shape[1]
+    H, G = static.heads
+    K, V = q_width // H, floats[2].shape[2] // G
+    is_causal = static.causal and integers[0][0] is None and T == S <= MAX_CAUSAL_BLOCK
+    R = lazy_pallas.largest_divisor(T, LANES, CAUSAL_TILE) if is_causal else _block_size(T, S)
+    queries = T if is_causal else R
+    key_heads, group = _heads_of_block((H, G), (K, V))
+    steps = H // G // group  # blocks of query heads of a block of key heads
 
     def query_block(width: int) -> Any:
-        return pl.BlockSpec((None, None, R, width), lambda g, b, h, t: (b, g * group + h, t, 0))
+        size = key_heads * group * width
+        return pl.BlockSpec((None, queries, size), lambda g, b, h, t: (b, t, g * steps + h))
 
     def key_block(width: int) -> Any:
-        return pl.BlockSpec((None, None, S, width), lambda g, b, h, t: (b, g, 0, 0))
+        return pl.BlockSpec((None, S, key_heads * width), lambda g, b, h, t: (b, 0, g))
 
     def bias_block(bias_fn: BiasFn, name: str, x: jax.Array) -> Any:
+        heads = key_heads * group
         if _is_query_indexed(bias_fn, name):
-            return query_block(x.shape[3])
+            shape = None, heads, queries, x.shape[3]
+            return pl.BlockSpec(shape, lambda g, b, h, t: (b, g * steps + h, t, 0))
         shared = x.shape[0] == 1
-        return pl.BlockSpec((None, None, *x.shape[2:]), lambda g, b, h, t: (0 if shared else b, g * group + h, 0, 0))
+        return pl.BlockSpec((None, heads, *x.shape[2:]), lambda g, b, h, t: (0 if shared else b, g * steps + h, 0, 0))
 
     def integer_block(x: jax.Array) -> Any:
         shared, column = x.shape[0] == 1, x.shape[2] == 1
-        shape = (None, R, 1) if column else (None, 1, S)
+        shape = (None, queries, 1) if column else (None, 1, S)
         return pl.BlockSpec(shape, lambda g, b, h, t: (0 if shared else b, t if column else 0, 0))
 
     bias_blocks = _map_bias_arrays(static, bias_block, floats[3])
     qkv_blocks = query_block(K), key_block(K), key_block(V)
     inputs = qkv_blocks, bias_blocks, jax.tree.map(integer_block, integers)
-    return _Layout(R, (G, B, group, T // R), inputs, query_block(V))
+    grid = G // key_heads, B, steps, T // queries
+    return _Layout(queries, R, S, is_causal, key_heads, group, (K, V), grid, inputs, query_block(V))
 
 
 def _map_bias_arrays(
@@ -310,49 +412,44 @@ def _pallas_call(layout: _Layout, kernel: Callable[..., None], name: str, **argu
 
 
 def _forward(static: _StaticArguments, floats: Any, integers: Any) -> tuple[jax.Array, Any]:
-    """The output [B, H, T, V] of attention, and the arrays for the backward pass.
+    """The output [B, T, H * V] of attention, and the arrays for the backward pass.
 
     Args:
-        floats: q [B, H, T, K], k [B, G, S, K], v [B, G, S, V], and for each bias its arrays [1 or B, H, X, Y].
+        floats: q [B, T, H * K], k [B, S, G * K], v [B, S, G * V], and for each bias its arrays [1 or B, H, X, Y].
     """
     layout = _layout(static, floats, integers)
     q, k, v, bias_floats = floats
     run = _pallas_call(
-        layout, functools.partial(_forward_kernel, static, layout.R), "attention_forward",
+        layout, functools.partial(_forward_kernel, static, layout), "attention_forward",
         in_specs=(layout.inputs,), out_specs=layout.out,
-        out_shape=jax.ShapeDtypeStruct((*q.shape[:3], v.shape[3]), v.dtype),
+        out_shape=jax.ShapeDtypeStruct((*q.shape[:2], static.heads[0] * layout.widths[1]), v.dtype),
     )  # fmt: skip
-    out_BHTV = run(((q, k, v), bias_floats, integers))
-    return checkpoint_name(out_BHTV, tile_scores.CHECKPOINT_NAME), (floats, integers)
+    out = run(((q, k, v), bias_floats, integers))
+    return checkpoint_name(out, tile_scores.CHECKPOINT_NAME), (floats, integers)
 
 
-def _backward(static: _StaticArguments, saved: Any, dout_BHTV: jax.Array) -> tuple[Any, ...]:
+def _backward(static: _StaticArguments, saved: Any, dout: jax.Array) -> tuple[Any, ...]:
     floats, integers = saved
     layout = _layout(static, floats, integers)
-    q, *kv, bias_floats = floats
-    S, widths = kv[0].shape[2], [x.shape[3] for x in kv]
+    *qkv, bias_floats = floats
 
     def bias_gradient(bias_fn: BiasFn, name: str, x: jax.Array) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(x.shape, x.dtype if _is_query_indexed(bias_fn, name) else jnp.float32)
 
-    def keys_last(x_BGSK: jax.Array) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((*x_BGSK.shape[:2], x_BGSK.shape[3], x_BGSK.shape[2]), x_BGSK.dtype)
-
     shared = jax.tree.map(lambda x: x.shape[0] == 1, bias_floats)
-    dkv_blocks = [pl.BlockSpec((None, None, width, S), lambda g, b, h, t: (b, g, 0, 0)) for width in widths]
     qkv_blocks, bias_blocks, _ = layout.inputs
     run = _pallas_call(
-        layout, functools.partial(_backward_kernel, static, layout.R, shared), "attention_backward",
-        in_specs=(layout.inputs, layout.out), out_specs=((qkv_blocks[0], *dkv_blocks), bias_blocks),
+        layout, functools.partial(_backward_kernel, static, layout, shared), "attention_backward",
+        in_specs=(layout.inputs, layout.out), out_specs=(qkv_blocks, bias_blocks),
         out_shape=(
-            (jax.ShapeDtypeStruct(q.shape, q.dtype), *map(keys_last, kv)),
+            tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in qkv),
             _map_bias_arrays(static, bias_gradient, bias_floats),
         ),
-        scratch_shapes=[pltpu.VMEM((width, S), jnp.float32) for width in widths],
+        scratch_shapes=[pltpu.VMEM((layout.key_heads * width, layout.keys), jnp.float32) for width in layout.widths],
     )  # fmt: skip
-    (dq, dk, dv), dbias = run(((q, *kv), bias_floats, integers), dout_BHTV)
+    dqkv, dbias = run((tuple(qkv), bias_floats, integers), dout)
     dbias = jax.tree.map(lambda gradient, x: gradient.astype(x.dtype), dbias, bias_floats)
-    return (dq, jnp.swapaxes(dk, 2, 3), jnp.swapaxes(dv, 2, 3), dbias), None
+    return (*dqkv, dbias), None
 
 
 _attention = custom_vjp.from_rules(_forward, _backward, nondiff_argnums=(0,))

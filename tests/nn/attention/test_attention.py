@@ -632,7 +632,8 @@ def test_default_implementation_on_a_tpu(monkeypatch):
     assert default(1024, 1024, dropout=0.1, key=jax.random.key(0)) == "blockwise"
     assert default(2048, 2048) == "splash"
     assert default(2048, 2048, Mask(causal=True, **order)) == "pallas"
-    assert default(100, 100) == "reference"
+    assert default(100, 100) == "pallas"
+    assert default(32, 32) == "reference"
     assert default(100, 100, bias=bias) == "pallas"
     assert default(5000, 5000, bias=long_bias) == "blockwise"
     monkeypatch.setattr(sharding, "device_kind", lambda: "TPU v4")

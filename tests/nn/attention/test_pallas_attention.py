@@ -98,6 +98,7 @@ def run(attend, kinds, S, floats, cotangent):
 def test_equals_the_reference_in_values_and_gradients(name, monkeypatch):
     kinds, mask, T, S = CASES[name]
     monkeypatch.setattr(pallas, "MAX_BLOCK", 128)  # several blocks
+    monkeypatch.setattr(pallas, "CAUSAL_TILE", 128)
     floats, cotangent = arrays(T, S, heads=1 if "keys for all heads" in name else H)
 
     def kernel(q, k, v, bias):
@@ -113,6 +114,55 @@ def test_equals_the_reference_in_values_and_gradients(name, monkeypatch):
     assert used == [any(name in kind for kind in kinds) for name in ("numbers", "vectors", "types")]
     if "without keys" in name:
         assert np.any(np.all(np.asarray(want[0]) == 0.0, axis=(2, 3)))
+
+
+HEADS = {
+    "two heads of width 64 in a vector": (4, 4, 64, 64),
+    "heads that fill vectors, grouped queries": (4, 2, 128, 128),
+    "two key heads in a vector, grouped queries": (8, 4, 64, 64),
+    "one key head, two query heads in a vector": (4, 1, 64, 64),
+    "an odd number of heads: all in one block": (3, 3, 64, 64),
+    "values of another width": (4, 4, 64, 32),
+}
+
+
+@pytest.mark.plain_cases(1)
+@pytest.mark.parametrize("name", HEADS)
+def test_blocks_with_several_heads_equal_the_reference(name, monkeypatch):
+    H, G, K, V = HEADS[name]
+    monkeypatch.setattr(pallas, "CAUSAL_TILE", 128)
+    rng = np.random.default_rng(4)
+    q, k, v, cotangent, numbers = (
+        rng.normal(size=shape).astype(np.float32)
+        for shape in ((2, 256, H, K), (2, 256, G, K), (2, 256, G, V), (2, 256, H, V), (511, H))
+    )
+    mask = Mask(causal=True)
+
+    def run_with(attend):
+        def attend_with_bias(q, k, v, numbers):
+            return attend(q, k, v, (distance_bias(numbers, 255, 256, 256, query_offset=0),))
+
+        out, vjp_fn = jax.vjp(jax.jit(attend_with_bias), q, k, v, numbers)
+        return out, vjp_fn(cotangent)
+
+    got = run_with(lambda q, k, v, biases: pallas.attention(q, k, v, mask, scale=0.1, biases=biases))
+    want = run_with(lambda q, k, v, bias: attention(q, k, v, mask, scale=0.1, bias=bias, implementation="reference"))
+    assert_trees_close(got, want, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("heads", "widths", "expected"),
+    [
+        ((12, 12), (64, 64), (2, 1)),
+        ((32, 8), (128, 128), (1, 1)),
+        ((14, 2), (64, 64), (2, 7)),
+        ((8, 1), (64, 64), (1, 2)),
+        ((9, 3), (64, 64), (3, 3)),
+        ((4, 1), (256, 256), (1, 1)),
+    ],
+)
+def test_a_block_has_the_fewest_heads_that_fill_whole_vectors(heads, widths, expected):
+    assert pallas._heads_of_block(heads, widths) == expected
 
 
 @pytest.mark.thorough
