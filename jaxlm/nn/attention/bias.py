@@ -167,7 +167,13 @@ class Dense:
         return {"bias": (tile.row, tile.rows, 0)}
 
     def __call__(self, arrays: Mapping[str, jax.Array], integers: Any, tile: Tile) -> jax.Array:
-        return lax.dynamic_slice_in_dim(arrays["bias"], tile.column, tile.columns, 1).astype(jnp.float32)
+        bias = arrays["bias"]
+        if bias.shape[1] != tile.columns:
+            bias = lax.dynamic_slice_in_dim(bias, tile.column, tile.columns, 1)
+        return bias.astype(jnp.float32)
+
+    def padded(self, floats: Mapping[str, jax.Array], queries: int, keys: int) -> tuple[BiasFn, dict[str, jax.Array]]:
+        return self, {"bias": jnp.pad(floats["bias"], ((0, 0), (0, 0), (0, queries), (0, keys)))}
 
 
 def check_bias_shapes(bias: AttentionBias, batch: int, heads: int) -> None:
