@@ -28,7 +28,7 @@ from jaxlm.nn.attention.bias import AttentionBias
 from jaxlm.nn.attention.distance_bias import distance_bias, sinusoids
 from jaxlm.nn.convolution.window import real_first_indices
 from jaxlm.nn.dropout import dropout
-from jaxlm.nn.linear import linear, linear_specs
+from jaxlm.nn.linear import add_bias, linear, linear_specs
 from jaxlm.nn.loss import adaptive_softmax
 from jaxlm.nn.loss.adaptive_softmax import Clusters
 from jaxlm.nn.norm import layer_norm, layer_norm_specs
@@ -172,7 +172,7 @@ def _attention(
         context = layer_norm(norm, context, cfg.norm_epsilon)
     qkv = attention_weights["qkv"]["weight"]
     q = constrain(linear({"weight": qkv[:, 0]}, context[:, -T:]), ("batch", "seq", "heads", "kv"))
-    content_q, position_q = (q + biases[name].astype(q.dtype)[None, None] for name in ("content_bias", "position_bias"))
+    content_q, position_q = (add_bias(q, biases[name]) for name in ("content_bias", "position_bias"))
     scale = cfg.head_dim**-0.5
 
     def bias(table: jax.Array, q: jax.Array) -> AttentionBias:

@@ -30,7 +30,7 @@ from jaxlm.nn.attention.distance_bias import sinusoids, type_bias
 from jaxlm.nn.attention.two_streams import Stream, StreamKind, make_streams
 from jaxlm.nn.dropout import dropout
 from jaxlm.nn.embedding import embed, round_up, widen_ids
-from jaxlm.nn.linear import linear, linear_specs
+from jaxlm.nn.linear import add_bias, linear, linear_specs
 from jaxlm.nn.norm import layer_norm, layer_norm_specs
 from jaxlm.sharding import constrain
 from jaxlm.spec import ArraySpec, Normal, Params, State, fold_in_name
@@ -184,15 +184,14 @@ def _attention(
 
     outputs = []
     for q_BTHK, stream, name in zip((q[:, :T], q[:, T:]), streams, ("content", "query")):
-
-        def add_bias(name: str, q_BTHK: jax.Array = q_BTHK) -> jax.Array:
-            return q_BTHK + weights[name].astype(q_BTHK.dtype)[None, None]
-
-        biases = [stream.position_bias(table, S, absorb("relative", add_bias("position_bias")), scale)]
+        content_q, position_q, type_q = (
+            add_bias(q_BTHK, weights[name]) for name in ("content_bias", "position_bias", "type_bias")
+        )
+        biases = [stream.position_bias(table, S, absorb("relative", position_q), scale)]
         if stream.token_types is not None:
             types_2HK = weights["type_embedding"].astype(q.dtype)
-            biases.append(type_bias(add_bias("type_bias"), types_2HK, *stream.token_types, scale=scale))
-        content_q = absorb("key", add_bias("content_bias"))
+            biases.append(type_bias(type_q, types_2HK, *stream.token_types, scale=scale))
+        content_q = absorb("key", content_q)
         if use_absorbed:
             outputs.append(memory.attend_to_inputs(content_q, inputs_BSD, stream.mask, scale=scale, biases=biases))
         else:

@@ -44,19 +44,26 @@ def linear(params: Params, x: jax.Array, *, num_input_axes: int = 1) -> jax.Arra
     The product contracts the last ``num_input_axes`` axes of ``x`` [..., in...]. The parameters are cast to the dtype
     of ``x``, which is also the dtype of the result.
     """
-    weight, bias = params["weight"].astype(x.dtype), params.get("bias")
+    weight = params["weight"].astype(x.dtype)
     output_shape = weight.shape[num_input_axes:]
-    add = _add_with_matmul_vjp if bias is not None and choices.bias_gradient_by_matmul(bias) else _add
     if choices.merge_head_axes():
         if num_input_axes > 1:
             x, weight = _merge(x, x.ndim - 2), _merge(weight, num_input_axes - 2)
             num_input_axes -= 1
         if len(output_shape) > 1:
-            weight, bias = (None if w is None else _merge(w, w.ndim - 2) for w in (weight, bias))
+            weight = _merge(weight, weight.ndim - 2)
         weight = lax.optimization_barrier(weight)  # otherwise, XLA would separate the axes again
     y = _product(x, weight, num_input_axes)
-    y = y if bias is None else add(y, bias)
-    return y.reshape(*y.shape[: x.ndim - num_input_axes], *output_shape)
+    y = y.reshape(*y.shape[: x.ndim - num_input_axes], *output_shape)
+    return add_bias(y, params["bias"]) if "bias" in params else y
+
+
+def add_bias(y: jax.Array, bias: jax.Array) -> jax.Array:
+    """``y + bias`` [..., out...] in the dtype of ``y``, for a bias [out...] such as one vector for each head."""
+    add = _add_with_matmul_vjp if choices.bias_gradient_by_matmul(bias) else _add
+    if bias.ndim > 1 and choices.merge_head_axes():
+        return add(_merge(y, y.ndim - 2), _merge(bias, bias.ndim - 2)).reshape(y.shape)
+    return add(y, bias)
 
 
 def _merge(x: jax.Array, axis: int) -> jax.Array:
