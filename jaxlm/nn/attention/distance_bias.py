@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.devices import LANES
+from jaxlm.nn import choices
 from jaxlm.nn.attention.bias import AttentionBias, BiasFn, Tile
 
 
@@ -118,7 +119,16 @@ def type_bias(
     q_BTHK: jax.Array, table_2HK: jax.Array, query_types_BT: jax.Array, key_types_BS: jax.Array, *, scale: float
 ) -> AttentionBias:
     """The bias ``scale * q . table[0 if the token types are equal else 1]`` (XLNet; Yang et al. 2019, section 2.5)."""
-    biases_BHT2 = scale * jnp.einsum("BTHK,IHK->BHTI", q_BTHK, table_2HK, preferred_element_type=jnp.float32)
+    if choices.merge_head_axes():
+        # One matmul for all heads, with a block of the matrix for each head and zeros elsewhere. By the TPU compiler's
+        # estimate, this takes 0.23 instead of 0.79 M cycles with the gradients (32 x 512 tokens, 12 heads of width 64).
+        B, T, H, K = q_BTHK.shape
+        blocks = jnp.einsum("IHK,HG->HKGI", table_2HK, jnp.eye(H, dtype=table_2HK.dtype)).reshape(H * K, H * 2)
+        products = jnp.dot(q_BTHK.reshape(B, T, H * K), blocks, preferred_element_type=jnp.float32)
+        products_BHT2 = jnp.swapaxes(products.reshape(B, T, H, 2), 1, 2)
+    else:
+        products_BHT2 = jnp.einsum("BTHK,IHK->BHTI", q_BTHK, table_2HK, preferred_element_type=jnp.float32)
+    biases_BHT2 = scale * products_BHT2
     return AttentionBias(_ByTokenTypes(), {"biases": biases_BHT2}, {"query": query_types_BT, "key": key_types_BS})
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from jaxlm import sharding
+from jaxlm.nn import choices
 from jaxlm.nn.attention import attention, blockwise
 from jaxlm.nn.attention.bias import AttentionBias, dense_bias
 from jaxlm.nn.attention.distance_bias import (
@@ -136,8 +137,10 @@ def test_small_integers_as_query_positions_do_not_wrap(dtype):
     assert np.array_equal(got, want)
 
 
-def test_type_bias():
+@pytest.mark.parametrize("merge", [False, True])
+def test_type_bias(monkeypatch, merge):
     """The bias depends on whether query and key have the same token type."""
+    monkeypatch.setattr(choices, "merge_head_axes", lambda: merge)
     rng = np.random.default_rng(0)
     query, key = rng.integers(0, 3, (B, 5)), rng.integers(0, 3, (B, 7))
     table, q = arrays(5, 2, True)
