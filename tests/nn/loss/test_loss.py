@@ -267,3 +267,11 @@ def test_gradients_of_bfloat16_parameters_are_summed_in_float32():
     whole, chunked = (np.asarray(gradient(table, size), np.float32) for size in (1024, 4))
     assert chunked[0, 0] == pytest.approx(2.56, rel=0.01)
     assert whole[0, 0] == pytest.approx(2.56, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("steps", "longest", "expected"), [(100, 120, 100), (1024, 953, 512), (1024, 333, 256), (1000, 300, 256), (9, 5, 4)]
+)
+def test_chunks_on_an_accelerator_have_equal_aligned_lengths(monkeypatch, steps, longest, expected):
+    monkeypatch.setattr(sharding, "platform", lambda: "tpu")
+    assert choices.loss_chunk(steps, longest) == expected
