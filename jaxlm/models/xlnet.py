@@ -185,7 +185,7 @@ def _attention(
     outputs = []
     for q_BTHK, stream, name in zip((q[:, :T], q[:, T:]), streams, ("content", "query")):
         content_q, position_q, type_q = (
-            add_bias(q_BTHK, weights[name]) for name in ("content_bias", "position_bias", "type_bias")
+            add_bias(q_BTHK, weights[bias]) for bias in ("content_bias", "position_bias", "type_bias")
         )
         biases = [stream.position_bias(table, S, absorb("relative", position_q), scale)]
         if stream.token_types is not None:

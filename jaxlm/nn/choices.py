@@ -484,11 +484,14 @@ def bias_gradient_by_matmul(bias: jax.Array) -> bool:
 
 
 def merge_head_axes() -> bool:
-    """Whether a linear layer merges the last two of its input axes and of its output axes: the axes of heads.
+    """Whether a linear layer merges its last two input axes into one, and its last two output axes into one.
+
+    These are the axes of the heads and of their width.
 
     On a TPU, XLA computes a product with separate axes of 12 heads and 64 entries as a convolution, which uses half of
-    the matrix unit, and pads 64 entries to 128. The merged product has no such loss. For a block of GPT-2 with 16 rows
-    of 1,024 tokens, the TPU compiler estimates 2.25 instead of 2.88 M cycles for the products, without the kernels.
+    the matrix unit, and pads 64 entries to 128. With merged axes, XLA computes a matmul without padding. For a
+    block of GPT-2 with 16 rows of 1,024 tokens, the TPU compiler estimates 2.25 instead of 2.88 M cycles for the
+    products, without the kernels.
     """
     return sharding.platform() == "tpu"
 
@@ -554,16 +557,12 @@ def argmax_by_maximum() -> bool:
     return sharding.platform() == "cpu"
 
 
-MAX_LOGITS = {"cpu": 2**24, "tpu": 2**28}
-"""Maximum number of logits that exist at the same time on a device, by platform. Platforms without an entry have
-``MAX_LOGITS_ACCELERATOR``.
-
-On a CPU, 2**24 logits take 64 MiB in float32. With fewer logits, the matmuls have too few rows. With more, allocating
-new memory is slow. If the process keeps its freed memory (``host.keep_freed_memory``), :func:`max_logits` doubles the
-number. On a TPU, 2**28 logits take 1 GiB, a sixteenth of the memory of a v5e. By its compiler's estimate, GPT-2's loss
-takes 51.8 instead of 52.6 M cycles (16 x 1,024 tokens, chunks of 256 instead of 128 steps)."""
+MAX_LOGITS = {"cpu": 2**24}
+"""Maximum number of logits that exist at the same time on a CPU device: 64 MiB in float32. With fewer logits, the
+matmuls have too few rows. With more, allocating new memory is slow. If the process keeps its freed memory
+(``host.keep_freed_memory``), :func:`max_logits` doubles the number."""
 MAX_LOGITS_ACCELERATOR = 2**27
-"""The same limit for other accelerators: 512 MiB in float32. Each chunk of a loss reads and writes the gradient of all
+"""The same limit for an accelerator: 512 MiB in float32. Each chunk of a loss reads and writes the gradient of all
 output weights, so many chunks are slow. For example, with a limit of 2**24 logits, the 98 chunks of a GPT-2 step took
 as long as the rest of the step."""
 

@@ -46,11 +46,11 @@ def linear(params: Params, x: jax.Array, *, num_input_axes: int = 1) -> jax.Arra
     """
     weight = params["weight"].astype(x.dtype)
     output_shape = weight.shape[num_input_axes:]
-    if choices.merge_head_axes():
-        if num_input_axes > 1:
+    if choices.merge_head_axes() and weight.ndim > 2:
+        if num_input_axes > 1 and _can_merge(x, x.ndim - 2) and _can_merge(weight, num_input_axes - 2):
             x, weight = _merge(x, x.ndim - 2), _merge(weight, num_input_axes - 2)
             num_input_axes -= 1
-        if len(output_shape) > 1:
+        if len(output_shape) > 1 and _can_merge(weight, weight.ndim - 2):
             weight = _merge(weight, weight.ndim - 2)
         weight = lax.optimization_barrier(weight)  # otherwise, XLA would separate the axes again
     y = _product(x, weight, num_input_axes)
@@ -59,16 +59,25 @@ def linear(params: Params, x: jax.Array, *, num_input_axes: int = 1) -> jax.Arra
 
 
 def add_bias(y: jax.Array, bias: jax.Array) -> jax.Array:
-    """``y + bias`` [..., out...] in the dtype of ``y``, for a bias [out...] such as one vector for each head."""
+    """``y + bias``, [..., out...], in the dtype of ``y``, for a bias [out...] such as one vector for each head."""
     add = _add_with_matmul_vjp if choices.bias_gradient_by_matmul(bias) else _add
-    if bias.ndim > 1 and choices.merge_head_axes():
+    if bias.ndim > 1 and choices.merge_head_axes() and _can_merge(y, y.ndim - 2) and _can_merge(bias, bias.ndim - 2):
         return add(_merge(y, y.ndim - 2), _merge(bias, bias.ndim - 2)).reshape(y.shape)
     return add(y, bias)
 
 
+def _can_merge(x: jax.Array, axis: int) -> bool:
+    """Whether JAX can merge ``axis`` and the axis after it.
+
+    It cannot if the second of the two axes is split over Explicit axes of a mesh.
+    """
+    return jax.typeof(x).sharding.spec[axis + 1] is None
+
+
 def _merge(x: jax.Array, axis: int) -> jax.Array:
     """``x`` with ``axis`` and the axis after it merged into one axis."""
-    return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
+    # -1 instead of the product would be an error for an empty batch.
+    return x.reshape(*x.shape[:axis], x.shape[axis] * x.shape[axis + 1], *x.shape[axis + 2 :])
 
 
 def dot(x: jax.Array, y: jax.Array, contract: tuple[int, int], *, precision: lax.Precision | None = None) -> jax.Array:
@@ -94,7 +103,8 @@ _add_with_matmul_vjp = custom_vjp.from_rules(lambda y, bias: (_add(y, bias), bia
 
 
 def _product_forward(x: jax.Array, weight: jax.Array, num_input_axes: int) -> tuple[jax.Array, Any]:
-    # A reshape that merged all axes would lose the sharding of the axis ``heads``.
+    # The axes are contracted without a reshape. A reshape that merges ``heads`` with an axis before it would lose the
+    # sharding of ``heads``.
     x_axes = tuple(range(x.ndim - num_input_axes, x.ndim))
     return lax.dot_general(x, weight, ((x_axes, tuple(range(num_input_axes))), ((), ()))), (x, weight)
 

@@ -379,14 +379,14 @@ class Trainer:
         if state.recent_losses is not None:
             accepted &= ~self._is_spike(loss, state.recent_losses)
 
-        # With jax.lax.cond, XLA updates parameters and moments in place. With jnp.where, XLA would first copy the old
-        # moments (docs/labbook.md).
         def update(trees: Any) -> tuple[Any, jax.Array]:
             trees = self._update(trees, grads, scale, loss, norm, new_model_state)
-            # XLA computes the norm of the parameters in the same pass as the update. Without the barrier, XLA would
-            # move the norm, which both branches compute, behind the conditional.
+            # XLA computes the norm in the same pass as the update. Both branches compute a norm. Without the barrier,
+            # XLA would move this computation behind the conditional, into a separate pass over the parameters.
             return trees, jax.lax.optimization_barrier(optax.tree.norm(trees[0]))
 
+        # With jax.lax.cond, XLA updates parameters and moments in place. With jnp.where, XLA would first copy the old
+        # moments (docs/labbook.md).
         trees, parameter_norm = jax.lax.cond(
             accepted, update, lambda trees: (trees, optax.tree.norm(trees[0])),
             (state.params, state.optimizer, state.ema, model_state, state.frozen),

@@ -2,6 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, PartitionSpec
 
 from jaxlm import sharding
 from jaxlm.nn import choices
@@ -15,7 +16,7 @@ from jaxlm.nn.copying import copied_tokens
 from jaxlm.nn.dropout import dropout, keep_mask
 from jaxlm.nn.embedding import argmax, embed, round_up, unembed
 from jaxlm.nn.experts import expert_specs, load_balance_loss, mixture_of_experts
-from jaxlm.nn.linear import linear, linear_specs
+from jaxlm.nn.linear import add_bias, linear, linear_specs
 from jaxlm.nn.loss import chunked_cross_entropy, cross_entropy
 from jaxlm.nn.norm import layer_norm, layer_norm_specs, rms_norm, rms_norm_specs
 from jaxlm.nn.recurrence import gru, gru_specs, lstm, lstm_specs, rg_lru, rg_lru_specs, slstm
@@ -57,6 +58,26 @@ def test_gradients_of_linear_equal_autodiff(monkeypatch, rows, inputs, shape, se
 
     got = gradients(lambda params, x: linear(params, x, num_input_axes=inputs))
     assert_trees_close(got, gradients(definition), 1e-5)
+
+
+def test_linear_merges_the_axes_of_heads_of_an_empty_batch(monkeypatch):
+    monkeypatch.setattr(choices, "merge_head_axes", lambda: True)
+    bias, weight = jnp.ones((2, 4)), jnp.ones((2, 4, 8))
+    assert add_bias(jnp.zeros((0, 5, 2, 4)), bias).shape == (0, 5, 2, 4)
+    assert linear({"weight": weight}, jnp.zeros((0, 5, 2, 4)), num_input_axes=2).shape == (0, 5, 8)
+
+
+def test_linear_with_a_head_width_that_is_split_over_explicit_axes(monkeypatch):
+    """JAX cannot merge an axis with a split axis after it."""
+    monkeypatch.setattr(choices, "merge_head_axes", lambda: True)
+    x, weight, bias = draw(5, 8), draw(8, 2, 4), draw(2, 4)
+    want = np.tensordot(x, weight, 1) + bias
+    with jax.set_mesh(sharding.make_mesh("tensor=2", devices=jax.devices()[:2], axis_type=AxisType.Explicit)):
+        params = {
+            "weight": jax.device_put(weight, PartitionSpec(None, None, "tensor")),
+            "bias": jax.device_put(bias, PartitionSpec(None, "tensor")),
+        }
+        assert relative_error(jax.jit(linear)(params, x), want) < 1e-6
 
 
 def test_linear_over_one_and_several_axes():

@@ -63,7 +63,8 @@ def attention(
             - ``splash``: a TPU kernel; no biases, no dropout, no ``Mask.query_order``, no mesh that splits the
               time axis.
             - ``pallas``: a TPU kernel (v5 and later) that computes whole rows of scores; supports ``Mask.query_order``
-              and biases with a ``KernelBiasFn``; at most 4096 keys, no dropout, no mesh that splits the time axis.
+              and biases with a ``KernelBiasFn``; at most 4096 keys, and fewer if many heads are in one block; no
+              dropout, no mesh that splits the time axis.
             - ``cudnn``: NVIDIA GPUs (Ampere and later), half precision; head widths that are multiples of 8 up to 128,
               the same for keys and values; no biases, no dropout, no ``Mask.query_order``, no
               ``Mask.query_segments``, no mesh that splits the time axis.
@@ -78,7 +79,7 @@ def attention(
     if scale is None:
         scale = 1.0 / math.sqrt(q_BTHK.shape[3])
     key = key if dropout > 0.0 else None
-    implementation = _choose(q_BTHK, v_BSGK, mask, biases, key, implementation)
+    implementation = _choose(q_BTHK, k_BSGK, v_BSGK, mask, biases, key, implementation)
     if implementation == "decode":
         return decode.attention(q_BTHK, k_BSGK, v_BSGK, mask, scale=scale, biases=biases)
     k_BSGK, v_BSGK = (x.read(S) if isinstance(x, CacheView) else x for x in (k_BSGK, v_BSGK))
@@ -118,7 +119,7 @@ def _check_shapes(q_BTHK: jax.Array, k_BSGK: Any, v_BSGK: Any, mask: Mask) -> No
 
 
 def _choose(
-    q_BTHK: jax.Array, v_BSGK: Any, mask: Mask, biases: tuple[AttentionBias, ...], key: jax.Array | None,
+    q_BTHK: jax.Array, k_BSGK: Any, v_BSGK: Any, mask: Mask, biases: tuple[AttentionBias, ...], key: jax.Array | None,
     implementation: Implementation | None,
 ) -> Implementation:  # fmt: skip
     """The implementation to run: ``implementation``, or the fastest known one if ``implementation`` is None.
@@ -132,7 +133,7 @@ def _choose(
     reasons = {
         "decode": None if key is None else "has no dropout",
         "splash": splash.unsupported_reason(mask, biases, key),
-        "pallas": pallas.unsupported_reason(S, biases, key),
+        "pallas": pallas.unsupported_reason((q_BTHK, k_BSGK, v_BSGK), mask, biases, key),
         "cudnn": cudnn.unsupported_reason(mask, q_BTHK.dtype, q_BTHK.shape[-1], v_BSGK.shape[-1], biases, key),
     }
     choices.check_implementation("attention", implementation, Implementation, reasons)

@@ -3,8 +3,9 @@
 An :class:`AttentionBias` consists of arrays and of a function of these arrays, its ``bias_fn``. An implementation of
 attention calls the function for one tile of the scores at a time, and also computes the gradients of the arrays tile by
 tile. So a bias needs no array [H, T, S]. The implementations ``reference`` and ``decode`` are exceptions: they call
-:func:`dense_bias`. The function declares which slices of the float arrays a tile needs (``required_slices``) and gets
-only these slices. It slices the integer arrays itself (``Tile.query_column``, ``Tile.key_row``).
+:func:`dense_bias`. ``pallas`` also calls it, for short inputs and biases that all rows share. The function declares
+which slices of the float arrays a tile needs (``required_slices``) and gets only these slices. It slices the integer
+arrays itself (``Tile.query_column``, ``Tile.key_row``).
 
 Shapes: B batch, T query time, S key time, H heads, K head width, R rows of a tile, E columns of a tile, N rows of a
 table, P = R + E columns of a strip (the columns that a tile needs from a table with one column per distance).
@@ -168,6 +169,7 @@ class Dense:
 
     def __call__(self, arrays: Mapping[str, jax.Array], integers: Any, tile: Tile) -> jax.Array:
         bias = arrays["bias"]
+        # ``pallas`` passes only the columns of the tile. Other implementations pass all columns.
         if bias.shape[1] != tile.columns:
             bias = lax.dynamic_slice_in_dim(bias, tile.column, tile.columns, 1)
         return bias.astype(jnp.float32)
@@ -192,7 +194,7 @@ def check_bias_shapes(bias: AttentionBias, batch: int, heads: int) -> None:
 
 
 def dense_bias(bias: AttentionBias, queries: int, keys: int) -> jax.Array:
-    """The bias as one dense array, [1 or B, 1 or H, T, S] float32; used by ``reference`` and ``decode``."""
+    """The bias as one dense array, [1 or B, 1 or H, T, S] float32; see the module docstring."""
     tile = Tile(0, queries, 0, keys)
     # Each size is 1 or the size of the batch, which may be 0. So the product of the distinct sizes is the batch size.
     B = math.prod({x.shape[0] for x in jax.tree.leaves((bias.floats, bias.integers))})

@@ -1,17 +1,18 @@
-"""Pallas kernels for attention on TPU, with biases and ``Mask.query_order``; each block has whole rows of scores.
+"""Pallas kernels for attention on TPU, with biases and ``Mask.query_order``; each tile has whole rows of scores.
 
-A block of queries is multiplied with all keys at once. Its scores, with biases, stay in VMEM until they are multiplied
-with the values. Without the kernel, XLA writes each tile of the scores to HBM. It does so several times if a relative
-bias shifts each row of the scores by a different amount (``jaxlm.nn.attention.pallas_tile``).
+A tile of queries is multiplied with all its keys at once. Its scores, with biases, stay in VMEM until they are
+multiplied with the values. Without the kernel, XLA writes each tile of the scores to HBM. It does so several times if a
+relative bias shifts each row of the scores by a different amount (``jaxlm.nn.attention.pallas_tile``).
 
 The kernels read queries, keys and values as the projections write them: [B, T, H * K], with the heads of a token beside
 each other. With a separate axis of heads, a TPU would pad a head of width 64 to a vector of 128 entries, and XLA would
-transpose the arrays and would use half of the matrix unit in the projections. So a block has so many heads that they
-fill whole vectors, and the kernels compute these heads one after the other.
+transpose the arrays and would use half of the matrix unit in the projections. A block has the fewest heads that fill
+whole vectors, or all heads (:func:`_heads_of_block`). The kernels compute these heads one after the other.
 
-The backward pass recomputes the scores. A block has whole rows, so the backward pass also computes the sums over rows,
-and reads no log-sum-exps and no row sums from HBM. With a causal mask that compares indices, the queries are split into
-tiles, and a tile has no keys after its last query. Other masked scores are computed as well.
+The backward pass recomputes the scores. A tile has whole rows, so the backward pass also computes the sums over rows,
+and reads no log-sum-exps and no row sums from HBM. With a causal mask that compares indices, and at most
+``MAX_CAUSAL_BLOCK`` queries, a block is split into several tiles, and a tile has no keys after its last query. All
+other masked scores are computed.
 
 Shapes as in ``jaxlm.nn.attention.api``, with V width of values, R queries of a tile, X and Y the last axes of a bias's
 array.
@@ -43,21 +44,26 @@ from jaxlm.nn.linear import dot
 MAX_BLOCK = 512
 """Maximum number of queries of a block that is one tile."""
 CAUSAL_TILE = 256
-"""Number of queries of a tile if a causal mask compares indices. Smaller tiles compute fewer masked scores, but the
-matrix unit is used less well."""
+"""Maximum number of queries of a tile if a causal mask compares indices. Smaller tiles compute fewer masked scores, but
+the matrix unit is used less well."""
 MAX_CAUSAL_BLOCK = 1024
-"""Maximum number of queries of a block that is split into causal tiles. The code of the kernel contains every tile."""
+"""Maximum number of queries of a block that is split into causal tiles. The code of the kernel contains each tile of
+each head of a block, so it grows with this number."""
 MAX_BIAS_BLOCK_ENTRIES = 512 * 1536
 """Maximum number of entries of an array [R, R + S] from which the bias of a block is made. Several arrays of this size
 must fit into VMEM."""
 MAX_KEYS = 4096
-"""Maximum number of keys. Keys and values of a head must fit into VMEM beside the arrays of a block."""
+"""Maximum number of keys. The keys and values of the heads of a block must fit into VMEM beside its other arrays."""
 VMEM_LIMIT_BYTES = 32 * 2**20
 """Bytes of VMEM that a kernel may use."""
 
 
-def unsupported_reason(keys: int, biases: tuple[AttentionBias, ...], dropout_key: Any) -> str | None:
-    """Why the kernel does not support the arguments, as a part of an error message; None if it supports them."""
+def unsupported_reason(qkv: Any, mask: Mask, biases: tuple[AttentionBias, ...], dropout_key: Any) -> str | None:
+    """Why the kernel does not support the arguments, as a part of an error message; None if it supports them.
+
+    Args:
+        qkv: q [B, T, H, K], k [B, S, G, K] and v [B, S, G, V]; only their shapes and dtypes are used.
+    """
     if dropout_key is not None:
         return "has no dropout: set the rate to 0"
     for bias in biases:
@@ -68,8 +74,11 @@ def unsupported_reason(keys: int, biases: tuple[AttentionBias, ...], dropout_key
             return f"does not support the bias {name}: TPU kernels need a KernelBiasFn (jaxlm.nn.attention.bias)"
     if sharding.device_kind().startswith(lazy_pallas.OLD_TPUS):
         return "needs a TPU v5 or newer: older TPUs cannot rotate each row by a different amount"
-    if keys > MAX_KEYS:
+    if (keys := qkv[1].shape[1]) > MAX_KEYS:
         return f"supports at most {MAX_KEYS} keys, got {keys}"
+    if _block_bytes(qkv, mask) > VMEM_LIMIT_BYTES:
+        _, _, H, K = qkv[0].shape
+        return f"needs blocks that do not fit into VMEM: {H} query heads and {qkv[1].shape[2]} key heads of width {K}"
     return split.unsupported_reason()
 
 
@@ -100,11 +109,14 @@ def attention(
     B, T, H, _ = q_BTHK.shape
     S = k_BSGK.shape[1]
     grouped = k_BSGK.shape[2] != H
-    if max(T, S) <= MAX_BLOCK and not grouped:
+    key_heads, group = _heads_of_device_block((q_BTHK, k_BSGK, v_BSGK))
+    # The array of the bias and its gradient are float32, and each has two buffers in VMEM (``_block_bytes``).
+    dense_bytes = 16 * key_heads * group * _padded(T) * _padded(S)
+    if B > 1 and max(T, S) <= MAX_BLOCK and not grouped and dense_bytes <= VMEM_LIMIT_BYTES // 2:
         # A bias that all rows of the batch share is computed once, as an array [1, H, T, S]. A block has all queries,
         # so its part of the array stays in VMEM while the grid computes the rows of the batch. Otherwise, the kernel
-        # would compute the bias again for each row. For T5 with 512 tokens, this takes a sixth of the bundles of the
-        # forward kernel and a quarter of those of the backward kernel (TPU compiler).
+        # would compute the bias again for each row. For T5 with 512 tokens, that would be a sixth of the instruction
+        # bundles of the forward kernel and a quarter of those of the backward kernel (TPU compiler).
         biases = tuple(
             AttentionBias(Dense(), {"bias": dense_bias(bias, T, S)}) if _is_shared_by_rows(bias) else bias
             for bias in biases
@@ -113,11 +125,11 @@ def attention(
     def broadcast(bias_fn: BiasFn, name: str, x: jax.Array) -> jax.Array:
         """``x`` broadcast to all heads and, if necessary, to all rows of the batch.
 
-        Each block has one head, so every array is broadcast to all heads. The kernel can sum a gradient only over
-        consecutive grid steps. Between the same block of queries of two batch rows, the grid computes other blocks. So
-        query-indexed arrays are broadcast to all rows. With grouped query heads, the grid computes all query heads of a
-        group before the next row. Then, for one head, the grid steps of different rows of the batch are not
-        consecutive, so all arrays are broadcast to all rows.
+        Different grid steps compute different heads, so every array is broadcast to all heads. The kernel can sum a
+        gradient only over consecutive grid steps. Between the same block of queries of two batch rows, the grid may
+        compute other blocks. So query-indexed arrays are broadcast to all rows. With grouped query heads, the grid may
+        compute several blocks of query heads before the next row. Then, for one head, the grid steps of different rows
+        of the batch are not consecutive, so all arrays are broadcast to all rows.
         """
         rows = B if grouped or _is_query_indexed(bias_fn, name) else x.shape[0]
         return jnp.broadcast_to(x, (rows, H, *x.shape[2:]))
@@ -143,7 +155,8 @@ def _device_attention(static: _StaticArguments, qkv: Any, bias_floats: Any, inte
 
     def merge_heads(x_BTHK: jax.Array) -> jax.Array:
         merged = x_BTHK.reshape(*x_BTHK.shape[:2], -1)
-        return checkpoint_name(merged, tile_scores.CHECKPOINT_NAME)  # remat saves it, so the projection runs once
+        # If remat saves the arrays of this name, it does not recompute the projection.
+        return checkpoint_name(merged, tile_scores.CHECKPOINT_NAME)
 
     def column(x_BT: jax.Array) -> jax.Array:
         return jnp.pad(x_BT, ((0, 0), (0, query_padding)))[:, :, None]
@@ -165,7 +178,10 @@ def _device_attention(static: _StaticArguments, qkv: Any, bias_floats: Any, inte
     )
 
     def merge_query_vectors(bias_fn: BiasFn, name: str, x: jax.Array) -> jax.Array:
-        """An array of vectors that the queries of a bias have, in the layout of the queries."""
+        """``x`` [B, H, T, K] in the layout of the queries, [B, T, H * K], if it has one vector of width K per query.
+
+        Other arrays are returned unchanged.
+        """
         if not _is_query_indexed(bias_fn, name) or x.shape[3] != K:
             return x
         return jnp.swapaxes(x, 1, 2).reshape(x.shape[0], x.shape[2], -1)
@@ -185,7 +201,10 @@ def _block_size(queries: int, keys: int) -> int:
 
 
 def _is_query_indexed(bias_fn: BiasFn, name: str) -> bool:
-    """Whether an array of a bias has one row per query, and is not dense."""
+    """Whether the grid splits an array of a bias into blocks of queries: it has one row per query and is not dense.
+
+    The grid does not split a dense array, because all rows of the batch share it and each block has all queries.
+    """
     if isinstance(bias_fn, Dense):
         return False
     required = bias_fn.required_slices(Tile(0, LANES, 0, LANES)).get(name)
@@ -214,7 +233,7 @@ class _Tile(NamedTuple):
 
 
 def _tiles(layout: _Layout) -> Iterator[_Tile]:
-    """The tiles of a block: for some queries, the tiles of all heads one after the other, then for the next queries."""
+    """The tiles of a block: first those of all heads for the first R queries, then for the next R queries."""
     for row in range(0, layout.queries, layout.R):
         # A causal block has all queries, so the index of the first query of a tile is static.
         first = row if layout.is_causal else pl.program_id(3) * layout.queries + row
@@ -234,7 +253,7 @@ def _lanes(head: int, width: int) -> slice:
 def _bias_index(bias_fn: BiasFn, name: str, x: Any, tile: _Tile) -> tuple[Any, ...]:
     """The index of the part of a bias's array that a tile needs (``required_slices``).
 
-    The array of a block is [heads, X, Y]. Query vectors of the width of the queries are [R, heads * K].
+    The array ``x`` of a block is [heads, X, Y]. If it has the layout of the queries, it is [queries, heads * K].
 
     The grid already splits query-indexed arrays into blocks. Other slices are lane-aligned, because all block sizes and
     padded lengths are multiples of LANES.
@@ -269,7 +288,8 @@ def _load(static: _StaticArguments, tile: _Tile, refs: Any) -> tuple[Any, Any, A
 def _load_rows(x: Any, index: tuple[slice, slice], first: Any, count: int) -> jax.Array:
     """The part of a block's array with the given index, with zeros instead of the padding.
 
-    The padding of a block at the end of an array may have any value, also NaN.
+    In memory, the queries, keys and values have no padding. So the rows of a block after the end of an array may have
+    any value, also NaN.
 
     Args:
         first: the index of the first row of the result among all rows.
@@ -407,12 +427,46 @@ def _heads_of_block(heads: tuple[int, int], widths: tuple[int, int]) -> tuple[in
     return key_heads, fewest(group) if key_heads == 1 else group
 
 
+def _heads_of_device_block(qkv: Any) -> tuple[int, int]:
+    """The result of :func:`_heads_of_block` for the heads of one device of the active mesh."""
+    q_BTHK, k_BSGK, v_BSGK = qkv
+    H, G, shards = q_BTHK.shape[2], k_BSGK.shape[2], sharding.num_shards(("heads",))
+    G = H if G % shards else G  # as in ``split.shard_attention``
+    # With fewer heads than shards, ``shard_attention`` raises an error.
+    return _heads_of_block((max(H // shards, 1), max(G // shards, 1)), (q_BTHK.shape[3], v_BSGK.shape[3]))
+
+
+def _block_bytes(qkv: Any, mask: Mask) -> int:
+    """The bytes of VMEM for the arrays of a block in the backward kernel, without biases and scores.
+
+    Each array that is copied from or to HBM has two buffers: one is copied while the kernel uses the other.
+    """
+    q_BTHK, k_BSGK, v_BSGK = qkv
+    K, V = q_BTHK.shape[3], v_BSGK.shape[3]
+    key_heads, group = _heads_of_device_block(qkv)
+    T, S = _padded(q_BTHK.shape[1]), _padded(k_BSGK.shape[1])
+    queries = T if _is_causal_block(mask.causal, mask.query_order, T, S) else _block_size(T, S)
+    query_entries = queries * key_heads * group * (2 * K + V)  # q, dq and dout
+    key_entries = S * key_heads * (K + V)  # k and v; as many for dk and dv, and for their float32 sums
+    return 2 * q_BTHK.dtype.itemsize * (query_entries + 2 * key_entries) + 4 * key_entries
+
+
+def _padded(count: int) -> int:
+    """``count`` rounded up to a multiple of LANES."""
+    return count + -count % LANES
+
+
+def _is_causal_block(causal: bool, query_order: Any, T: int, S: int) -> bool:
+    """Whether a block has all queries and is split into causal tiles. T and S include the padding."""
+    return causal and query_order is None and T == S <= MAX_CAUSAL_BLOCK
+
+
 def _layout(static: _StaticArguments, floats: Any, integers: Any) -> _Layout:
     B, _, q_width = floats[0].shape
-    T, S = (count + -count % LANES for count in (static.queries, static.keys))
+    T, S = _padded(static.queries), _padded(static.keys)
     H, G = static.heads
     K, V = q_width // H, floats[2].shape[2] // G
-    is_causal = static.causal and integers[0][0] is None and T == S <= MAX_CAUSAL_BLOCK
+    is_causal = _is_causal_block(static.causal, integers[0][0], T, S)
     R = lazy_pallas.largest_divisor(T, LANES, CAUSAL_TILE) if is_causal else _block_size(T, S)
     queries = T if is_causal else R
     key_heads, group = _heads_of_block((H, G), (K, V))

@@ -27,7 +27,7 @@ SUBLANE_BITS, LANE_BITS = 3, 7
 
 
 class VmemTile(Tile):
-    """A tile in VMEM. It contains all keys, so ``column`` is 0.
+    """A tile in VMEM. Its first key is key 0, so ``column`` is 0.
 
     Integer arrays are already sliced: a column [R, 1] for the queries, a row [1, E] for the keys.
     """

@@ -619,8 +619,8 @@ def test_default_implementation_on_a_tpu(monkeypatch):
         monkeypatch.setattr(module, "attention", record_call(name))
     monkeypatch.setattr(sharding, "platform", lambda: "tpu")
 
-    def default(T, S, mask=Mask(causal=True), **options):  # noqa: B008 (frozen)
-        q, k = jnp.zeros((1, T, 2, 8)), jnp.zeros((1, S, 2, 8))
+    def default(T, S, mask=Mask(causal=True), heads=2, width=8, **options):  # noqa: B008 (frozen)
+        q, k = (jax.ShapeDtypeStruct((1, length, heads, width), jnp.float32) for length in (T, S))
         called.clear()
         jax.eval_shape(lambda q, k: attention(q, k, k, mask, **options), q, k)
         return called[0] if called else "reference"
@@ -631,6 +631,7 @@ def test_default_implementation_on_a_tpu(monkeypatch):
     assert default(1024, 1024) == "pallas"
     assert default(1024, 1024, dropout=0.1, key=jax.random.key(0)) == "blockwise"
     assert default(2048, 2048) == "splash"
+    assert default(1024, 1024, heads=25, width=64) == "splash", "the 25 heads of GPT-2 XL do not fit into VMEM"
     assert default(2048, 2048, Mask(causal=True, **order)) == "pallas"
     assert default(100, 100) == "pallas"
     assert default(32, 32) == "reference"

@@ -7,6 +7,7 @@ import pytest
 
 from jaxlm.nn import lazy_pallas
 from jaxlm.nn.attention import attention, pallas, split
+from jaxlm.nn.attention.bias import dense_bias
 from jaxlm.nn.attention.distance_bias import (
     distance_bias,
     distance_bias_at_positions,
@@ -190,6 +191,15 @@ def test_bfloat16_is_as_accurate_as_blockwise():
     assert all(x < 1.3 * y + 2e-3 for x, y in zip(got, blockwise, strict=True)), (got, blockwise)
 
 
+@pytest.mark.parametrize(("rows", "heads", "is_dense"), [(1, 2, False), (2, 2, True), (2, 9, False)])
+def test_a_shared_bias_is_dense_for_several_rows_if_it_fits_into_vmem(rows, heads, is_dense, monkeypatch):
+    calls = []
+    monkeypatch.setattr(pallas, "dense_bias", lambda *arguments: calls.append(1) or dense_bias(*arguments))
+    q, bias = jnp.zeros((rows, 512, heads, 64)), distance_bias(jnp.zeros((25, heads)), 12, 512, 512, query_offset=0)
+    jax.eval_shape(lambda q: pallas.attention(q, q, q, Mask(), scale=1.0, biases=(bias,)), q)
+    assert bool(calls) == is_dense
+
+
 @pytest.mark.thorough
 def test_each_device_runs_its_own_rows_and_heads():
     floats, cotangent = arrays(128, 128)
@@ -238,9 +248,18 @@ def test_unsupported_arguments_give_the_reason():
         attend(bias=jnp.zeros((1, 1, 8, 8)))
     with pytest.raises(ValueError, match="does not support the bias ByPositions: TPU kernels need a KernelBiasFn"):
         attend(bias=distance_bias_at_positions(jnp.zeros((9, H)), 4, positions, positions))
-    assert "supports at most 4096 keys, got 8192" in pallas.unsupported_reason(8192, (), None)
+
+    def reason(keys, heads=H, width=K, mask=Mask()):  # noqa: B008 (frozen)
+        qkv = (jax.ShapeDtypeStruct((B, keys, heads, width), jnp.bfloat16),) * 3
+        return pallas.unsupported_reason(qkv, mask, (), None)
+
+    assert "supports at most 4096 keys, got 8192" in reason(8192)
+    assert "blocks that do not fit into VMEM: 25 query heads and 25 key heads of width 64" in reason(
+        1024, 25, 64, Mask(causal=True)
+    ), "25 heads of width 64 are in one block"
+    assert reason(1024, 24, 64, Mask(causal=True)) is None
     with Sharding(make_mesh("data=4,sequence=2")).scope():
-        assert "without a sequence axis" in pallas.unsupported_reason(128, (), None)
+        assert "without a sequence axis" in reason(128)
 
 
 def test_blocks_divide_the_queries_and_fit_into_vmem():
