@@ -46,13 +46,16 @@ def linear(params: Params, x: jax.Array, *, num_input_axes: int = 1) -> jax.Arra
     """
     weight = params["weight"].astype(x.dtype)
     output_shape = weight.shape[num_input_axes:]
-    if choices.merge_head_axes() and weight.ndim > 2:
+    if choices.merge_head_axes():
         if num_input_axes > 1 and _can_merge(x, x.ndim - 2) and _can_merge(weight, num_input_axes - 2):
             x, weight = _merge(x, x.ndim - 2), _merge(weight, num_input_axes - 2)
             num_input_axes -= 1
         if len(output_shape) > 1 and _can_merge(weight, weight.ndim - 2):
             weight = _merge(weight, weight.ndim - 2)
-        weight = lax.optimization_barrier(weight)  # otherwise, XLA would separate the axes again
+        # Without the barrier, XLA would separate the axes again. It also makes XLA convert each weight to the compute
+        # dtype once, and not in the matmuls. With barriers only for merged weights, GPT-2's step takes 197 instead of
+        # 184 M cycles (16 x 1,024 tokens on a v5e, TPU compiler's estimate).
+        weight = lax.optimization_barrier(weight)
     y = _product(x, weight, num_input_axes)
     y = y.reshape(*y.shape[: x.ndim - num_input_axes], *output_shape)
     return add_bias(y, params["bias"]) if "bias" in params else y
