@@ -184,12 +184,11 @@ def _attention(
 
     outputs = []
     for q_BTHK, stream, name in zip((q[:, :T], q[:, T:]), streams, ("content", "query")):
-        content_q, position_q, type_q = (
-            add_bias(q_BTHK, weights[bias]) for bias in ("content_bias", "position_bias", "type_bias")
-        )
+        content_q, position_q = (add_bias(q_BTHK, weights[bias]) for bias in ("content_bias", "position_bias"))
         biases = [stream.position_bias(table, S, absorb("relative", position_q), scale)]
         if stream.token_types is not None:
             types_2HK = weights["type_embedding"].astype(q.dtype)
+            type_q = add_bias(q_BTHK, weights["type_bias"])
             biases.append(type_bias(type_q, types_2HK, *stream.token_types, scale=scale))
         content_q = absorb("key", content_q)
         if use_absorbed:

@@ -6,8 +6,8 @@ relative bias shifts each row of the scores by a different amount (``jaxlm.nn.at
 
 The kernels read queries, keys and values as the projections write them: [B, T, H * K], with the heads of a token beside
 each other. With a separate axis of heads, a TPU would pad a head of width 64 to a vector of 128 entries, and XLA would
-transpose the arrays and would use half of the matrix unit in the projections. A block has the fewest heads that fill
-whole vectors, or all heads (:func:`_heads_of_block`). The kernels compute these heads one after the other.
+transpose the arrays and would use half of the matrix unit in the projections. A block has the fewest heads whose
+width is a multiple of 128, or all heads (:func:`_heads_of_block`). The kernels compute these heads one after the other.
 
 The backward pass recomputes the scores. A tile has whole rows, so the backward pass also computes the sums over rows,
 and reads no log-sum-exps and no row sums from HBM. With a causal mask that compares indices, and at most
@@ -88,12 +88,12 @@ class _StaticArguments(tile_scores.ScoreConfig):
 
     Attributes:
         queries, keys: numbers of real queries and keys. Those after them, up to a multiple of LANES, are padding.
-        heads: numbers H and G of the query heads and the key heads of a device.
+        heads: numbers H and G of the query heads and the key heads; in the kernels, those of a device.
     """
 
     queries: int
     keys: int
-    heads: tuple[int, int] = (1, 1)
+    heads: tuple[int, int]
 
 
 def attention(
@@ -136,7 +136,7 @@ def attention(
 
     bias_fns = tuple(bias.bias_fn for bias in biases)
     integers = jax.tree.map(jnp.asarray, (mask.arrays, tuple(bias.integers for bias in biases)))
-    static = _StaticArguments(mask.causal, mask.window, scale, bias_fns, queries=T, keys=S)
+    static = _StaticArguments(mask.causal, mask.window, scale, bias_fns, queries=T, keys=S, heads=(H, k_BSGK.shape[2]))
     floats = _map_bias_arrays(static, broadcast, tuple(bias.floats for bias in biases))
     return split.shard_attention(
         functools.partial(_device_attention, static), (q_BTHK, k_BSGK, v_BSGK), floats, integers
@@ -277,10 +277,10 @@ def _load(static: _StaticArguments, tile: _Tile, refs: Any) -> tuple[Any, Any, A
     def load_integers(x: Any) -> jax.Array:
         return x[tile.rows] if x.shape[1] == 1 else x[:, tile.k[0]]
 
-    keys = 0, static.keys
     qkv = (
         _load_rows(q, tile.q, tile.scores.row, static.queries),
-        *(_load_rows(x, index, *keys) for x, index in ((k, tile.k), (v, tile.v))),
+        _load_rows(k, tile.k, 0, static.keys),
+        _load_rows(v, tile.v, 0, static.keys),
     )
     return qkv, bias_arrays, jax.tree.map(load_integers, integers)
 
@@ -415,7 +415,8 @@ class _Layout:
 def _heads_of_block(heads: tuple[int, int], widths: tuple[int, int]) -> tuple[int, int]:
     """The numbers of key heads of a block, and of query heads for each of its key heads.
 
-    They are the smallest numbers for which a block fills whole vectors, or all heads.
+    They are the smallest numbers for which the last axes of the block's arrays are multiples of LANES. If there are no
+    such numbers, a block has all heads.
     """
     H, G = heads
 
