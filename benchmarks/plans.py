@@ -172,6 +172,7 @@ def measure(case: Case, steps: int) -> dict[str, Any]:
     from jaxlm import get_model
     from jaxlm.plan import plan, program
     from jaxlm.sharding import Sharding, make_mesh
+    from jaxlm.training.layouts import with_formats
     from jaxlm.training.optimizer import OptimizerConfig
 
     if jax.device_count() > 1:
@@ -206,6 +207,7 @@ def measure(case: Case, steps: int) -> dict[str, Any]:
         arguments = params, state, tokens
     else:
         arguments = jax.tree.map(array, step.arguments)
+    arguments = with_formats(arguments, compiled.input_formats[0])
     _memory(reset=True)  # on a CPU, the peak before this line, with copies of the arrays, does not count
     for _ in range(steps + WARM_UP):
         start = time.perf_counter()

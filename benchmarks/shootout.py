@@ -239,6 +239,7 @@ def _measure(
     from experiments.families import Data, source, to_batch
     from jaxlm.data import Batches
     from jaxlm.training.evaluation import Evaluator
+    from jaxlm.training.layouts import with_formats
 
     model, recipe, trainer, flops_per_token = setup
     data, convert = Data.load(), to_batch(recipe)
@@ -250,6 +251,7 @@ def _measure(
     start = time.perf_counter()
     step: Any = trainer.jit_step()
     step = step.lower(state, batch).compile()
+    state = with_formats(state, step.input_formats[0][0])
     compile_seconds = time.perf_counter() - start
     seconds, losses = [], []
     for _ in range(steps):

@@ -25,7 +25,10 @@ class JaxTraining(JaxImplementation):
 
     def run(self) -> float:
         if self.compiled is None:
+            from jaxlm.training.layouts import with_formats
+
             self.compiled = self.function.lower(self.state, self.batch).compile()
+            self.state = with_formats(self.state, self.compiled.input_formats[0][0])
         result = jax_exact().block_until_ready(self.compiled(self.state, self.batch))
         if not self.is_step:
             return float(result)

@@ -86,8 +86,10 @@ def _recall_case(length: int, pairs: int) -> Case:
         return synthetic.recall(rng, 64, length, pairs, vocab_size=8192)
 
     # With the usual init_stddev=0.02, a Transformer of width 64 has not learned the task after 3,000 steps. It still
-    # guesses one of the values of the row.
-    return Case(8192, length, sample, {VALIDATION: sample, "test": sample}, fields={"init_stddev": 0.1})
+    # guesses one of the values of the row. Without tied embeddings, as in the published runs, Gated DeltaNet has learned
+    # nothing after 4,000 steps. With them, it has learned the task after 900 steps.
+    fields = {"init_stddev": 0.1, "tie_embeddings": True}
+    return Case(8192, length, sample, {VALIDATION: sample, "test": sample}, fields=fields)
 
 
 _RECALL = Experiment(
@@ -97,7 +99,8 @@ _RECALL = Experiment(
         "key. The vocabulary has 8,192 ids. The published runs have 100,000 rows for up to 64 epochs, lengths from 64 "
         "to 512 and widths from 64 to 512. Here each step draws new rows, at most 256,000 in a run, and fewer lengths "
         "and widths are measured. In models with the config field `init_stddev`, the initial weights have a standard "
-        "deviation of 0.1."
+        "deviation of 0.1. As in the published runs, the output head is the token table, in models with the config "
+        "field `tie_embeddings`."
     ),
     cases={f"{length} tokens, {pairs} pairs": _recall_case(length, pairs) for length, pairs in ((64, 4), (128, 8))},
     plan=Plan(steps=4000, widths=(64, 128), layers=2, learning_rates=(3e-3, 1e-3), stop_at=0.99),

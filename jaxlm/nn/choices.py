@@ -167,7 +167,7 @@ def share_mask_between_heads(queries: int, *, has_integers: bool) -> bool:
     return has_integers and queries <= MAX_SHARED_MASK_QUERIES
 
 
-DecodeProducts = Literal["sums", "merged", "reference"]
+DecodeProducts = Literal["kernel", "sums", "merged", "reference"]
 DECODE_PARTIAL_SUMS = 8
 """Number of partial sums into which ``sums`` splits each product of a query and a key. Elementwise operations compute
 the partial sums with vector instructions, then a matmul adds them."""
@@ -178,7 +178,7 @@ def decode_products(
 ) -> DecodeProducts:
     """How ``decode`` computes the products of queries, keys and values.
 
-    ``jaxlm.nn.attention.decode`` describes the three ways. Time in ms of ``merged`` and ``sums``, for one query per row
+    ``jaxlm.nn.attention.decode`` describes the four ways. Time in ms of ``merged`` and ``sums``, for one query per row
     (one core of an AMD EPYC, Zen 4):
 
         rows  slots  heads  width  dtype       jaxlib 0.10.2   jaxlib 0.12
@@ -198,21 +198,15 @@ def decode_products(
         q_shape: [B, T, H, K].
         k_shape: [B, E, G, K], where E is the number of slots that are read.
         dtype: dtype of the keys.
-        shards: number of devices that split the heads. ``sums`` needs 1, ``merged`` needs a divisor of G.
+        shards: number of devices that split the heads. ``sums`` needs 1, ``merged`` and ``kernel`` need a divisor of G.
     """
     (B, T, H, _), G = q_shape, k_shape[2]
     if sharding.platform() == "cpu" and dtype == jnp.float32 and T == 1 and H == G >= 8 and B > 1 and shards == 1:
         return "sums"
-    return "merged" if sharding.platform() in ("cpu", "tpu") and G % shards == 0 else "reference"
-
-
-def lane_padding(width: int) -> int:
-    """The number of entries that pad an axis of size ``width`` to a multiple of LANES on a TPU; 0 on other platforms.
-
-    ``decode`` pads the last axis of keys and values, which has all heads of a slot. Without padding, the TPU compiler
-    transposes the whole cache in every layer, so that the slots are the last axis instead of the heads.
-    """
-    return -width % LANES if sharding.platform() == "tpu" else 0
+    if G % shards:
+        return "reference"
+    products: dict[str, DecodeProducts] = {"tpu": "kernel", "cpu": "merged"}
+    return products.get(sharding.platform(), "reference")
 
 
 def shift_rows_by_reshape() -> bool:

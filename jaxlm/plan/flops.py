@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.extend import core as jax_core
@@ -229,17 +229,35 @@ Kernel = tuple[str, tuple[tuple[int, ...], ...]]
 """The name of a Pallas kernel and the shapes of its results, because kernels of one name can have different shapes."""
 
 
-def kernel_grids(jaxpr: Any) -> dict[Kernel, set[int]]:
-    """The numbers of grid steps of the Pallas kernels in a jaxpr.
+class KernelCall(NamedTuple):
+    """A call of a Pallas kernel.
+
+    Attributes:
+        grid: number of grid steps.
+        bytes: bytes that are copied between HBM and VMEM: the blocks of all grid steps, but of an array at most its
+            size, because a block is not copied again for the next step.
+    """
+
+    grid: int
+    bytes: int
+
+
+def kernel_calls(jaxpr: Any) -> dict[Kernel, set[KernelCall]]:
+    """The calls of the Pallas kernels in a jaxpr.
 
     The value is a set, because several kernels can have the same name and the same shapes.
     """
-    grids: dict[Kernel, set[int]] = {}
+    calls: dict[Kernel, set[KernelCall]] = {}
     for equation in jaxpr.eqns:
         if equation.primitive.name == "pallas_call":
             kernel = equation.params["name"], tuple(result.aval.shape for result in equation.outvars)
-            grids.setdefault(kernel, set()).add(math.prod(equation.params["grid_mapping"].grid))
+            mapping = equation.params["grid_mapping"]
+            steps, size = math.prod(mapping.grid), 0
+            for block in mapping.block_mappings:
+                entries = min(steps * math.prod(block.transformed_block_aval.shape), math.prod(block.array_aval.shape))
+                size += entries * block.array_aval.dtype.itemsize
+            calls.setdefault(kernel, set()).add(KernelCall(steps, size))
         for inner in _inner_jaxprs(equation.params):
-            for kernel, steps_of_inner in kernel_grids(inner).items():
-                grids.setdefault(kernel, set()).update(steps_of_inner)
-    return grids
+            for kernel, inner_calls in kernel_calls(inner).items():
+                calls.setdefault(kernel, set()).update(inner_calls)
+    return calls

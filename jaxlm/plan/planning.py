@@ -94,9 +94,9 @@ class KernelStats:
         grid: grid steps per call; None if unknown.
         bundles: number of VLIW bundles (one per cycle) at each loop depth (see ``jaxlm.plan.kernels``); None if there
             is no dump of the schedule.
-        cycles: bundles times grid steps, summed over all calls; None if the schedule or the grid is unknown. The number
-            includes instructions that a grid step skips (``pl.when``), and one iteration of each inner loop. It does
-            not include the time for which the kernel waits for memory.
+        cycles: the cycles of all calls; None if the schedule or the grid is unknown. Those of a call are bundles times
+            grid steps or, if they take longer, the copies of its arrays between HBM and VMEM. The bundles include
+            instructions that a grid step skips (``pl.when``), and one iteration of each inner loop.
     """
 
     name: str
@@ -215,7 +215,7 @@ def plan(
         )
     start, start_time_ns = time.perf_counter(), time.time_ns()
     traced = step.function.trace(*step.arguments)
-    grids = flops.kernel_grids(traced.jaxpr.jaxpr)
+    calls = flops.kernel_calls(traced.jaxpr.jaxpr)
     parts = {part: program.device_bytes(tree) for part, tree in step.parts.items()}
     min_memory_seconds = None
     if decode and devices.device is not None:
@@ -239,7 +239,10 @@ def plan(
     costs = hlo.costs(hlo.parse(compiled.as_text()))
     memory = _memory(compiled.memory_analysis(), parts, devices.device, trains=not decode)
     fits = memory.limit is None or memory.total <= memory.limit
-    kernel_stats, collectives = _kernels(costs, grids, start_time_ns), _collective_stats(costs, devices.device)
+    kernel_stats, collectives = (
+        _kernels(costs, calls, start_time_ns, devices.device),
+        _collective_stats(costs, devices.device),
+    )
     return plan_of_step(
         **_estimates(costs.cycles, kernel_stats, collectives, step.flops.amount, devices),
         fits=fits,
@@ -352,7 +355,9 @@ def _most_expensive(costs: hlo.Costs, kernel_stats: list[KernelStats]) -> list[O
     return [OperationStats(name, cycles, cycles / total, times) for name, (cycles, times) in largest if cycles]
 
 
-def _kernels(costs: hlo.Costs, grids: dict[flops.Kernel, set[int]], start_time_ns: int) -> list[KernelStats]:
+def _kernels(
+    costs: hlo.Costs, calls: dict[flops.Kernel, set[flops.KernelCall]], start_time_ns: int, device: Device | None
+) -> list[KernelStats]:
     kernel_stats: list[KernelStats] = []
     schedules: dict[tuple[str, str], kernels.Schedule | None] = {}
     for operation in costs.kernels:
@@ -361,9 +366,16 @@ def _kernels(costs: hlo.Costs, grids: dict[flops.Kernel, set[int]], start_time_n
         # libtpu compiles equal kernels once, so there is a dump only for the name of the first one.
         key = base_name, operation.instruction.shape
         schedule = schedules[key] = kernels.schedule_of(name, start_time_ns) or schedules.get(key)
-        steps = grids.get((base_name, hlo.array_shapes(operation.instruction.shape)), set())
-        grid = next(iter(steps)) if len(steps) == 1 else None  # unknown if such kernels have different grids
-        cycles = None if schedule is None or grid is None else kernels.cycles(schedule, grid) * operation.times
+        known = calls.get((base_name, hlo.array_shapes(operation.instruction.shape)), set())
+        grids = {call.grid for call in known}
+        grid = grids.pop() if len(grids) == 1 else None  # unknown if such kernels have different grids
+        cycles = None
+        if schedule is not None and grid is not None:
+            cycles = kernels.cycles(schedule, grid)
+            if device is not None and device.clock is not None:
+                copied = max(call.bytes for call in known)
+                cycles = max(cycles, round(copied / device.bandwidth * device.clock))
+            cycles *= operation.times
         kernel_stats.append(KernelStats(name, operation.times, grid, schedule, cycles))
     return kernel_stats
 
@@ -377,7 +389,7 @@ def _notes(costs: hlo.Costs, kernel_stats: list[KernelStats]) -> list[str]:
             notes.append(f"kernel with inner loops, whose iterations are counted once: {kernel.name}")
     if kernel_stats and all(kernel.cycles is not None for kernel in kernel_stats):
         notes.append(
-            "kernel cycles are bundles times grid steps: they include code that a grid step skips, but do not include "
-            "the time that a kernel waits for memory"
+            "kernel cycles are bundles times grid steps, which include code that a grid step skips, or, if they take "
+            "longer, the copies between HBM and VMEM"
         )
     return notes

@@ -23,6 +23,7 @@ from jaxlm.objectives.batch import Batch
 from jaxlm.plan import flops as flops_lib
 from jaxlm.sharding import Sharding
 from jaxlm.spec import Params
+from jaxlm.training.layouts import auto_formats
 from jaxlm.training.optimizer import OptimizerConfig, make_optimizer
 from jaxlm.training.trainer import Trainer, carry_size_of
 
@@ -185,7 +186,13 @@ def decoding_step(
             return state, argmax(logits_BV[:, : model.config.vocab_size])
 
     slots = f", {sequence} cache slots" if model.has_cache else ""
-    function: Callable[..., Any] = jax.jit(step, donate_argnums=1, out_shardings=(sharding.tree(specs), rows))
+    # The compiler also chooses the layouts of arrays in the loop of ``generate``, so it chooses them here.
+    params_format, state_format = (
+        auto_formats(tree, jax.tree.map(lambda x: x.sharding, tree)) for tree in (params, state)
+    )
+    function: Callable[..., Any] = jax.jit(
+        step, donate_argnums=1, in_shardings=(params_format, state_format, rows), out_shardings=(state_format, rows)
+    )
     return Step(
         function, (params, state, tokens), {"parameters": params, "state": state},
         flops_lib.decoding_flops(model, batch), batch,

@@ -25,6 +25,7 @@ from jaxlm.objectives.batch import Loss, loss_and_terms, term_names
 from jaxlm.sharding import Sharding, num_shards, platform
 from jaxlm.spec import Params
 from jaxlm.training import nt_asgd
+from jaxlm.training.layouts import LayoutStep
 from jaxlm.training.optimizer import OptimizerConfig, optimizer_sharding
 from jaxlm.training.report import NON_METRIC_FIELDS
 
@@ -480,9 +481,12 @@ class Trainer:
         return params, optimizer_state, ema, model_state, frozen
 
     def jit_step(self) -> Step:
-        """:meth:`step`, compiled with ``jax.jit``. It donates the input state, so do not use this state again."""
+        """:meth:`step`, compiled with ``jax.jit``. It donates the input state, so do not use this state again.
+
+        On a TPU, the compiler chooses the memory layouts of the state (:class:`jaxlm.training.layouts.LayoutStep`).
+        """
         if self.sharding is None:
-            return jax.jit(self.step, donate_argnums=0)
+            return LayoutStep(self.step) if platform() == "tpu" else jax.jit(self.step, donate_argnums=0)
         sharding = self.sharding
         in_shardings = (self.shardings(), sharding.named_sharding(("batch",)))
         out_shardings = (self.shardings(), sharding.replicated())
@@ -497,6 +501,8 @@ class Trainer:
                 functools.partial(self._of_one_device().step, axis_name=sharding.mesh.axis_names),
                 mesh=sharding.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False,
             )  # fmt: skip
+        elif sharding.mesh.devices.flat[0].platform == "tpu":
+            return LayoutStep(step, (*in_shardings, out_shardings[1]))
         return jax.jit(step, in_shardings=in_shardings, out_shardings=out_shardings, donate_argnums=0)
 
     def _of_one_device(self) -> Trainer:

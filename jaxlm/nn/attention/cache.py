@@ -63,6 +63,10 @@ class CacheView:
         *rest, width = self.stack.shape[-3:]
         return (*rest, width) if self.heads is None else (*rest, self.heads, width // self.heads)
 
+    @property
+    def dtype(self) -> Any:
+        return self.stack.dtype
+
     def read(self, length: int) -> jax.Array:
         """The first ``length`` slots of each row, [B, length, ...]."""
         if self.layer is None:
@@ -105,6 +109,9 @@ def append(slots_BS: Any, new_BT: jax.Array, length_B: jax.Array) -> Any:
         # On a TPU, with bfloat16 and several rows, XLA turns the update at the end of this function into a float32
         # scatter, which converts the whole cache. ``CacheView.append`` stays in bfloat16 (docs/labbook.md).
         return CacheView(slots_BS).append(new_BT, length_B).stack
+    if new_BT.shape == (len(slots_BS), 1):
+        # On a TPU, XLA turns the update at the end of this function into a loop over the rows.
+        return jnp.where(jnp.arange(slots_BS.shape[1])[None] == length_B[:, None], new_BT, slots_BS)
     new_BT = new_BT.reshape(*new_BT.shape[:2], *slots_BS.shape[2:]).astype(slots_BS.dtype)
     write = lambda row, new, start: lax.dynamic_update_slice_in_dim(row, new, start, 0)  # noqa: E731
     return jax.vmap(write)(slots_BS, new_BT, length_B)

@@ -1,9 +1,10 @@
 """Attention of a few queries over a cache. The cost grows with the filled part of the cache, not with its size.
 
-The code reads only the slots up to the last slot that any query may attend to. Their number is rounded up to one of a
-few lengths, each of which is a branch of a ``lax.switch``. ``jaxlm.nn.choices.decode_products`` selects one of three
-ways to compute the products of queries, keys and values:
+The code reads only the slots up to the last slot that any query may attend to. ``jaxlm.nn.choices.decode_products``
+selects one of four ways to compute the products of queries, keys and values. Except in the kernel, the number of slots
+is rounded up to one of a few lengths, each of which is a branch of a ``lax.switch``.
 
+- ``kernel``: a Pallas kernel for TPUs (``jaxlm.nn.attention.decode_kernel``).
 - ``merged``: one matmul computes all heads of a device, ``k [E, G*K] @ q [G*K, T*H]``. The matrix q is block diagonal,
   with zeros for the keys of other heads. This needs more arithmetic than one matmul per head.
 - ``sums``: elementwise products and sums, for one query per key head.
@@ -29,7 +30,7 @@ from jax import lax
 
 from jaxlm import sharding
 from jaxlm.nn import choices
-from jaxlm.nn.attention import reference
+from jaxlm.nn.attention import decode_kernel, reference
 from jaxlm.nn.attention.bias import AttentionBias, dense_bias
 from jaxlm.nn.attention.cache import CacheView
 from jaxlm.nn.attention.mask import Mask, keep, softmax
@@ -46,6 +47,9 @@ def attention(
 ) -> jax.Array:
     """Attention as in ``jaxlm.nn.attention.attention``."""
     S = k_BSGK.shape[1]
+    end_B = _end_of_visible(mask, S)
+    if choices.decode_products(q_BTHK.shape, k_BSGK.shape, v_BSGK.dtype, sharding.num_shards(("heads",))) == "kernel":
+        return decode_kernel.attention(q_BTHK, k_BSGK, v_BSGK, mask, end_B=end_B, scale=scale, biases=biases)
     lengths = [S]
     while lengths[0] > 2 * choices.MIN_DECODE_SLOTS:
         lengths.insert(0, -(-lengths[0] // 2))
@@ -56,13 +60,13 @@ def attention(
 
         return lambda: attend_to_first_keys(q_BTHK, read(k_BSGK), read(v_BSGK), mask, scale, biases)
 
-    end = _end_of_visible(mask, S)
+    end = jnp.max(end_B)
     index = sum(((end > length).astype(jnp.int32) for length in lengths[:-1]), jnp.int32(0))
     return lax.switch(index, [branch(length) for length in lengths])
 
 
 def _end_of_visible(mask: Mask, slots: int) -> jax.Array:
-    """An upper bound of ``1 + i``, where i is the index of the last slot that any query of the batch may attend to.
+    """An upper bound of ``1 + i`` for each row, [1 or B]; i is the index of the last slot that a query may attend to.
 
     The bound may be too large, because key segments are compared only with the smallest and the largest query segment
     of the row.
@@ -73,7 +77,7 @@ def _end_of_visible(mask: Mask, slots: int) -> jax.Array:
     if mask.query_segments is not None:
         low, high = (f(mask.query_segments, axis=1, keepdims=True) for f in (jnp.min, jnp.max))
         visible_BS &= (mask.key_segments >= low) & (mask.key_segments <= high)
-    return jnp.max(jnp.where(visible_BS, jnp.arange(1, slots + 1, dtype=jnp.int32)[None], 0))
+    return jnp.max(jnp.where(visible_BS, jnp.arange(1, slots + 1, dtype=jnp.int32)[None], 0), axis=1)
 
 
 def attend_to_first_keys(
@@ -87,6 +91,9 @@ def attend_to_first_keys(
         key_order=None if mask.key_order is None else mask.key_order[:, :E],
         key_segments=None if mask.key_segments is None else mask.key_segments[:, :E],
     )
+    if products == "kernel":
+        end_1 = jnp.full((1,), E, jnp.int32)
+        return decode_kernel.attention(q_BTHK, k_BEGK, v_BEGK, mask_E, end_B=end_1, scale=scale, biases=biases)
     if products == "reference":
         return reference.attention(q_BTHK, k_BEGK, v_BEGK, mask_E, scale=scale, biases=biases)
     scores_BHTE = _scores(q_BTHK, k_BEGK, products) * scale
@@ -111,7 +118,6 @@ def _scores(q_BTHK: jax.Array, k_BEGK: jax.Array, products: choices.DecodeProduc
     q_BTPRK = q_BTHK.reshape(B, T, P, H // P, K)
     block_q = jnp.einsum("BTPRK,GR->BPGKTR", q_BTPRK, _reads_key_head(H, G, P).astype(q_BTHK.dtype))
     block_q = block_q.reshape(B, P, -1, T * H // P)
-    block_q = jnp.pad(block_q, ((0, 0), (0, 0), (0, choices.lane_padding(block_q.shape[2])), (0, 0)))
     scores = _dot(_merge_heads(k_BEGK, P), block_q, (((3,), (2,)), ((0, 2), (0, 1))))
     return scores.reshape(B, P, E, T, H // P).transpose(0, 1, 4, 3, 2).reshape(B, H, T, E)
 
@@ -125,7 +131,7 @@ def _weighted_values(p_BHTE: jax.Array, v_BEGV: jax.Array, products: choices.Dec
         return weighted.sum(axis=1)[:, None].astype(v_BEGV.dtype)
     P = sharding.num_shards(("heads",))
     means = _dot(p_BHTE.reshape(B, P, T * H // P, E), _merge_heads(v_BEGV, P), (((3,), (1,)), ((0, 1), (0, 2))))
-    means = means[..., : G // P * V].reshape(B, P, H // P, T, G // P, V)
+    means = means.reshape(B, P, H // P, T, G // P, V)
     out = jnp.einsum("BPRTGV,GR->BTPRV", means, _reads_key_head(H, G, P).astype(np.float32))
     return out.reshape(B, T, H, V).astype(v_BEGV.dtype)
 
@@ -136,9 +142,8 @@ def _reads_key_head(H: int, G: int, P: int) -> np.ndarray:
 
 
 def _merge_heads(x_BEGK: jax.Array, shards: int) -> jax.Array:
-    """``x`` as [B, E, shards, heads of a shard * width], with the last axis padded (``choices.lane_padding``)."""
-    x = x_BEGK.reshape(*x_BEGK.shape[:2], shards, -1)
-    return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, choices.lane_padding(x.shape[3]))))
+    """``x`` as [B, E, shards, heads of a shard * width]."""
+    return x_BEGK.reshape(*x_BEGK.shape[:2], shards, -1)
 
 
 def _dot(x: Any, y: Any, axes: Any) -> jax.Array:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from jaxlm import sharding
-from jaxlm.nn import choices
+from jaxlm.nn import choices, lazy_pallas
 from jaxlm.nn.attention import attention, blockwise, cudnn, pallas, splash
 from jaxlm.nn.attention.bias import AttentionBias
 from jaxlm.nn.attention.cache import CacheContext, CacheView, append, append_and_read
@@ -427,6 +427,7 @@ def with_nan(x, slots):
 def test_few_queries_over_a_cache(monkeypatch, filled, kind):
     """``decode`` has the values and gradients of ``reference`` on each platform."""
     monkeypatch.setattr(sharding, "platform", lambda: kind)
+    monkeypatch.setattr(lazy_pallas, "INTERPRET", True)
     q, k, v, mask = cached_inputs(filled)
     table = np.random.default_rng(9).normal(size=(9, 4)).astype(np.float32)
 
@@ -485,6 +486,7 @@ def test_decode_with_heads_split_over_devices(monkeypatch, kind, mesh):
     q, k, v, mask = cached_inputs((3, 300))
     want = attend_with(q, k, v, mask, implementation="reference")
     monkeypatch.setattr(sharding, "platform", lambda: kind)
+    monkeypatch.setattr(lazy_pallas, "INTERPRET", True)
     mesh_sharding = Sharding(make_mesh(mesh, devices=jax.devices()[:4]))
 
     @jax.jit
