@@ -86,8 +86,8 @@ def _recall_case(length: int, pairs: int) -> Case:
         return synthetic.recall(rng, 64, length, pairs, vocab_size=8192)
 
     # With the usual init_stddev=0.02, a Transformer of width 64 has not learned the task after 3,000 steps. It still
-    # guesses one of the values of the row. Without tied embeddings, as in the published runs, Gated DeltaNet has learned
-    # nothing after 4,000 steps. With them, it has learned the task after 900 steps.
+    # guesses one of the values of the row. Without tied embeddings, Gated DeltaNet has learned nothing after 4,000
+    # steps. With tied embeddings, as in the published runs, it has learned the task after 900 steps.
     fields = {"init_stddev": 0.1, "tie_embeddings": True}
     return Case(8192, length, sample, {VALIDATION: sample, "test": sample}, fields=fields)
 

@@ -26,7 +26,7 @@ from jaxlm import spec
 from jaxlm.models import common, heads
 from jaxlm.nn.activation import activation
 from jaxlm.nn.attention import attention, cache
-from jaxlm.nn.attention.bias import AttentionBias
+from jaxlm.nn.attention.bias import AttentionBias, for_several_layers
 from jaxlm.nn.attention.bucket_bias import bias_of_each_distance, distance_buckets
 from jaxlm.nn.attention.distance_bias import distance_bias, distance_bias_at_positions
 from jaxlm.nn.attention.mask import Mask, document_mask
@@ -240,8 +240,10 @@ def _bias_fn(
             return distance_bias(table, cfg.max_distance, length, length, query_offset=0)
         return distance_bias_at_positions(table, cfg.max_distance, *positions)
 
-    shared = None if cfg.bias_per_layer else bias(params)
-    return bias if shared is None else lambda weights: shared
+    if cfg.bias_per_layer:
+        return bias
+    shared = bias(params) if positions is not None else for_several_layers(bias(params), length, length)
+    return lambda weights: shared
 
 
 def logits(cfg: Config, params: Params, hidden: jax.Array) -> jax.Array:

@@ -212,6 +212,18 @@ def dense_bias(bias: AttentionBias, queries: int, keys: int) -> jax.Array:
     return out.reshape(B, H, queries, keys)
 
 
+def as_dense(bias: AttentionBias, queries: int, keys: int) -> AttentionBias:
+    """The bias with its values as one dense array."""
+    return (
+        bias if isinstance(bias.bias_fn, Dense) else AttentionBias(Dense(), {"bias": dense_bias(bias, queries, keys)})
+    )
+
+
+def for_several_layers(bias: AttentionBias, queries: int, keys: int) -> AttentionBias:
+    """The bias for attention in several layers, as a dense array if ``jaxlm.nn.choices.dense_shared_bias`` is True."""
+    return as_dense(bias, queries, keys) if choices.dense_shared_bias(queries, keys) else bias
+
+
 def drop_unit_axes(tree: Any, axes: int = 2) -> Any:
     """Each array without the axes of size 1 among its first ``axes`` axes."""
     return jax.tree.map(lambda x: x[tuple(0 if size == 1 else slice(None) for size in x.shape[:axes])], tree)

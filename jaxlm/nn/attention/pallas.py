@@ -34,7 +34,7 @@ from jaxlm import sharding
 from jaxlm.devices import LANES
 from jaxlm.nn import lazy_pallas
 from jaxlm.nn.attention import split, tile_scores
-from jaxlm.nn.attention.bias import AttentionBias, BiasFn, Dense, KernelBiasFn, Tile, dense_bias
+from jaxlm.nn.attention.bias import AttentionBias, BiasFn, Dense, KernelBiasFn, Tile, as_dense
 from jaxlm.nn.attention.mask import Mask
 from jaxlm.nn.attention.pallas_tile import VmemTile
 from jaxlm.nn.custom_gradient import custom_vjp
@@ -68,8 +68,9 @@ def unsupported_reason(qkv: Any, mask: Mask, biases: tuple[AttentionBias, ...], 
         return "has no dropout: set the rate to 0"
     for bias in biases:
         if isinstance(bias.bias_fn, Dense):
-            return "takes no dense bias"
-        if not isinstance(bias.bias_fn, KernelBiasFn):
+            if not _takes_dense_biases(qkv):
+                return f"takes dense biases only if all keys have a query head each, and at most {MAX_BLOCK} tokens"
+        elif not isinstance(bias.bias_fn, KernelBiasFn):
             name = type(bias.bias_fn).__name__.strip("_")
             return f"does not support the bias {name}: TPU kernels need a KernelBiasFn (jaxlm.nn.attention.bias)"
     if sharding.device_kind().startswith(lazy_pallas.OLD_TPUS):
@@ -109,18 +110,12 @@ def attention(
     B, T, H, _ = q_BTHK.shape
     S = k_BSGK.shape[1]
     grouped = k_BSGK.shape[2] != H
-    key_heads, group = _heads_of_device_block((q_BTHK, k_BSGK, v_BSGK))
-    # The array of the bias and its gradient are float32, and each has two buffers in VMEM (``_block_bytes``).
-    dense_bytes = 16 * key_heads * group * _padded(T) * _padded(S)
-    if B > 1 and max(T, S) <= MAX_BLOCK and not grouped and dense_bytes <= VMEM_LIMIT_BYTES // 2:
+    if B > 1 and _takes_dense_biases((q_BTHK, k_BSGK, v_BSGK)):
         # A bias that all rows of the batch share is computed once, as an array [1, H, T, S]. A block has all queries,
         # so its part of the array stays in VMEM while the grid computes the rows of the batch. Otherwise, the kernel
         # would compute the bias again for each row. For T5 with 512 tokens, that would be a sixth of the instruction
         # bundles of the forward kernel and a quarter of those of the backward kernel (TPU compiler).
-        biases = tuple(
-            AttentionBias(Dense(), {"bias": dense_bias(bias, T, S)}) if _is_shared_by_rows(bias) else bias
-            for bias in biases
-        )
+        biases = tuple(as_dense(bias, T, S) if _is_shared_by_rows(bias) else bias for bias in biases)
 
     def broadcast(bias_fn: BiasFn, name: str, x: jax.Array) -> jax.Array:
         """``x`` broadcast to all heads and, if necessary, to all rows of the batch.
@@ -141,6 +136,14 @@ def attention(
     return split.shard_attention(
         functools.partial(_device_attention, static), (q_BTHK, k_BSGK, v_BSGK), floats, integers
     )
+
+
+def _takes_dense_biases(qkv: Any) -> bool:
+    """Whether a block has all queries, and its heads of a dense bias and of the gradient of this bias fit into VMEM."""
+    (_, T, H, _), (_, S, G, _) = qkv[0].shape, qkv[1].shape
+    key_heads, group = _heads_of_device_block(qkv)
+    num_bytes = 16 * key_heads * group * _padded(T) * _padded(S)  # two float32 arrays with two buffers each
+    return max(T, S) <= MAX_BLOCK and G == H and num_bytes <= VMEM_LIMIT_BYTES // 2
 
 
 def _is_shared_by_rows(bias: AttentionBias) -> bool:

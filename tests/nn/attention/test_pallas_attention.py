@@ -7,7 +7,7 @@ import pytest
 
 from jaxlm.nn import lazy_pallas
 from jaxlm.nn.attention import attention, pallas, split
-from jaxlm.nn.attention.bias import dense_bias
+from jaxlm.nn.attention.bias import as_dense
 from jaxlm.nn.attention.distance_bias import (
     distance_bias,
     distance_bias_at_positions,
@@ -52,6 +52,7 @@ def make_biases(kinds, q, numbers, vectors, types, S):
     constructors = {
         "numbers": lambda: distance_bias(numbers, 12, T, S, query_offset=S - T),
         "numbers of all heads": lambda: distance_bias(numbers[:, :1], 12, T, S, query_offset=0),
+        "dense numbers": lambda: as_dense(distance_bias(numbers, 12, T, S, query_offset=S - T), T, S),
         "vectors": lambda: distance_bias(vectors, S, T, S, query_offset=S - T, q_BTHK=q, scale=0.5),
         "vectors of queries": lambda: distance_bias_at_query_positions(
             vectors, S, S - T + np.random.default_rng(3).integers(0, T, (B, T)), S, q_BTHK=q, scale=0.5
@@ -68,6 +69,7 @@ CASES = {
     "numbers": (("numbers",), Mask(), 256, 256),
     "numbers of all heads, keys for all heads, padded": (("numbers of all heads",), Mask(), 130, 200),
     "numbers, causal": (("numbers",), Mask(causal=True), 256, 256),
+    "dense numbers, padded": (("dense numbers",), Mask(), 100, 128),
     "vectors": (("vectors",), Mask(), 256, 256),
     "vectors, causal, window, padded": (("vectors",), Mask(causal=True, window=70), 200, 200),
     "vectors, more keys, padded": (("vectors",), Mask(), 130, 300),
@@ -194,7 +196,7 @@ def test_bfloat16_is_as_accurate_as_blockwise():
 @pytest.mark.parametrize(("rows", "heads", "is_dense"), [(1, 2, False), (2, 2, True), (2, 9, False)])
 def test_a_shared_bias_is_dense_for_several_rows_if_it_fits_into_vmem(rows, heads, is_dense, monkeypatch):
     calls = []
-    monkeypatch.setattr(pallas, "dense_bias", lambda *arguments: calls.append(1) or dense_bias(*arguments))
+    monkeypatch.setattr(pallas, "as_dense", lambda *arguments: calls.append(1) or as_dense(*arguments))
     q, bias = jnp.zeros((rows, 512, heads, 64)), distance_bias(jnp.zeros((25, heads)), 12, 512, 512, query_offset=0)
     jax.eval_shape(lambda q: pallas.attention(q, q, q, Mask(), scale=1.0, biases=(bias,)), q)
     assert bool(calls) == is_dense
@@ -244,8 +246,9 @@ def test_unsupported_arguments_give_the_reason():
         attend()
     with pytest.raises(ValueError, match="'pallas' has no dropout"):
         attend(dropout=0.1, key=jax.random.key(0))
-    with pytest.raises(ValueError, match="'pallas' takes no dense bias"):
-        attend(bias=jnp.zeros((1, 1, 8, 8)))
+    long = jnp.zeros((B, 520, H, K))
+    with pytest.raises(ValueError, match="'pallas' takes dense biases only if .* and at most 512 tokens"):
+        attention(long, long, long, bias=jnp.zeros((1, 1, 520, 520)), implementation="pallas")
     with pytest.raises(ValueError, match="does not support the bias ByPositions: TPU kernels need a KernelBiasFn"):
         attend(bias=distance_bias_at_positions(jnp.zeros((9, H)), 4, positions, positions))
 
