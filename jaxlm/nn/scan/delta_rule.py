@@ -25,10 +25,13 @@ same steps, on the axis of the keys), P pairs of blocks of S steps (R: the same 
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from jaxlm.nn import choices
 from jaxlm.nn.scan import chunks, delta_rule_pallas, head_blocks
@@ -43,6 +46,10 @@ from jaxlm.nn.scan.matrix_state import (
 )
 from jaxlm.nn.scan.triangular import solve_unit_lower
 from jaxlm.nn.segments import reset_state
+
+MAX_CHUNK_DECAY = 60.0
+"""Maximum absolute sum of the log decays of a chunk for which :func:`_bounded_scores` is used. The largest factor there
+is the exponential of half of this number."""
 
 
 def gated_delta_rule(
@@ -121,6 +128,7 @@ def generalized_delta_rule(
     *,
     reset_BT: jax.Array | None = None,
     keep_BT: jax.Array | None = None,
+    min_log_decay: float | None = None,
     chunk: int | None = None,
     implementation: Implementation | None = None,
 ) -> tuple[jax.Array, jax.Array]:
@@ -134,6 +142,9 @@ def generalized_delta_rule(
             the channel. To reset the state, use ``reset_BT``.
         a_BTHK: the vectors a. A step reads the value ``a_t @ S_{t-1}`` from the state.
         b_BTHK: the keys b. A step adds ``b_t (a_t @ S_{t-1}).T`` to the state.
+        min_log_decay: a number that no log decay is below. With it, ``chunked`` needs fewer operations: it multiplies
+            queries with the decays after the middle of the chunk, and keys with those before the middle. Without it,
+            these products could overflow. Results are not finite if a log decay is far below this number.
         state_BHKV, reset_BT, keep_BT, chunk, implementation: see :func:`gated_delta_rule`. ``pallas`` is not supported.
             On a CPU, if ``implementation`` and ``chunk`` are None, a call that is not differentiated runs as
             ``reference``, and a call that is differentiated runs as ``chunked`` (with fewer than 8 steps as
@@ -167,9 +178,10 @@ def generalized_delta_rule(
     if implementation == "reference":
         return chunks.scan_steps(_generalized_step, inputs, state_BHKV, reset_BT)
     loops = is_default and choices.loops_without_gradient(query_BTHK.shape[3], state_BHKV.size, per_channel=True)
-    chunk = chunk or choices.GENERALIZED_DELTA_RULE_CHUNK
-    step = _generalized_step if loops else None
-    return chunks.scan_chunks(_generalized_chunk, inputs, state_BHKV, reset_BT, chunk, step)
+    chunk = chunk or choices.generalized_delta_rule_chunk(bounded=min_log_decay is not None)
+    is_bounded = min_log_decay is not None and -min_log_decay * chunk <= MAX_CHUNK_DECAY
+    run_chunk = functools.partial(_generalized_chunk, _bounded_scores if is_bounded else _scores)
+    return chunks.scan_chunks(run_chunk, inputs, state_BHKV, reset_BT, chunk, _generalized_step if loops else None)
 
 
 # ---------------------------------------------------------------------------------------------- gated delta rule
@@ -225,6 +237,7 @@ def _generalized_step(state_BHKV: jax.Array, mask: Any, *inputs: jax.Array) -> t
 
 
 def _generalized_chunk(
+    scores: Callable[..., tuple[jax.Array, ...]],
     state_BHKV: jax.Array,
     q_BHLK: jax.Array,
     k_BHLK: jax.Array,
@@ -243,10 +256,38 @@ def _generalized_chunk(
         u_t - sum_{s < t} (a_t @ (D(s, t-1) * b_s)) * u_s =
             (a_t * D(0, t-1)) @ S + sum_{s < t} (a_t @ (D(s, t-1) * k_s)) * v_s
 
-    a_t needs the decays D(s, t-1), and a query of step t - 1 needs the same decays. So the code uses ``a_{t+1}`` as a
-    second query of step t, and then moves its scores from step t to step t + 1.
+    Args:
+        scores: :func:`_scores` or :func:`_bounded_scores`.
     """
     dtype = v_BHLV.dtype
+    product = chunks.product_in(dtype)
+    qk_BHLM, qb_BHLM, ak_BHLM, ab_BHLM, prefix_BHLK, suffix_BHLK = scores(
+        dtype, q_BHLK, k_BHLK, log_BHLK, a_BHLK, b_BHLK
+    )
+    prefix_before_BHLK = _shift_steps(prefix_BHLK, 1.0)
+    right_BHLV = product("BHLK,BHKV->BHLV", a_BHLK * prefix_before_BHLK, state_BHKV)
+    old_BHLV = solve_unit_lower(-ab_BHLM, right_BHLV + product("BHLM,BHMV->BHLV", ak_BHLM, v_BHLV))
+    out_BHLV = product("BHLM,BHMV->BHLV", qk_BHLM, v_BHLV) + product("BHLM,BHMV->BHLV", qb_BHLM, old_BHLV)
+    out_BHLV += product("BHLK,BHKV->BHLV", q_BHLK * prefix_BHLK, state_BHKV)
+    state_BHKV = jnp.swapaxes(prefix_BHLK[:, :, -1:], 2, 3) * state_BHKV
+    state_BHKV += product("BHLK,BHLV->BHKV", k_BHLK * suffix_BHLK, v_BHLV)
+    state_BHKV += product("BHLK,BHLV->BHKV", b_BHLK * suffix_BHLK, old_BHLV)
+    return state_BHKV, out_BHLV.astype(dtype)
+
+
+def _scores(
+    dtype: DTypeLike, q_BHLK: jax.Array, k_BHLK: jax.Array, log_BHLK: jax.Array, a_BHLK: jax.Array, b_BHLK: jax.Array
+) -> tuple[jax.Array, ...]:
+    """The scores of a chunk, for any log decays.
+
+    a_t needs the decays D(s, t-1), and a query of step t - 1 needs the same decays. So the code uses ``a_{t+1}`` as a
+    second query of step t, and then moves its scores from step t to step t + 1.
+
+    Returns:
+        ``q_t @ (D(s, t) * k_s)`` and ``q_t @ (D(s, t) * b_s)`` for s <= t; ``a_t @ (D(s, t-1) * k_s)`` and
+        ``a_t @ (D(s, t-1) * b_s)`` for s < t, each [B, H, L, L] with zeros for other pairs; and D(0, t) and D(t, L),
+        each [B, H, L, K].
+    """
     product = chunks.product_in(dtype)
     queries = (q_BHLK, jnp.pad(a_BHLK[:, :, 1:], ((0, 0), (0, 0), (0, 1), (0, 0))))  # q_t and a_{t+1}
     keys = (k_BHLK, b_BHLK)
@@ -265,15 +306,36 @@ def _generalized_chunk(
     )
     qk_BHLM, qb_BHLM = scores_BHNLM[:, :, 0], scores_BHNLM[:, :, 1]
     ak_BHLM, ab_BHLM = (_shift_steps(scores_BHNLM[:, :, index]) for index in (2, 3))
-    prefix_before_BHLK = _shift_steps(prefix_BHLK, 1.0)
-    right_BHLV = product("BHLK,BHKV->BHLV", a_BHLK * prefix_before_BHLK, state_BHKV)
-    old_BHLV = solve_unit_lower(-ab_BHLM, right_BHLV + product("BHLM,BHMV->BHLV", ak_BHLM, v_BHLV))
-    out_BHLV = product("BHLM,BHMV->BHLV", qk_BHLM, v_BHLV) + product("BHLM,BHMV->BHLV", qb_BHLM, old_BHLV)
-    out_BHLV += product("BHLK,BHKV->BHLV", q_BHLK * prefix_BHLK, state_BHKV)
-    state_BHKV = jnp.swapaxes(prefix_BHLK[:, :, -1:], 2, 3) * state_BHKV
-    state_BHKV += product("BHLK,BHLV->BHKV", k_BHLK * suffix_BHLK, v_BHLV)
-    state_BHKV += product("BHLK,BHLV->BHKV", b_BHLK * suffix_BHLK, old_BHLV)
-    return state_BHKV, out_BHLV.astype(dtype)
+    return qk_BHLM, qb_BHLM, ak_BHLM, ab_BHLM, prefix_BHLK, suffix_BHLK
+
+
+def _bounded_scores(
+    dtype: DTypeLike, q_BHLK: jax.Array, k_BHLK: jax.Array, log_BHLK: jax.Array, a_BHLK: jax.Array, b_BHLK: jax.Array
+) -> tuple[jax.Array, ...]:
+    """The results of :func:`_scores` for log decays whose sum is small enough (:data:`MAX_CHUNK_DECAY`).
+
+    With the sums c_t of the log decays and the middle step m, ``D(s, t) = exp(c_t - c_m) * exp(c_m - c_s)``. The first
+    factor multiplies the queries and the second one the keys. A reset is a log decay of -inf. It is not summed:
+    instead, all results for steps before it and steps from it on are set to zero.
+    """
+    product = chunks.product_in(dtype)
+    L = q_BHLK.shape[2]
+    is_reset_BHL1 = jnp.isneginf(log_BHLK[..., :1])
+    resets_BHL1 = jnp.cumsum(is_reset_BHL1, axis=2)
+    sums_BHLK = jnp.cumsum(jnp.where(is_reset_BHL1, 0.0, log_BHLK), axis=2)
+    middle_BH1K = sums_BHLK[:, :, (L - 1) // 2, None]
+    earlier_BHLK = jnp.exp(middle_BH1K - sums_BHLK)
+    queries = q_BHLK * jnp.exp(sums_BHLK - middle_BH1K), a_BHLK * jnp.exp(_shift_steps(sums_BHLK) - middle_BH1K)
+    keys = k_BHLK * earlier_BHLK, b_BHLK * earlier_BHLK
+    is_same_BHLM = resets_BHL1 == resets_BHL1.mT
+    pairs = [
+        jnp.tril(jnp.where(is_same_BHLM, product("BHLK,BHMK->BHLM", query.astype(dtype), key.astype(dtype)), 0.0), last)
+        for query, last in zip(queries, (0, -1), strict=True)
+        for key in keys
+    ]
+    prefix_BHLK = jnp.where(resets_BHL1 == 0, jnp.exp(sums_BHLK), 0.0)
+    suffix_BHLK = jnp.where(resets_BHL1 == resets_BHL1[:, :, -1:], jnp.exp(sums_BHLK[:, :, -1:] - sums_BHLK), 0.0)
+    return (*pairs, prefix_BHLK, suffix_BHLK)
 
 
 def _shift_steps(x_BHLX: jax.Array, first: float = 0.0) -> jax.Array:

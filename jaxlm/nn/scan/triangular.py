@@ -5,12 +5,15 @@ Shapes: B batch, H heads, L steps (rows of the system, a power of two), V column
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
+from jaxlm.nn import choices
 from jaxlm.nn.custom_gradient import custom_vjp
 
 
@@ -55,9 +58,15 @@ def inverse_unit_lower(lower_BHLL: jax.Array) -> jax.Array:
     ``[[inverse(E), 0], [-inverse(F) @ C @ inverse(E), inverse(F)]]``. The Neumann series of the inverse would need
     powers of ``lower``, which could overflow.
     """
+    L = lower_BHLL.shape[3]
+    sizes = [1 << power for power in range(L.bit_length() - 1)]
+    return (_join_masked if choices.whole_triangular_systems() else _join_blocks)(lower_BHLL, sizes)
+
+
+def _join_blocks(lower_BHLL: jax.Array, sizes: Sequence[int]) -> jax.Array:
     B, H, L, _ = lower_BHLL.shape
     inverse_BHPSS = jnp.ones_like(lower_BHLL[:, :, :, :1, None])
-    for size in (1 << power for power in range(L.bit_length() - 1)):
+    for size in sizes:
         P, pair_size = L // (2 * size), 2 * size
         # A single reshape would lose the sharding.
         pairs = lower_BHLL.reshape(B, H, P, pair_size, L).reshape(B, H, P, pair_size, P, pair_size)
@@ -67,6 +76,19 @@ def inverse_unit_lower(lower_BHLL: jax.Array) -> jax.Array:
         rows = ((first, jnp.zeros_like(first)), (below_BHPSS, second))
         inverse_BHPSS = jnp.concatenate([jnp.concatenate(row, axis=-1) for row in rows], axis=-2)
     return inverse_BHPSS[:, :, 0]
+
+
+def _join_masked(lower_BHLL: jax.Array, sizes: Sequence[int]) -> jax.Array:
+    """As :func:`_join_blocks`, with matrices [L, L] that have zeros outside the blocks."""
+    t, s = np.indices(lower_BHLL.shape[2:])
+    inverse_BHLL = jnp.eye(len(t), dtype=lower_BHLL.dtype)[None, None]
+    for size in sizes:
+        is_joined = (t // (2 * size) == s // (2 * size)) & (t // size > s // size)
+        below_BHLL = jnp.where(is_joined[None, None], lower_BHLL, 0.0)
+        if size > 1:
+            below_BHLL = _product(_product(inverse_BHLL, below_BHLL), inverse_BHLL)
+        inverse_BHLL = inverse_BHLL - below_BHLL
+    return inverse_BHLL
 
 
 def _product(a: jax.Array, b: jax.Array) -> jax.Array:

@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm.nn.scan import gated_delta_rule, generalized_delta_rule, linear_attention
+from jaxlm.nn import choices
+from jaxlm.nn.scan import delta_rule, gated_delta_rule, generalized_delta_rule, linear_attention
+from jaxlm.nn.scan.triangular import inverse_unit_lower
 from jaxlm.nn.segments import segment_boundaries
 from jaxlm.testing.helpers import assert_trees_close, assert_trees_equal, relative_error
 from tests.nn.results import float64_results, random_masks, results
@@ -63,6 +65,39 @@ def reference_loop(q, k, v, log_decay, *others, reset_BT=None, keep_BT=None):
 def loop_results(arguments, **options):
     with jax.numpy_rank_promotion("allow"):
         return float64_results(reference_loop, arguments, **options)
+
+
+def fail(*arguments):
+    raise AssertionError("this function must not be called")
+
+
+@pytest.mark.plain_cases(1)
+@pytest.mark.parametrize("masked", [True, False])
+def test_bounded_log_decays_have_the_results_of_the_loop(masked, monkeypatch):
+    """With the triangular systems of accelerators. The chunks of 8 steps have products of decays down to exp(-24)."""
+    q, k, v, log_decay, a, b, state = arrays("generalized")
+    arguments = q, k, v, np.maximum(log_decay, -3.0), a, b, state
+    options = random_masks(B, T) if masked else {}
+    monkeypatch.setattr(choices, "whole_triangular_systems", lambda: True)
+    monkeypatch.setattr(delta_rule, "_scores", fail)
+    rule = functools.partial(generalized_delta_rule, min_log_decay=-3.0, chunk=8)
+    got = results(rule, arguments, **options, implementation="chunked")
+    assert_trees_close(got, loop_results(arguments, **options), 4e-6)
+
+
+def test_chunks_whose_decays_could_overflow_do_not_use_the_bound(monkeypatch):
+    arguments = arrays("generalized", strength=10.0)
+    monkeypatch.setattr(delta_rule, "_bounded_scores", fail)
+    rule = functools.partial(generalized_delta_rule, min_log_decay=-100.0, implementation="chunked")
+    assert_trees_close(rule(*arguments), loop_results(arguments)[0], 4e-6)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_inverse_of_a_triangular_matrix(whole, monkeypatch):
+    monkeypatch.setattr(choices, "whole_triangular_systems", lambda: whole)
+    matrix = 0.3 * np.random.default_rng(0).standard_normal((2, 3, 16, 16)).astype(np.float32)
+    want = np.linalg.inv(np.eye(16) + np.tril(matrix.astype(np.float64), -1))
+    assert relative_error(inverse_unit_lower(jnp.asarray(matrix)), want) < 1e-6
 
 
 @pytest.mark.plain_cases(1)
