@@ -8,7 +8,7 @@ platform. docs/labbook.md has the estimates of the TPU compiler.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
 
 import jax
@@ -17,6 +17,7 @@ from jax.typing import DTypeLike
 
 from jaxlm import host, sharding
 from jaxlm.devices import LANES
+from jaxlm.nn import lazy_pallas
 from jaxlm.nn.weight_record import is_recording
 
 PLATFORM = {"splash": "tpu", "pallas": "tpu", "cudnn": "gpu"}
@@ -205,13 +206,17 @@ def decode_products(
         return "sums"
     if G % shards:
         return "reference"
-    products: dict[str, DecodeProducts] = {"tpu": "kernel", "cpu": "merged"}
-    return products.get(sharding.platform(), "reference")
+    # The code of the kernel and its arrays in VMEM grow with the number of queries. The TPU compiler rejects a kernel
+    # with float16. The kernel was compiled only for TPUs from v5 on.
+    is_new_tpu = sharding.platform() == "tpu" and not sharding.device_kind().startswith(lazy_pallas.OLD_TPUS)
+    if is_new_tpu and T <= MAX_DECODE_QUERIES and dtype != jnp.float16:
+        return "kernel"
+    return "merged" if sharding.platform() in ("cpu", "tpu") else "reference"
 
 
 MAX_DENSE_BIAS_TOKENS = 512
-"""Maximum number of queries and of keys for which :func:`dense_shared_bias` is True. The kernel ``pallas`` makes biases
-that all rows share dense up to this number (its ``MAX_BLOCK``)."""
+"""Maximum number of queries and of keys for which :func:`dense_shared_bias` is True. With more tokens, ``pallas`` takes
+no dense bias (its ``MAX_BLOCK``)."""
 
 
 def dense_shared_bias(queries: int, keys: int) -> bool:
@@ -421,22 +426,23 @@ v5e): 69 M with chunks of 64 steps, 110 M with 16. On a CPU (the shapes and the 
 """
 
 
-def generalized_delta_rule_chunk(*, bounded: bool) -> int:
+def generalized_delta_rule_chunk(is_bounded: Callable[[int], bool]) -> int:
     """The number of steps of a chunk of ``generalized_delta_rule``.
 
     Args:
-        bounded: whether the log decays have a known bound (``min_log_decay``).
+        is_bounded: a function of the number of steps of a chunk. It returns whether the log decays have a bound
+            (``min_log_decay``) that is small enough for such a chunk.
     """
-    if bounded and sharding.platform() != "cpu":
+    if sharding.platform() != "cpu" and is_bounded(GENERALIZED_DELTA_RULE_CHUNK_BOUNDED):
         return GENERALIZED_DELTA_RULE_CHUNK_BOUNDED
     return GENERALIZED_DELTA_RULE_CHUNK
 
 
 def whole_triangular_systems() -> bool:
-    """Whether the inverse of a triangular matrix of a chunk is computed with matrices of its size.
+    """Whether the inverse of a triangular matrix is computed with matrices of its size instead of its diagonal blocks.
 
-    The result is False on a CPU, where products of the small blocks of its diagonal need fewer operations. A TPU pads
-    arrays of small blocks to many times their size.
+    The result is False on a CPU, where products of small blocks need fewer operations. A TPU pads arrays of small
+    blocks to many times their size.
     """
     return sharding.platform() != "cpu"
 

@@ -234,8 +234,9 @@ class KernelCall(NamedTuple):
 
     Attributes:
         grid: number of grid steps.
-        bytes: bytes that are copied between HBM and VMEM: the blocks of all grid steps, but of an array at most its
-            size, because a block is not copied again for the next step.
+        bytes: bytes that are copied between HBM and VMEM: for each array, the sum of the blocks of all grid steps, but
+            at most the size of the array. A block that consecutive steps share is copied once. The number is too small
+            if a block is copied again after other blocks.
     """
 
     grid: int

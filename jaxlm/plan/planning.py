@@ -359,13 +359,13 @@ def _kernels(
     costs: hlo.Costs, calls: dict[flops.Kernel, set[flops.KernelCall]], start_time_ns: int, device: Device | None
 ) -> list[KernelStats]:
     kernel_stats: list[KernelStats] = []
-    schedules: dict[tuple[str, str], kernels.Schedule | None] = {}
-    for operation in costs.kernels:
-        name = operation.instruction.name
-        base_name = re.sub(r"(\.\d+)*$", "", name)
-        # libtpu compiles equal kernels once, so there is a dump only for the name of the first one.
-        key = base_name, operation.instruction.shape
-        schedule = schedules[key] = kernels.schedule_of(name, start_time_ns) or schedules.get(key)
+    base_names = [re.sub(r"(\.\d+)*$", "", operation.instruction.name) for operation in costs.kernels]
+    # libtpu compiles equal kernels once, so there is a dump only for the name of one of them.
+    keys = [(name, operation.instruction.shape) for name, operation in zip(base_names, costs.kernels, strict=True)]
+    found = [kernels.schedule_of(operation.instruction.name, start_time_ns) for operation in costs.kernels]
+    shared = {key: schedule for key, schedule in zip(keys, found, strict=True) if schedule is not None}
+    for operation, base_name, key, own_schedule in zip(costs.kernels, base_names, keys, found, strict=True):
+        name, schedule = operation.instruction.name, own_schedule or shared.get(key)
         known = calls.get((base_name, hlo.array_shapes(operation.instruction.shape)), set())
         grids = {call.grid for call in known}
         grid = grids.pop() if len(grids) == 1 else None  # unknown if such kernels have different grids

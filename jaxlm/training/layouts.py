@@ -20,15 +20,16 @@ class LayoutStep:
     """A compiled step with the signature ``(state, batch) -> (state, results)``. It donates the state.
 
     The first call compiles the step, and the compiler chooses the layouts of the state. Steps for other shapes of the
-    batch have the same layouts. A call copies the arrays of the state that have another layout, which are the arrays of
-    the first state, and donates the originals.
+    batch have the same layouts. A call copies the arrays of the state that have another layout, such as those of the
+    first state, and donates the originals. The step cannot be called in a function that JAX traces.
 
     Attributes:
         formats: the layout and the sharding of each array of the state; None before the first call.
 
     Args:
         function: the step.
-        shardings: those of the state, of the batch and of the results; None: the arrays are on one device.
+        shardings: those of the state, of the batch and of the results. None: the step runs on one device, to which the
+            arrays are committed, or on the default device.
     """
 
     def __init__(self, function: Callable[[Any, Any], Any], shardings: tuple[Any, Any, Any] | None = None) -> None:
@@ -39,22 +40,30 @@ class LayoutStep:
 
     def __call__(self, state: Any, batch: Any) -> Any:
         leaves, structure = jax.tree.flatten(batch)
-        shapes = structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves)
+        shapes = structure, tuple((x.shape, x.dtype) for x in map(jax.typeof, leaves))
+        if self.formats is not None:
+            state = with_formats(state, self.formats)
         if shapes not in self._compiled:
             self._compiled[shapes] = self.lower(state, batch).compile()
             self.formats = jax.tree.map(_format, state, self._compiled[shapes].input_formats[0][0])
-        return self._compiled[shapes](with_formats(state, self.formats), batch)
+            state = with_formats(state, self.formats)
+        return self._compiled[shapes](state, batch)
 
     def trace(self, state: Any, batch: Any) -> Any:
-        """The traced step, like ``jax.jit(...).trace``. Only the shapes and the dtypes of the arguments are used."""
+        """The traced step, like ``jax.jit(...).trace``. The layouts of the given arrays have no effect."""
         of_state, of_batch, of_results = self._shardings or (None, None, None)
-        formats = self.formats
-        if formats is None:
-            formats = auto_formats(state, of_state)
+        formats = auto_formats(state, of_state) if self.formats is None else self.formats
+
+        def without_layout(x: Any) -> jax.ShapeDtypeStruct:
+            # Without ``shardings``, arrays that are committed to a device determine the device of the step.
+            keeps_sharding = self._shardings is None and getattr(x, "committed", True)
+            sharding = getattr(x, "sharding", None) if keeps_sharding else None  # NumPy arrays have none
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
         jitted = jax.jit(
             self._function, in_shardings=(formats, of_batch), out_shardings=(formats, of_results), donate_argnums=0
         )
-        return jitted.trace(*jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (state, batch)))
+        return jitted.trace(jax.tree.map(without_layout, state), batch)
 
     def lower(self, state: Any, batch: Any) -> Any:
         """The lowered step, like ``jax.jit(...).lower``; see :meth:`trace`."""
@@ -72,14 +81,17 @@ def auto_formats(tree: Any, shardings: Any = None) -> Any:
 
 
 def with_formats(tree: Any, formats: Any) -> Any:
-    """The tree with the given layout and sharding of each array. Arrays that are copied are donated.
+    """The tree with the given layout and sharding of each array, except random keys, which are returned unchanged.
+
+    Arrays that are copied are donated. NumPy arrays become JAX arrays.
 
     Args:
         formats: a tree of ``jax.experimental.layout.Format``, such as ``input_formats`` of a compiled function.
     """
 
     def put(x: Any, target: Format) -> Any:
-        return x if _is_key(x) or x.format == target else jax.device_put(x, target, donate=True)
+        is_kept = _is_key(x) or getattr(x, "format", None) == target  # NumPy arrays have no format
+        return x if is_kept else jax.device_put(x, target, donate=True)
 
     return jax.tree.map(put, tree, formats)
 

@@ -483,7 +483,8 @@ class Trainer:
     def jit_step(self) -> Step:
         """:meth:`step`, compiled with ``jax.jit``. It donates the input state, so do not use this state again.
 
-        On a TPU, the compiler chooses the memory layouts of the state (:class:`jaxlm.training.layouts.LayoutStep`).
+        On a TPU, the compiler chooses the memory layouts of the state (:class:`jaxlm.training.layouts.LayoutStep`),
+        except with ``shard_map``.
         """
         if self.sharding is None:
             return LayoutStep(self.step) if platform() == "tpu" else jax.jit(self.step, donate_argnums=0)

@@ -55,6 +55,21 @@ def test_every_shape_of_the_batch_has_the_same_layouts():
     np.testing.assert_array_equal(state["weights"], np.arange(24.0).reshape(2, 3, 4) + 11.0)
 
 
+def test_batches_with_python_scalars_and_states_of_numpy_arrays():
+    """As with ``jax.jit``. The batch also has a None."""
+    compiled = LayoutStep(lambda state, batch: (state + jnp.sum(batch["x"]) * batch["factor"], {}))
+    new, _ = compiled(np.ones((2, 3), np.float32), {"x": np.ones(5, np.float32), "factor": 2.0, "absent": None})
+    np.testing.assert_array_equal(new, np.full((2, 3), 11.0))
+
+
+def test_a_step_runs_on_the_device_of_its_state():
+    device = jax.devices()[1]
+    compiled = LayoutStep(step)
+    state, _ = compiled(jax.device_put(new_state(), device), np.ones(5))
+    state, results = compiled(state, jax.device_put(jnp.ones(6), device))
+    assert state["weights"].devices() == results["mean"].devices() == {device}
+
+
 def test_arrays_that_have_the_format_are_not_copied():
     state = new_state()
     formats = {"weights": state["weights"].format, "key": None}

@@ -109,9 +109,10 @@ def append(slots_BS: Any, new_BT: jax.Array, length_B: jax.Array) -> Any:
         # On a TPU, with bfloat16 and several rows, XLA turns the update at the end of this function into a float32
         # scatter, which converts the whole cache. ``CacheView.append`` stays in bfloat16 (docs/labbook.md).
         return CacheView(slots_BS).append(new_BT, length_B).stack
-    if new_BT.shape == (len(slots_BS), 1):
+    if slots_BS.ndim == 2 and new_BT.shape[1] == 1:
         # On a TPU, XLA turns the update at the end of this function into a loop over the rows.
-        return jnp.where(jnp.arange(slots_BS.shape[1])[None] == length_B[:, None], new_BT, slots_BS)
+        is_new_BS = jnp.arange(slots_BS.shape[1])[None] == length_B[:, None]
+        return jnp.where(is_new_BS, new_BT.astype(slots_BS.dtype), slots_BS)
     new_BT = new_BT.reshape(*new_BT.shape[:2], *slots_BS.shape[2:]).astype(slots_BS.dtype)
     write = lambda row, new, start: lax.dynamic_update_slice_in_dim(row, new, start, 0)  # noqa: E731
     return jax.vmap(write)(slots_BS, new_BT, length_B)

@@ -4,7 +4,7 @@ The code reads only the slots up to the last slot that any query may attend to. 
 selects one of four ways to compute the products of queries, keys and values. Except in the kernel, the number of slots
 is rounded up to one of a few lengths, each of which is a branch of a ``lax.switch``.
 
-- ``kernel``: a Pallas kernel for TPUs (``jaxlm.nn.attention.decode_kernel``).
+- ``kernel``: a Pallas kernel for TPUs (``jaxlm.nn.attention.decode_kernel``), for few queries and not for float16.
 - ``merged``: one matmul computes all heads of a device, ``k [E, G*K] @ q [G*K, T*H]``. The matrix q is block diagonal,
   with zeros for the keys of other heads. This needs more arithmetic than one matmul per head.
 - ``sums``: elementwise products and sums, for one query per key head.
@@ -48,7 +48,7 @@ def attention(
     """Attention as in ``jaxlm.nn.attention.attention``."""
     S = k_BSGK.shape[1]
     end_B = _end_of_visible(mask, S)
-    if choices.decode_products(q_BTHK.shape, k_BSGK.shape, v_BSGK.dtype, sharding.num_shards(("heads",))) == "kernel":
+    if choices.decode_products(q_BTHK.shape, k_BSGK.shape, k_BSGK.dtype, sharding.num_shards(("heads",))) == "kernel":
         return decode_kernel.attention(q_BTHK, k_BSGK, v_BSGK, mask, end_B=end_B, scale=scale, biases=biases)
     lengths = [S]
     while lengths[0] > 2 * choices.MIN_DECODE_SLOTS:

@@ -129,6 +129,7 @@ def _reference(static: _Static, floats: Any, layer: jax.Array) -> jax.Array:
     N, P = q.shape[2:4]
     k, v = (x[layer[0]].reshape(*x.shape[1:3], N, -1) for x in (k, v))
     scores = jnp.einsum("BTNPK,BSNK->BTNPS", q, k, preferred_element_type=jnp.float32) * static.scale + bias
+    scores = jnp.where(bias == -jnp.inf, -jnp.inf, scores)
     top = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
     weights = jnp.exp(scores - jnp.where(jnp.isfinite(top), top, 0.0))
     total = jnp.sum(weights, axis=-1, keepdims=True)
@@ -185,7 +186,9 @@ def _kernel(
     def update() -> None:
         keys, values = k[...], clear(v[...], 0, 0.0)
         for t in range(queries):
-            scores_PE = clear(dot(q[t], keys, (1, 1)) * static.scale + bias[t], 1, -jnp.inf)
+            # The scores of masked slots may be NaN. So they are replaced, like those after the end of the cache.
+            scores_PE = jnp.where(bias[t] == -jnp.inf, -jnp.inf, dot(q[t], keys, (1, 1)) * static.scale + bias[t])
+            scores_PE = clear(scores_PE, 1, -jnp.inf)
             new_top_P1 = jnp.maximum(top[t], jnp.max(scores_PE, axis=1, keepdims=True))
             finite_top_P1 = jnp.where(jnp.isfinite(new_top_P1), new_top_P1, 0.0)
             weights_PE = jnp.exp(scores_PE - finite_top_P1)

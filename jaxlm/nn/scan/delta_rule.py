@@ -142,9 +142,9 @@ def generalized_delta_rule(
             the channel. To reset the state, use ``reset_BT``.
         a_BTHK: the vectors a. A step reads the value ``a_t @ S_{t-1}`` from the state.
         b_BTHK: the keys b. A step adds ``b_t (a_t @ S_{t-1}).T`` to the state.
-        min_log_decay: a number that no log decay is below. With it, ``chunked`` needs fewer operations: it multiplies
-            queries with the decays after the middle of the chunk, and keys with those before the middle. Without it,
-            these products could overflow. Results are not finite if a log decay is far below this number.
+        min_log_decay: a lower bound of the log decays, at most 0; None: no bound. With a bound, ``chunked`` needs fewer
+            operations, if neither the bound nor the chunk is so large that products of decays could overflow, and if
+            the values are not float16. Results may be NaN or infinite if a log decay is far below the bound.
         state_BHKV, reset_BT, keep_BT, chunk, implementation: see :func:`gated_delta_rule`. ``pallas`` is not supported.
             On a CPU, if ``implementation`` and ``chunk`` are None, a call that is not differentiated runs as
             ``reference``, and a call that is differentiated runs as ``chunked`` (with fewer than 8 steps as
@@ -152,7 +152,7 @@ def generalized_delta_rule(
 
     Raises:
         ValueError: shapes that do not match, inputs without steps, a mask that is not boolean, a chunk that is not a
-            power of two, or an implementation that is unknown or ``pallas``.
+            power of two, a positive ``min_log_decay``, or an implementation that is unknown or ``pallas``.
 
     Example:
         >>> key, value = jnp.ones((1, 3, 1, 1)), jnp.array([4.0, 8.0, 8.0]).reshape(1, 3, 1, 1)
@@ -164,6 +164,8 @@ def generalized_delta_rule(
     for name, x in (("log_decay", log_decay_BTHK), ("a", a_BTHK), ("b", b_BTHK)):
         if x.shape != query_BTHK.shape:
             raise ValueError(f"{name} {list(x.shape)} must have the shape of the query, {list(query_BTHK.shape)}")
+    if min_log_decay is not None and not min_log_decay <= 0.0:
+        raise ValueError(f"min_log_decay={min_log_decay} must be at most 0: log decays are at most 0")
     is_default = implementation is None and chunk is None
     implementation = choose_implementation(
         "generalized_delta_rule", implementation, query_BTHK.shape[1], chunk, "does not support the generalized rule"
@@ -178,9 +180,15 @@ def generalized_delta_rule(
     if implementation == "reference":
         return chunks.scan_steps(_generalized_step, inputs, state_BHKV, reset_BT)
     loops = is_default and choices.loops_without_gradient(query_BTHK.shape[3], state_BHKV.size, per_channel=True)
-    chunk = chunk or choices.generalized_delta_rule_chunk(bounded=min_log_decay is not None)
-    is_bounded = min_log_decay is not None and -min_log_decay * chunk <= MAX_CHUNK_DECAY
-    run_chunk = functools.partial(_generalized_chunk, _bounded_scores if is_bounded else _scores)
+
+    def is_bounded(steps: int) -> bool:
+        """Whether :func:`_bounded_scores` can compute chunks of this size. Its factors would overflow in float16."""
+        if min_log_decay is None or value_BTHV.dtype == jnp.float16:
+            return False
+        return -min_log_decay * steps <= MAX_CHUNK_DECAY
+
+    chunk = chunk or choices.generalized_delta_rule_chunk(is_bounded)
+    run_chunk = functools.partial(_generalized_chunk, _bounded_scores if is_bounded(chunk) else _scores)
     return chunks.scan_chunks(run_chunk, inputs, state_BHKV, reset_BT, chunk, _generalized_step if loops else None)
 
 
@@ -315,8 +323,8 @@ def _bounded_scores(
     """The results of :func:`_scores` for log decays whose sum is small enough (:data:`MAX_CHUNK_DECAY`).
 
     With the sums c_t of the log decays and the middle step m, ``D(s, t) = exp(c_t - c_m) * exp(c_m - c_s)``. The first
-    factor multiplies the queries and the second one the keys. A reset is a log decay of -inf. It is not summed:
-    instead, all results for steps before it and steps from it on are set to zero.
+    factor multiplies the queries and the second one the keys. A reset is a log decay of -inf. It is not added to c_t.
+    Instead, D(s, t) is set to zero if there is a reset after step s and not after step t.
     """
     product = chunks.product_in(dtype)
     L = q_BHLK.shape[2]

@@ -64,6 +64,11 @@ def inverse_unit_lower(lower_BHLL: jax.Array) -> jax.Array:
 
 
 def _join_blocks(lower_BHLL: jax.Array, sizes: Sequence[int]) -> jax.Array:
+    """The inverse of ``I + lower``, with an array of the diagonal blocks of each size.
+
+    Args:
+        sizes: the sizes of the blocks that are joined, in ascending order.
+    """
     B, H, L, _ = lower_BHLL.shape
     inverse_BHPSS = jnp.ones_like(lower_BHLL[:, :, :, :1, None])
     for size in sizes:
@@ -79,9 +84,9 @@ def _join_blocks(lower_BHLL: jax.Array, sizes: Sequence[int]) -> jax.Array:
 
 
 def _join_masked(lower_BHLL: jax.Array, sizes: Sequence[int]) -> jax.Array:
-    """As :func:`_join_blocks`, with matrices [L, L] that have zeros outside the blocks."""
+    """The inverse of ``I + lower``, as :func:`_join_blocks`, with matrices [L, L] that are zero outside the blocks."""
     t, s = np.indices(lower_BHLL.shape[2:])
-    inverse_BHLL = jnp.eye(len(t), dtype=lower_BHLL.dtype)[None, None]
+    inverse_BHLL = jnp.broadcast_to(jnp.eye(len(t), dtype=lower_BHLL.dtype), lower_BHLL.shape)
     for size in sizes:
         is_joined = (t // (2 * size) == s // (2 * size)) & (t // size > s // size)
         below_BHLL = jnp.where(is_joined[None, None], lower_BHLL, 0.0)

@@ -11,7 +11,7 @@ from jaxlm import sharding
 from jaxlm.models import get_model
 from jaxlm.nn import choices, lazy_pallas
 from jaxlm.nn.attention import attention, decode_kernel
-from jaxlm.nn.attention.cache import CacheView
+from jaxlm.nn.attention.cache import CacheView, append
 from jaxlm.nn.attention.distance_bias import distance_bias
 from jaxlm.nn.attention.mask import Mask
 from jaxlm.sharding import Sharding, make_mesh
@@ -82,6 +82,31 @@ def test_blocks_after_the_end_of_a_row_are_not_read():
     want = attention(q, k, v, mask, implementation="reference")
     k, v = (x.replace(stack=x.stack.at[0, 128:].set(jnp.nan).at[1, 256:].set(jnp.nan)) for x in (k, v))
     assert relative_error(attention(q, k, v, mask, implementation="decode"), want) < 3e-6
+
+
+def test_nan_keys_in_masked_slots_have_no_effect():
+    """As in ``reference``. The keys are in the block of a visible slot."""
+    q, k, v, mask = cached((100, 101), 1, 128, 4, 2, 8, 8)
+    want = attention(q, k, v, mask, implementation="reference")
+    k = k.replace(stack=k.stack.at[:, 101:].set(jnp.nan))
+    assert relative_error(attention(q, k, v, mask, implementation="decode"), want) < 3e-6
+
+
+def test_the_kernel_is_chosen_for_a_few_queries(monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setattr(sharding, "platform", lambda: "tpu")
+
+    def choose(queries, dtype=jnp.bfloat16):
+        return choices.decode_products((2, queries, 8, 64), (2, 300, 4, 64), dtype, 1)
+
+    assert (choose(choices.MAX_DECODE_QUERIES), choose(choices.MAX_DECODE_QUERIES + 1)) == ("kernel", "merged")
+    assert choose(1, jnp.float16) == "merged"
+
+
+def test_appending_a_token_keeps_the_dtype_of_the_slots():
+    slots = append(jnp.zeros((2, 3), jnp.int16), jnp.ones((2, 1), jnp.int32), jnp.array([0, 2]))
+    assert slots.dtype == jnp.int16
+    assert slots.tolist() == [[1, 0, 0], [0, 0, 1]]
 
 
 def test_a_query_without_visible_keys_gives_zeros():

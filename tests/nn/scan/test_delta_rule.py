@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxlm import sharding
 from jaxlm.nn import choices
 from jaxlm.nn.scan import delta_rule, gated_delta_rule, generalized_delta_rule, linear_attention
 from jaxlm.nn.scan.triangular import inverse_unit_lower
@@ -90,6 +91,38 @@ def test_chunks_whose_decays_could_overflow_do_not_use_the_bound(monkeypatch):
     monkeypatch.setattr(delta_rule, "_bounded_scores", fail)
     rule = functools.partial(generalized_delta_rule, min_log_decay=-100.0, implementation="chunked")
     assert_trees_close(rule(*arguments), loop_results(arguments)[0], 4e-6)
+
+
+def test_float16_does_not_use_the_bound(monkeypatch):
+    """The factors of a chunk of 64 steps would overflow."""
+    monkeypatch.setattr(delta_rule, "_bounded_scores", fail)
+    arguments = (jnp.asarray(x, jnp.float16) for x in arrays("generalized")[:-1])
+    generalized_delta_rule(*arguments, min_log_decay=-0.5, implementation="chunked")
+
+
+def test_an_accelerator_has_large_chunks_only_with_a_sufficient_bound(monkeypatch):
+    monkeypatch.setattr(sharding, "platform", lambda: "gpu")
+    small, large = choices.GENERALIZED_DELTA_RULE_CHUNK, choices.GENERALIZED_DELTA_RULE_CHUNK_BOUNDED
+    sizes, scan = [], delta_rule.chunks.scan_chunks
+
+    def recorded(*arguments):
+        sizes.append(arguments[4])
+        return scan(*arguments)
+
+    monkeypatch.setattr(delta_rule.chunks, "scan_chunks", recorded)
+    for bound in (None, -delta_rule.MAX_CHUNK_DECAY / large, -delta_rule.MAX_CHUNK_DECAY / small):
+        generalized_delta_rule(*arrays("generalized"), min_log_decay=bound)
+    assert sizes == [small, large, small]
+
+
+def test_a_positive_bound_of_the_log_decays_is_an_error():
+    with pytest.raises(ValueError, match=r"min_log_decay=0.5 must be at most 0"):
+        generalized_delta_rule(*arrays("generalized"), min_log_decay=0.5)
+
+
+def test_the_inverse_of_a_matrix_with_one_row_has_its_shape(monkeypatch):
+    monkeypatch.setattr(choices, "whole_triangular_systems", lambda: True)
+    assert inverse_unit_lower(jnp.zeros((2, 3, 1, 1))).shape == (2, 3, 1, 1)
 
 
 @pytest.mark.parametrize("whole", [True, False])
