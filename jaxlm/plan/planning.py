@@ -239,10 +239,8 @@ def plan(
     costs = hlo.costs(hlo.parse(compiled.as_text()))
     memory = _memory(compiled.memory_analysis(), parts, devices.device, trains=not decode)
     fits = memory.limit is None or memory.total <= memory.limit
-    kernel_stats, collectives = (
-        _kernels(costs, calls, start_time_ns, devices.device),
-        _collective_stats(costs, devices.device),
-    )
+    kernel_stats = _kernels(costs, calls, start_time_ns, devices.device)
+    collectives = _collective_stats(costs, devices.device)
     return plan_of_step(
         **_estimates(costs.cycles, kernel_stats, collectives, step.flops.amount, devices),
         fits=fits,

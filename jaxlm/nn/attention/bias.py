@@ -214,9 +214,9 @@ def dense_bias(bias: AttentionBias, queries: int, keys: int) -> jax.Array:
 
 def as_dense(bias: AttentionBias, queries: int, keys: int) -> AttentionBias:
     """The bias with its values as one dense array."""
-    return (
-        bias if isinstance(bias.bias_fn, Dense) else AttentionBias(Dense(), {"bias": dense_bias(bias, queries, keys)})
-    )
+    if isinstance(bias.bias_fn, Dense):
+        return bias
+    return AttentionBias(Dense(), {"bias": dense_bias(bias, queries, keys)})
 
 
 def for_several_layers(bias: AttentionBias, queries: int, keys: int) -> AttentionBias:

@@ -28,7 +28,7 @@ from jaxlm.devices import LANES
 from jaxlm.nn import lazy_pallas
 from jaxlm.nn.attention.bias import AttentionBias, dense_bias
 from jaxlm.nn.attention.cache import CacheView
-from jaxlm.nn.attention.mask import Mask, keep
+from jaxlm.nn.attention.mask import Mask, keep, softmax
 from jaxlm.nn.custom_gradient import custom_vjp
 from jaxlm.nn.lazy_pallas import pl, pltpu
 from jaxlm.nn.linear import dot
@@ -129,11 +129,7 @@ def _reference(static: _Static, floats: Any, layer: jax.Array) -> jax.Array:
     N, P = q.shape[2:4]
     k, v = (x[layer[0]].reshape(*x.shape[1:3], N, -1) for x in (k, v))
     scores = jnp.einsum("BTNPK,BSNK->BTNPS", q, k, preferred_element_type=jnp.float32) * static.scale + bias
-    scores = jnp.where(bias == -jnp.inf, -jnp.inf, scores)
-    top = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
-    weights = jnp.exp(scores - jnp.where(jnp.isfinite(top), top, 0.0))
-    total = jnp.sum(weights, axis=-1, keepdims=True)
-    probabilities = (weights / jnp.where(total > 0.0, total, 1.0)).astype(v.dtype)
+    probabilities = softmax(jnp.where(bias == -jnp.inf, -jnp.inf, scores), None).astype(v.dtype)
     mixed = jnp.einsum("BTNPS,BSNV->BTNPV", probabilities, v, preferred_element_type=jnp.float32)
     selected_RPV = _selected_entries(P, static.block_heads, v.shape[3])
     return jnp.einsum("BTNPV,RPV->BTNRV", mixed, selected_RPV).astype(v.dtype)
