@@ -16,14 +16,16 @@ from benchmarks import shapes
 
 DEFAULT_BATCH_SIZES = {
     "gpt": (2, 512), "llama": (2, 512), "bert": (8, 128), "t5": (8, 128), "xlnet": (8, 128),
-    "transformer_xl": (8, 128), "lstm": (20, 35), "resnet": (128, 1024), "mamba2": (2, 256),
+    "transformer_xl": (8, 128), "lstm": (20, 35), "resnet": (128, 1024), "mamba2": (2, 256), "griffin": (2, 512),
+    "gated_deltanet": (2, 512), "xlstm": (2, 512),
 }  # fmt: skip
 """Default training batch of each family: (rows, tokens per row). The sizes of the LSTM are from Zaremba et al. 2014.
 The tokens of a VDCNN (``resnet``) are characters. The source and the target of T5 each have 128 tokens."""
 TORCH_CLASSES = {
     "gpt": "GPT2LMHeadModel", "llama": "LlamaForCausalLM", "bert": "BertForMaskedLM",
     "t5": "T5ForConditionalGeneration", "xlnet": "XLNetLMHeadModel", "transformer_xl": "", "lstm": "", "resnet": "",
-    "mamba2": "Mamba2ForCausalLM",
+    "mamba2": "Mamba2ForCausalLM", "griffin": "RecurrentGemmaForCausalLM", "gated_deltanet": "Qwen3NextForCausalLM",
+    "xlstm": "xLSTMForCausalLM",
 }  # fmt: skip
 """Name of the torch class in transformers, by family; empty: the class is in ``torch_models``."""
 FLAX_CLASSES = {name: f"Flax{TORCH_CLASSES[name]}" for name in ("gpt", "llama", "bert", "t5")}
@@ -32,22 +34,51 @@ DECODED_FAMILIES = ("gpt", "llama", "t5", "xlnet", "lstm", "mamba2")
 """Families whose generation is compared with a baseline."""
 CLASSES_BY_BASELINE = {"torch": TORCH_CLASSES, "torch-compile": TORCH_CLASSES, "flax": FLAX_CLASSES}
 """Class names by baseline and family. A baseline has no model of the families that are missing in its dict."""
+REDUCED_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "griffin-12-layers": (
+        "recurrentgemma-2b",
+        {"vocab_size": 50304, "num_layers": 12, "num_heads": 12, "embed_dim": 768, "mlp_dim": 2304},
+    ),
+    "gated-deltanet-12-layers": (
+        "qwen3-next-80b-a3b",
+        {
+            "vocab_size": 50304, "num_layers": 12, "embed_dim": 768, "mlp_dim": 2048, "num_experts": None,
+            "shared_expert_dim": None, "delta_key_heads": 6, "delta_value_heads": 12, "delta_key_dim": 64,
+            "delta_value_dim": 64, "num_heads": 12, "num_kv_heads": 4, "head_dim": 64, "tie_embeddings": True,
+        },
+    ),
+    "xlstm-12-layers": (
+        "xlstm-7b",
+        {
+            "vocab_size": 50304, "num_layers": 12, "embed_dim": 768, "mlp_dim": 2048, "num_heads": 4, "key_dim": 384,
+            "value_dim": 768, "tie_embeddings": True,
+        },
+    ),
+}  # fmt: skip
+"""Models of families whose published models are too large to be trained on a CPU: a published model, and the config
+fields that are changed. The width and the number of layers are those of GPT-2."""
 BATCH_FILE = "batch.npz"
 """Name of the file of the batch."""
-TINY_FIELDS: dict[str, dict[str, Any]] = {"lstm": {"tie_embeddings": False}, "resnet": {"shortcut": False}}
-"""Changes to config fields of the tiny variants. They give a tiny variant the architecture of the published variant."""
+TINY_FIELDS: dict[str, dict[str, Any]] = {
+    "lstm": {"tie_embeddings": False}, "resnet": {"shortcut": False}, "griffin": {"window": 64},
+}  # fmt: skip
+"""Changes to config fields of the tiny variants. They give a tiny variant the architecture of the published variant.
+For griffin, the window contains the whole batch: without a cache, the class in transformers has no window."""
 
 
 def build(name: str, *, quick: bool = False) -> Any:
     """The jaxlm model ``name``, or with ``quick`` the tiny variant of its family.
 
     The dropout rates are 0, because each library samples dropout differently.
+
+    Args:
+        name: a key of :data:`REDUCED_MODELS`, or a name for ``jaxlm.get_model``.
     """
     import jaxlm
     from jaxlm.models.registry import family
 
-    model = jaxlm.get_model(name)
-    fields: dict[str, Any] = {}
+    name, fields = REDUCED_MODELS.get(name, (name, {}))
+    model = jaxlm.get_model(name, **fields)
     if quick:
         name = next(variant for variant in family(model.family).VARIANTS if variant.endswith("-tiny"))
         fields = TINY_FIELDS.get(model.family, {})
@@ -126,6 +157,17 @@ def save(batch: Any, directory: str) -> None:
         "target_positions": batch.target_positions,
     }
     np.savez(Path(directory) / BATCH_FILE, **{name: x for name, x in (arrays | batch.inputs).items() if x is not None})
+
+
+def torch_options(family: str, length: int) -> dict[str, Any]:
+    """Changes to the config of the torch class, for texts of ``length`` tokens. They do not change the results.
+
+    Mamba2ForCausalLM computes arrays of B * T * chunk_size * heads * state_size entries. With the published chunk size
+    of 256, the layers of mamba2-130m need more than 32 GB for a training step with 2 rows of 256 tokens. In
+    transformers 4.57, the chunked mLSTM of xLSTMForCausalLM is wrong for more than one chunk.
+    """
+    options = {"mamba2": {"chunk_size": 32}, "xlstm": {"chunk_size": length, "mode": "train"}}
+    return options.get(family, {})
 
 
 def load(directory: str) -> dict[str, np.ndarray]:

@@ -23,6 +23,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from benchmarks import complete_models
 from benchmarks.shapes import Work
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -305,12 +306,10 @@ def split_names(option: str, text: str) -> list[str]:
 
 def split_models(text: str) -> list[str]:
     """The names of models in ``text``. Raises ``UserError`` if a name is repeated or unknown."""
-    import jaxlm  # here, because the processes that measure torch import this module too
-
     result = split_names("model", text)
     for name in result:
         try:
-            jaxlm.get_model(name)
+            complete_models.build(name)
         except ValueError as error:
             raise UserError(f"--model {name}: {error}") from error
     return result

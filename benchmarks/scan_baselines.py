@@ -6,6 +6,7 @@ Shapes: B batch, T time, D channels of a scan, H heads, K head width, C channels
 from __future__ import annotations
 
 import abc
+import math
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,8 @@ import numpy as np
 from benchmarks.baselines import JaxImplementation, TorchImplementation, jax_exact, torch_device, torch_wait
 from benchmarks.worker import Implementation
 
+MIN_LOG_DECAY = -math.exp(-0.5)
+"""The smallest log decay of RWKV-7."""
 MIN_SAMPLES = 4096
 """Minimum number of elements of each result that are compared. If a result has fewer elements, all are compared."""
 
@@ -22,6 +25,9 @@ def inputs_of(op: str, sizes: dict[str, int]) -> tuple[list[np.ndarray], np.ndar
 
     linear_scan              decay and input [B, T, D]
     linear_attention         query, key and value [B, T, H, K], log decay [B, T, H] (``decays`` = 1) or [B, T, H, K]
+    gated_delta_rule         query, normalized key, value [B, T, H, K], log decay and beta [B, T, H]
+    generalized_delta_rule   query, key, value, log decay, a and b [B, T, H, K], as in RWKV-7
+    mlstm                    query, key, value [B, T, H, K], pre-activations of input and forget gate [B, T, H]
     depthwise_convolution    weight [taps, C], input [B, T, C]
 
     Args:
@@ -35,13 +41,28 @@ def inputs_of(op: str, sizes: dict[str, int]) -> tuple[list[np.ndarray], np.ndar
     B, T = sizes["B"], sizes["T"]
     if op == "linear_scan":
         shape = (B, T, sizes["D"])
-        return [1.0 / (1.0 + np.exp(-normal(*shape))), normal(*shape)], normal(*shape)
+        return [_sigmoid(normal(*shape)), normal(*shape)], normal(*shape)
     if op == "linear_attention":
         shape_BTHK, decays = (B, T, sizes["H"], sizes["K"]), sizes["decays"]
         log_decay = -0.1 * np.exp(normal(*(shape_BTHK[:3] if decays == 1 else shape_BTHK)))
         return [normal(*shape_BTHK), normal(*shape_BTHK), normal(*shape_BTHK), log_decay], normal(*shape_BTHK)
-    assert op == "depthwise_convolution", op
+    if op != "depthwise_convolution":
+        shape_BTHK = B, T, sizes["H"], sizes["K"]
+        query, key, value, dout = (normal(*shape_BTHK) for _ in range(4))
+        if op == "mlstm":
+            return [query, key, value, normal(*shape_BTHK[:3]), 3.0 + normal(*shape_BTHK[:3])], dout
+        key /= np.linalg.norm(key, axis=-1, keepdims=True)
+        if op == "gated_delta_rule":
+            log_decay, beta = -0.1 * np.exp(normal(*shape_BTHK[:3])), _sigmoid(normal(*shape_BTHK[:3]))
+            return [query, key, value, log_decay, beta], dout
+        assert op == "generalized_delta_rule", op
+        log_decay, rate = MIN_LOG_DECAY * _sigmoid(normal(*shape_BTHK)), _sigmoid(normal(*shape_BTHK))
+        return [query, key, value, log_decay, -key, rate * key], dout
     return [normal(sizes["taps"], sizes["C"]), normal(B, T, sizes["C"])], normal(B, T, sizes["C"])
+
+
+def _sigmoid(x: np.ndarray) -> np.ndarray:
+    return 1.0 / (1.0 + np.exp(-x))
 
 
 def sample(result: np.ndarray) -> list[float]:
@@ -106,15 +127,22 @@ class Jaxlm(ScanImplementation, JaxImplementation):
 
     def forward(self, *inputs: Any) -> Any:
         """The output of the operation."""
-        from jaxlm.nn.convolution import depthwise_convolution
-        from jaxlm.nn.scan import linear_attention, linear_scan
+        from jax.nn import log_sigmoid
 
-        if self.op == "linear_scan":
-            return linear_scan(*inputs, implementation=self.implementation)[0]
-        if self.op == "linear_attention":
-            return linear_attention(*inputs, implementation=self.implementation)[0]
-        weight, x = inputs
-        return depthwise_convolution({"weight": weight}, x, padding="causal", implementation=self.implementation)
+        from jaxlm.nn import scan
+        from jaxlm.nn.convolution import depthwise_convolution
+
+        options = {"implementation": self.implementation}
+        if self.op == "depthwise_convolution":
+            weight, x = inputs
+            return depthwise_convolution({"weight": weight}, x, padding="causal", **options)
+        if self.op in ("gated_delta_rule", "mlstm"):  # transformers multiplies the queries by this factor, too
+            inputs = inputs[0] * inputs[0].shape[-1] ** -0.5, *inputs[1:]
+        if self.op == "mlstm":
+            return scan.mlstm(*inputs[:4], log_sigmoid(inputs[4]), **options)[0]
+        if self.op == "generalized_delta_rule":
+            options["min_log_decay"] = MIN_LOG_DECAY
+        return getattr(scan, self.op)(*inputs, **options)[0]
 
     def prepare(self) -> None:
         inputs = [self.copy(x) if index in self.donated else x for index, x in enumerate(self.inputs)]
@@ -142,31 +170,56 @@ class AssociativeScan(Jaxlm):
 
 
 class Torch(ScanImplementation, TorchImplementation):
-    """``depthwise_convolution`` with ``torch.nn.functional.conv1d``: one group per channel, axes [B, C, T]."""
+    """The operation in torch.
+
+    For ``depthwise_convolution``, it is ``torch.nn.functional.conv1d`` with one group per channel and axes [B, C, T].
+    ``gated_delta_rule`` is the chunked function of Qwen3-Next in transformers. ``mlstm`` is that of xLSTM with a single
+    chunk, because it is wrong for more chunks in transformers 4.57.
+    """
 
     def __init__(self, directory: str, op: str, sizes: dict[str, int], backward: bool) -> None:
         import torch
 
-        (weight, x), dout = inputs_of(op, sizes)
-        device = torch_device()
+        inputs, dout = inputs_of(op, sizes)
+        self.op, self.backward, device = op, backward, torch_device()
 
         def tensor(array: np.ndarray) -> Any:
-            return torch.from_numpy(np.ascontiguousarray(array)).to(device)
+            return torch.from_numpy(np.ascontiguousarray(self._swap_axes(array))).to(device)
 
-        self.weight = tensor(weight.T[:, None]).requires_grad_(backward)
-        self.x = tensor(np.swapaxes(x, 1, 2)).requires_grad_(backward)
-        self.dout, self.backward = tensor(np.swapaxes(dout, 1, 2)), backward
+        self.inputs, self.dout = [tensor(x).requires_grad_(backward) for x in inputs], tensor(dout)
+        if op == "mlstm":
+            from benchmarks.torch_models import xlstm_module
+
+            self.mlstm = xlstm_module().mlstm_chunkwise_native_autograd
+
+    def _swap_axes(self, array: np.ndarray) -> np.ndarray:
+        """An array of jaxlm in the axes of torch, or the reverse."""
+        if array.ndim == 2:  # the weight of the convolution, [taps, C]
+            return array.T[:, None]
+        if self.op == "depthwise_convolution" and array.shape[1] == 1:
+            return array[:, 0].T
+        return array if self.op == "gated_delta_rule" else np.swapaxes(array, 1, 2)
+
+    def _forward(self) -> Any:
+        import torch
+
+        if self.op == "gated_delta_rule":
+            from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated_delta_rule
+
+            return torch_chunk_gated_delta_rule(*self.inputs)[0]
+        if self.op == "mlstm":
+            return self.mlstm(*self.inputs, chunk_size=self.dout.shape[2])
+        weight, x = self.inputs
+        y = torch.nn.functional.conv1d(x, weight, padding=weight.shape[-1] - 1, groups=len(weight))
+        return y[:, :, : x.shape[-1]]
 
     def run(self) -> list[Any]:
         import torch
 
-        taps = self.weight.shape[-1]
-        y = torch.nn.functional.conv1d(self.x, self.weight, padding=taps - 1, groups=len(self.weight))
-        y = y[:, :, : self.x.shape[-1]]
-        gradients = torch.autograd.grad(y, (self.weight, self.x), self.dout) if self.backward else ()
+        y = self._forward()
+        gradients = torch.autograd.grad(y, self.inputs, self.dout) if self.backward else ()
         torch_wait()
         return [*gradients, y]
 
     def to_numpy(self, array: Any) -> np.ndarray:
-        x = array.detach().cpu().numpy()
-        return x[:, 0].T if x.shape == self.weight.shape else np.swapaxes(x, 1, 2)
+        return self._swap_axes(array.detach().cpu().numpy())

@@ -7,8 +7,8 @@
 Before the measurement, the outputs and gradients of all implementations are compared and must agree. In jaxlm and plain
 JAX, a repetition may overwrite two buffers, because they are donated: the input of ``linear_scan``, and the gradient of
 the output. They are created again before each repetition. This is not part of the measured time, because in a model
-other layers compute these arrays. The column "% of peak" is relative to the FLOP/s of a matrix product for
-``linear_attention``, and to the memory bandwidth of an in-place copy for the other operations.
+other layers compute these arrays. The column "% of peak" is relative to the memory bandwidth of an in-place copy for
+``linear_scan`` and ``depthwise_convolution``, and to the FLOP/s of a matrix product for the other operations.
 """
 
 from __future__ import annotations
@@ -23,6 +23,9 @@ from benchmarks.harness import JAXLM, UserError
 BASELINES = {
     "linear_scan": ("lax.scan", "associative_scan"),
     "linear_attention": ("lax.scan",),
+    "gated_delta_rule": ("lax.scan", "torch"),
+    "generalized_delta_rule": ("lax.scan",),
+    "mlstm": ("lax.scan", "torch"),
     "depthwise_convolution": ("lax.conv", "torch"),
 }
 """Baselines of each operation. ``lax.scan`` and ``lax.conv`` are jaxlm's implementation ``reference``."""
@@ -46,7 +49,7 @@ class Scans(harness.Options):
     """Baselines, separated by commas. Each operation is compared with those of them that support it. Empty: only jaxlm
     is measured."""
     only: str = ""
-    """One operation: linear_scan, linear_attention or depthwise_convolution; empty: all operations."""
+    """One operation (a key of ``BASELINES``), such as linear_scan; empty: all operations."""
 
 
 def run(options: Scans) -> None:

@@ -26,7 +26,7 @@ class Scan:
     """A linear recurrence or a depthwise convolution over time, float32.
 
     Attributes:
-        op: linear_scan, linear_attention or depthwise_convolution.
+        op: depthwise_convolution, or the name of a function in ``jaxlm.nn.scan``.
         sizes: pairs of a name and a size: B batch, T time, D channels of linear_scan, H heads, K head width, ``decays``
             (1 or K) decay factors per head, C channels of the convolution, and ``taps``, its kernel size.
     """
@@ -50,6 +50,9 @@ SCANS = (
     Scan("linear_scan", (("B", 1), ("T", 4096), ("D", 2048))),
     Scan("linear_attention", (("B", 2), ("T", 1024), ("H", 8), ("K", 64), ("decays", 1))),
     Scan("linear_attention", (("B", 2), ("T", 1024), ("H", 8), ("K", 64), ("decays", 64))),
+    Scan("gated_delta_rule", (("B", 2), ("T", 1024), ("H", 8), ("K", 64))),
+    Scan("generalized_delta_rule", (("B", 2), ("T", 1024), ("H", 8), ("K", 64))),
+    Scan("mlstm", (("B", 2), ("T", 1024), ("H", 8), ("K", 64))),
     Scan("depthwise_convolution", (("B", 4), ("T", 1024), ("C", 512), ("taps", 4))),
 )
 
@@ -175,17 +178,24 @@ def decoding_work(batch: int, tokens: int, model: dict[str, Any]) -> Work:
     return Work(batch * tokens, model["weight_bytes_per_step"] * tokens, "B read", formula)
 
 
+STATE_PRODUCTS = {"linear_attention": 2, "gated_delta_rule": 3, "generalized_delta_rule": 4, "mlstm": 2}
+"""Number of products of a vector with the state [K, V], or of two vectors that are added to it, in each step."""
+
+
 def scan_work(shape: Scan, backward: bool) -> Work:
-    """The bytes that the operation must read and write; for ``linear_attention``, its FLOPs.
+    """The work of an operation: bytes that must be read and written, or FLOPs for the keys of :data:`STATE_PRODUCTS`.
 
     Args:
         backward: whether to count the backward pass too.
     """
     sizes = dict(shape.sizes)
     tokens = sizes["B"] * sizes["T"]
-    if shape.op == "linear_attention":
-        amount = 4 * tokens * sizes["H"] * sizes["K"] ** 2
-        formula = "4*B*T*H*K*V for the forward pass of the sequential recurrence (V = K), 3 times that with backward"
+    if shape.op in STATE_PRODUCTS:
+        factor = 2 * STATE_PRODUCTS[shape.op]
+        amount = factor * tokens * sizes["H"] * sizes["K"] ** 2
+        formula = (
+            f"{factor}*B*T*H*K*V for the forward pass of the sequential recurrence (V = K), 3 times that with backward"
+        )
         return Work(tokens, amount * (3 if backward else 1), "FLOP", formula)
     if shape.op == "linear_scan":
         elements, num_arrays = tokens * sizes["D"], 8 if backward else 3

@@ -1,7 +1,7 @@
 """torch models with the weights of a jaxlm checkpoint, for families that transformers does not have.
 
-This module also has Transformer-XL, whose class in transformers is deprecated and needs a correction
-(:func:`transformer_xl_module`). The module imports torch. In the benchmarks, only the processes that run torch import
+This module also corrects the classes of Transformer-XL and xLSTM in transformers (:func:`transformer_xl_module`,
+:func:`xlstm_module`). The module imports torch. In the benchmarks, only the processes that run torch import
 it. Shapes: B batch, T time, V vocabulary, D width of embeddings, H hidden width of an LSTM, F width of the fully
 connected layers.
 """
@@ -117,7 +117,22 @@ def transformer_xl_module() -> Any:
     """
     import transformers.models.deprecated.transfo_xl.modeling_transfo_xl as module
 
-    source = re.sub(r"\.type_as\(\s*dtype=word_emb\.dtype\s*\)", ".to(word_emb.dtype)", inspect.getsource(module))
+    return _corrected(module, r"\.type_as\(\s*dtype=word_emb\.dtype\s*\)", ".to(word_emb.dtype)")
+
+
+def xlstm_module() -> Any:
+    """The module of xLSTM in transformers, with a corrected reshape in the chunked mLSTM.
+
+    In transformers 4.57, texts of at least ``chunk_size`` tokens raise a ``TypeError``.
+    """
+    import transformers.models.xlstm.modeling_xlstm as module
+
+    return _corrected(module, r"vecM_k_combine\(batch_size", "vecM_k_combine.reshape(batch_size")
+
+
+def _corrected(module: Any, pattern: str, replacement: str) -> Any:
+    """The module, after running its source again with all matches of a pattern replaced."""
+    source = re.sub(pattern, replacement, inspect.getsource(module))
     exec(compile(source, module.__file__, "exec", dont_inherit=True), vars(module))
     return module
 
@@ -157,3 +172,13 @@ def read(directory: str, family: str) -> nn.Module:
     config = json.loads((Path(directory) / "config.json").read_text(encoding="utf-8"))["config"]
     arrays = load_file(Path(directory) / "model.safetensors")
     return {"lstm": LSTM, "resnet": VDCNN}[family](config, arrays)
+
+
+def forget_states(model: nn.Module) -> None:
+    """Remove the recurrent states that RecurrentGemma's layers in transformers keep after a call, even without a cache.
+
+    The next call would otherwise start from these states.
+    """
+    for module in model.modules():
+        if hasattr(module, "recurrent_states"):
+            module.recurrent_states = None

@@ -195,6 +195,10 @@ def torch_loss(directory: str, family: str) -> tuple[Any, Callable[[], Any]]:
         options = {"xlnet": {"use_mems": False}, "bert": {}}.get(family, {"use_cache": False})
 
         def logits() -> Any:
+            if family == "griffin":
+                from benchmarks import torch_models
+
+                torch_models.forget_states(model)
             return model(**inputs, **options).logits
 
     else:
@@ -215,10 +219,13 @@ def torch_loss(directory: str, family: str) -> tuple[Any, Callable[[], Any]]:
 
 def torch_model(directory: str, family: str) -> Any:
     """The torch model of a checkpoint, from transformers or ``torch_models``."""
-    if not complete_models.TORCH_CLASSES[family]:
-        from benchmarks import torch_models
+    from benchmarks import torch_models
 
+    if not complete_models.TORCH_CLASSES[family]:
         return torch_models.read(directory, family)
     import transformers
 
-    return getattr(transformers, complete_models.TORCH_CLASSES[family]).from_pretrained(directory)
+    module = torch_models.xlstm_module() if family == "xlstm" else transformers
+    torch_class = getattr(module, complete_models.TORCH_CLASSES[family])
+    length = complete_models.load(directory)["tokens"].shape[1]
+    return torch_class.from_pretrained(directory, **complete_models.torch_options(family, length))

@@ -24,7 +24,8 @@ from jaxlm.testing.helpers import initial_params, relative_error
 NAMES = {
     "gpt": "gpt2", "llama": "llama-3.2-1b", "bert": "bert-base-uncased", "t5": "t5-small", "xlnet": "xlnet-base-cased",
     "transformer_xl": "transformer-xl-base", "lstm": "lstm-zaremba-medium", "resnet": "vdcnn-9",
-    "mamba2": "mamba2-130m",
+    "mamba2": "mamba2-130m", "griffin": "griffin-12-layers", "gated_deltanet": "gated-deltanet-12-layers",
+    "xlstm": "xlstm-12-layers",
 }  # fmt: skip
 
 

@@ -14,7 +14,6 @@ import pytest
 
 import jaxlm
 from jaxlm.testing.helpers import relative_error
-from tests.oracles.griffin import forget
 
 pytestmark = pytest.mark.live
 
@@ -77,7 +76,9 @@ def test_cached_decoding_equals_torch(models: Any, prompt: int, stop: int) -> No
 def test_differences_of_the_window(models: Any) -> None:
     """Without a cache, torch has no window. While its cache fills, torch drops a token and attends to an empty slot."""
     torch_model, model, params = models
-    forget(torch_model)
+    from benchmarks.torch_models import forget_states  # imports torch
+
+    forget_states(torch_model)
     without_cache = torch_logits(torch_model, 0, 30, use_cache=False)
     wide = model.with_fields(window=30)
     assert relative_error(jaxlm_logits(wide, params, 30), without_cache) < 1e-5

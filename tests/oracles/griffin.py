@@ -42,6 +42,8 @@ def reference(case: str, directory: Path) -> dict[str, np.ndarray]:
     import torch
     import transformers
 
+    from benchmarks.torch_models import forget_states  # imports torch
+
     name, shape, kind = _CASES[case]
     seed = list(_CASES).index(case)
     torch.manual_seed(seed)
@@ -57,7 +59,7 @@ def reference(case: str, directory: Path) -> dict[str, np.ndarray]:
     segment_ids = padding(kind, (B, T))
 
     def run(text: np.ndarray) -> Any:
-        forget(model)
+        forget_states(model)
         ids = torch.from_numpy(text).long()[None]
         if name == "RecurrentGemmaModel":
             return model(ids, use_cache=False).last_hidden_state[0]
@@ -78,10 +80,3 @@ def reference(case: str, directory: Path) -> dict[str, np.ndarray]:
         result |= {"logits": logits, "targets": targets, "weights": weights, "loss": loss}
         result |= {f"gradient/{key}": parameter.grad for key, parameter in model.named_parameters()}
     return {key: x if isinstance(x, np.ndarray) else x.detach().numpy() for key, x in result.items()}
-
-
-def forget(model: Any) -> None:
-    """Remove the state of the last call, which the layers of transformers keep even without a cache."""
-    for module in model.modules():
-        if hasattr(module, "recurrent_states"):
-            module.recurrent_states = None
