@@ -48,7 +48,8 @@ class Job:
 def _jobs() -> tuple[Job, ...]:
     models = {
         "gpt2": 3, "bert-base-uncased": 4, "t5-small": 3, "xlnet-base-cased": 5, "transformer-xl-base": 8, "vdcnn-9": 5,
-        "lstm-zaremba-medium": 2,
+        "lstm-zaremba-medium": 2, "smollm2-135m": 4, "mamba2-130m": 6, "griffin-12-layers": 6,
+        "gated-deltanet-12-layers": 6, "xlstm-12-layers": 6,
     }  # fmt: skip
     decoders = {"gpt2": 22, "t5-small": 14, "lstm-zaremba-medium": 6}
     lengths = ("--prompt", "32,512", "--batch", "1,8")
@@ -56,7 +57,7 @@ def _jobs() -> tuple[Job, ...]:
         Job("attention", ("attention",), 13),
         Job("attention_decode", ("attention", "--variants", "decode", "--lengths", "128,1024,4096"), 2),
         Job("recurrence", ("recurrence",), 5),
-        Job("scans", ("scans",), 4),
+        Job("scans", ("scans",), 8),
         *(Job(f"training_{name}", ("training", "--model", name), minutes) for name, minutes in models.items()),
         *(
             Job(f"decoding_{name}", ("decoding", "--model", name, *lengths), minutes)

@@ -166,8 +166,7 @@ def torch_options(family: str, length: int) -> dict[str, Any]:
     of 256, the layers of mamba2-130m need more than 32 GB for a training step with 2 rows of 256 tokens. In
     transformers 4.57, the chunked mLSTM of xLSTMForCausalLM is wrong for more than one chunk.
     """
-    options = {"mamba2": {"chunk_size": 32}, "xlstm": {"chunk_size": length, "mode": "train"}}
-    return options.get(family, {})
+    return {"mamba2": {"chunk_size": 32}, "xlstm": {"chunk_size": length}}.get(family, {})
 
 
 def load(directory: str) -> dict[str, np.ndarray]:

@@ -139,7 +139,8 @@ class Jaxlm(ScanImplementation, JaxImplementation):
         if self.op in ("gated_delta_rule", "mlstm"):  # transformers multiplies the queries by this factor, too
             inputs = inputs[0] * inputs[0].shape[-1] ** -0.5, *inputs[1:]
         if self.op == "mlstm":
-            return scan.mlstm(*inputs[:4], log_sigmoid(inputs[4]), **options)[0]
+            query, key, value, log_input, forget = inputs
+            return scan.mlstm(query, key, value, log_input, log_sigmoid(forget), **options)[0]
         if self.op == "generalized_delta_rule":
             options["min_log_decay"] = MIN_LOG_DECAY
         return getattr(scan, self.op)(*inputs, **options)[0]

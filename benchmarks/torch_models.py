@@ -179,6 +179,7 @@ def forget_states(model: nn.Module) -> None:
 
     The next call would otherwise start from these states.
     """
+    module: Any
     for module in model.modules():
         if hasattr(module, "recurrent_states"):
             module.recurrent_states = None

@@ -3,6 +3,7 @@
     python -m benchmarks.training                                    GPT-2 124M, float32, batch 2 of 512 tokens
     python -m benchmarks.training --model bert-base-uncased,t5-small,xlnet-base-cased,lstm-zaremba-medium,vdcnn-9
     python -m benchmarks.training --model transformer-xl-base
+    python -m benchmarks.training --model mamba2-130m,griffin-12-layers,gated-deltanet-12-layers,xlstm-12-layers
     python -m benchmarks.training --passes forward,step --against torch,torch-compile,flax --json training.json
     python -m benchmarks.training --quick                            a short test that the benchmark works
 
@@ -50,8 +51,8 @@ class Training(harness.Options):
     """Measure losses and optimizer steps."""
 
     model: str = "gpt2"
-    """Models of the families gpt, llama, bert, t5, xlnet, transformer_xl, lstm, resnet (VDCNN) and mamba2, separated by
-    commas."""
+    """Models of the families gpt, llama, bert, t5, xlnet, transformer_xl, lstm, resnet (VDCNN), mamba2, griffin,
+    gated_deltanet and xlstm, separated by commas. ``complete_models.REDUCED_MODELS`` has smaller ones of large models."""
     passes: str = "step"
     """Passes, separated by commas: forward (only the loss), step (an optimizer step)."""
     batch: int | None = None
