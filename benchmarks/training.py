@@ -52,7 +52,7 @@ class Training(harness.Options):
 
     model: str = "gpt2"
     """Models of the families gpt, llama, bert, t5, xlnet, transformer_xl, lstm, resnet (VDCNN), mamba2, griffin,
-    gated_deltanet and xlstm, separated by commas. ``complete_models.REDUCED_MODELS`` has smaller ones of large models."""
+    gated_deltanet and xlstm, separated by commas. ``complete_models.REDUCED_MODELS`` has reduced large models."""
     passes: str = "step"
     """Passes, separated by commas: forward (only the loss), step (an optimizer step)."""
     batch: int | None = None
