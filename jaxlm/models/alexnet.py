@@ -92,7 +92,7 @@ def apply(
     state: State | None = None,
     segment_ids: jax.Array | None = None,
     key: jax.Array | None = None,
-) -> tuple[jax.Array, Any]:
+) -> tuple[jax.Array, State | None]:
     """The hidden states of a language model, [B, T, fc_dim], and the new state (None without a state).
 
     A classifier, or a model with the task none, instead returns the features of the text, [B, S, C], and None.
@@ -143,7 +143,7 @@ def _causal_hidden_states(
     state: State | None,
     segment_ids: jax.Array | None,
     key: jax.Array | None,
-) -> tuple[jax.Array, Any]:
+) -> tuple[jax.Array, State | None]:
     """The hidden states of the language model, [B, T, fc_dim], and its new state."""
     tails = {} if state is None else state
     tokens, layout = move_padding_last(tokens, segment_ids, tails.get("segment_ids"))

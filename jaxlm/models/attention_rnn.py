@@ -90,7 +90,7 @@ def apply(
     cfg: Config, params: Params, tokens: jax.Array, *, source: jax.Array | None = None,
     source_segment_ids: jax.Array | None = None, state: State | None = None, segment_ids: jax.Array | None = None,
     key: jax.Array | None = None,
-) -> tuple[jax.Array, Any]:  # fmt: skip
+) -> tuple[jax.Array, State | None]:  # fmt: skip
     """The head's input at each target token, [B, T, D], and the new state (None without a state).
 
     With ``cfg.copy``, the last axis is the concatenation that the module docstring describes. Exactly one of
@@ -240,7 +240,7 @@ def _encode(
 
 def init_decode_state(
     cfg: Config, params: Params, source: jax.Array, length: int, *, segment_ids: jax.Array | None = None,
-    key: Any = None,
+    key: jax.Array | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """The decode state for ``source`` [B, S], before the first target token of each row; ``length`` is not used.
 

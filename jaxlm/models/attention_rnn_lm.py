@@ -91,7 +91,7 @@ def apply(
     state: State | None = None,
     segment_ids: jax.Array | None = None,
     key: jax.Array | None = None,
-) -> tuple[jax.Array, Any]:
+) -> tuple[jax.Array, State | None]:
     """The hidden states after dropout, [B, T, D], and the new state (None without a state).
 
     Args:

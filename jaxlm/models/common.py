@@ -218,7 +218,7 @@ def time_axis_name(length: int, num_tokens: int) -> str | None:
 
 def decoder_outputs(
     x_BTD: jax.Array, kv: Any, context: cache.CacheContext, state: State | None
-) -> tuple[jax.Array, Any]:
+) -> tuple[jax.Array, State | None]:
     """The outputs of ``apply``: the hidden states, and the state with the new caches ``kv`` (None without a state).
 
     If the tokens of a row do not fit into its cache, the hidden states of the row are NaN.

@@ -121,7 +121,7 @@ def apply(
     state: State | None = None,
     segment_ids: jax.Array | None = None,
     key: jax.Array | None = None,
-) -> tuple[jax.Array, Any]:
+) -> tuple[jax.Array, State | None]:
     """The hidden states after the final norm, [B, T, D], and the new state (None without a state).
 
     Args:
@@ -143,7 +143,7 @@ def apply_with_routing(
     state: State | None = None,
     segment_ids: jax.Array | None = None,
     key: jax.Array | None = None,
-) -> tuple[jax.Array, Any, RouterStatistics | None]:
+) -> tuple[jax.Array, State | None, RouterStatistics | None]:
     """The results of :func:`apply`, and the router statistics of layers with experts, stacked (None: no experts)."""
     common.check_tokens(tokens, segment_ids, None, cfg.max_positions)
     tokens, layout = move_padding_last(tokens, segment_ids, None if state is None else state["past"])

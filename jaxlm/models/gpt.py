@@ -81,7 +81,7 @@ class Config(common.TransformerConfig):
 def apply(
     cfg: Config, params: Params, tokens: jax.Array, *, state: State | None = None,
     segment_ids: jax.Array | None = None, positions: jax.Array | None = None, key: jax.Array | None = None,
-) -> tuple[jax.Array, Any]:  # fmt: skip
+) -> tuple[jax.Array, State | None]:  # fmt: skip
     """The hidden states after the last norm, [B, T, D], and the new state (None without a state).
 
     Args:

@@ -115,7 +115,7 @@ class Config(experts.ExpertsConfig):
 def apply(
     cfg: Config, params: Params, tokens: jax.Array, *, state: State | None = None,
     segment_ids: jax.Array | None = None, positions: jax.Array | None = None, key: jax.Array | None = None,
-) -> tuple[jax.Array, Any]:  # fmt: skip
+) -> tuple[jax.Array, State | None]:  # fmt: skip
     """The hidden states after the final norm, [B, T, D], and the new state (None without a state).
 
     Args:
@@ -140,7 +140,7 @@ def apply_with_routing(
     cfg: Config, params: Params, tokens: jax.Array, *, state: State | None = None,
     segment_ids: jax.Array | None = None, positions: jax.Array | None = None, key: jax.Array | None = None,
     added_embeddings: jax.Array | None = None,
-) -> tuple[jax.Array, Any, RouterStatistics | None]:  # fmt: skip
+) -> tuple[jax.Array, State | None, RouterStatistics | None]:  # fmt: skip
     """The results of :func:`apply`, and the router statistics of layers with experts, stacked (None: no experts).
 
     ``added_embeddings`` [B, T, D] are added to the token embeddings.

@@ -127,7 +127,7 @@ def apply(
     state: State | None = None,
     segment_ids: jax.Array | None = None,
     key: jax.Array | None = None,
-) -> tuple[jax.Array, Any]:
+) -> tuple[jax.Array, State | None]:
     """The hidden states after the final norm, [B, T, D], and the new state (None without a state).
 
     Args:

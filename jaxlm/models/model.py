@@ -162,7 +162,7 @@ class Model:
         """Newly initialized parameters."""
         return spec.init(self.specs, key)
 
-    def apply(self, params: Params, tokens: jax.Array, **inputs: Any) -> tuple[jax.Array, Any]:
+    def apply(self, params: Params, tokens: jax.Array, **inputs: Any) -> tuple[jax.Array, State | None]:
         """The hidden states [B, T, D] and the new state (None without a state), from the family's ``apply``.
 
         ``xlnet`` with the argument ``targets`` (P positions) returns [B, P, D]. ``attention_rnn`` with ``copy=True``
@@ -190,7 +190,7 @@ class Model:
 
     def apply_with_routing(
         self, params: Params, tokens: jax.Array, **inputs: Any
-    ) -> tuple[jax.Array, Any, RouterStatistics]:
+    ) -> tuple[jax.Array, State | None, RouterStatistics]:
         """The hidden states and the new state of :meth:`apply`, and the statistics of the routers of all layers.
 
         The statistics are stacked: one entry per layer with experts (``jaxlm.nn.experts.RouterStatistics``). For an
@@ -210,7 +210,9 @@ class Model:
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), statistics)
         return *self.apply(params, tokens, **inputs), zeros
 
-    def _apply_to_empty_batch(self, params: Params, tokens: jax.Array, inputs: dict[str, Any]) -> tuple[jax.Array, Any]:
+    def _apply_to_empty_batch(
+        self, params: Params, tokens: jax.Array, inputs: dict[str, Any]
+    ) -> tuple[jax.Array, State | None]:
         """The outputs of ``apply`` for an empty batch, from the shapes of the inputs."""
         hidden, new_state = self._eval_shape(self.module.apply, params, tokens, inputs)
         B, T = tokens.shape
@@ -493,6 +495,7 @@ class Model:
         is_kept = jnp.arange(T)[None, :] < count[:, None]
         segments = jnp.where(is_kept, 1 if segment_ids is None else segment_ids, 0)
         _, state = self.apply(params, tokens, state=before, segment_ids=segments, **inputs)
+        assert state is not None
         from jaxlm.nn.attention import cache  # imported here, because `import jaxlm` must not import flax
 
         return cache.rollback(state, T - count) if self.has_cache else state

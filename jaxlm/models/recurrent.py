@@ -103,7 +103,7 @@ def apply(
     state: State | None = None,
     segment_ids: jax.Array | None = None,
     key: jax.Array | None = None,
-) -> tuple[jax.Array, Any]:
+) -> tuple[jax.Array, State | None]:
     """The outputs of the last layer after dropout, [B, T, D], and the new state (None without a state).
 
     Args:
@@ -129,7 +129,7 @@ def apply_with_outputs(
     state: State | None = None,
     segment_ids: jax.Array | None = None,
     key: jax.Array | None = None,
-) -> tuple[jax.Array, jax.Array, Any]:
+) -> tuple[jax.Array, jax.Array, State | None]:
     """The outputs of the last layer after and before dropout, both [B, T, D], and the new state; see :func:`apply`.
 
     :func:`regularization` needs both outputs.

@@ -92,7 +92,7 @@ def apply(
     state: None = None,
     segment_ids: jax.Array | None = None,
     key: jax.Array | None = None,
-) -> tuple[jax.Array, Any]:
+) -> tuple[jax.Array, dict[str, Any] | None]:
     """The features of the text, [B, S, C], and the new running statistics (None without a ``key``).
 
     For n groups of blocks, S is ``max_positions / 2 ** (n - 1)``, for every T, and C is ``channels * 2 ** (n - 1)``.

@@ -74,7 +74,7 @@ def apply(
     state: State | None = None,
     segment_ids: jax.Array | None = None,
     key: jax.Array | None = None,
-) -> tuple[jax.Array, Any]:
+) -> tuple[jax.Array, State | None]:
     """The output of the last block, [B, T, C], and the new state (None without a state).
 
     Args:

@@ -122,7 +122,7 @@ def apply(
     cfg: Config, params: Params, tokens: jax.Array, *, source: jax.Array | None = None,
     source_segment_ids: jax.Array | None = None, state: State | None = None, segment_ids: jax.Array | None = None,
     positions: jax.Array | None = None, key: jax.Array | None = None,
-) -> tuple[jax.Array, Any]:  # fmt: skip
+) -> tuple[jax.Array, State | None]:  # fmt: skip
     """The hidden states of the decoder after its final norm, [B, T, D], and the new state (None without a state).
 
     Exactly one of ``source`` (for training) and ``state`` (for decoding) must be given.
@@ -185,7 +185,14 @@ def apply(
 
 
 def _attention(
-    cfg: Config, layer: Params, name: str, x: jax.Array, kv: tuple[Any, Any], mask: Mask, bias: Any, key: Any
+    cfg: Config,
+    layer: Params,
+    name: str,
+    x: jax.Array,
+    kv: tuple[Any, Any],
+    mask: Mask,
+    bias: Any,
+    key: jax.Array | None,
 ) -> jax.Array:
     weights, key = layer[name], fold_in_name(key, name)
     q = constrain(linear(weights["query"], x), ("batch", "seq", "heads", "kv"))

@@ -83,7 +83,7 @@ def apply(
     cfg: Config, params: Params, tokens: jax.Array, *, state: State | None = None,
     segment_ids: jax.Array | None = None, key: jax.Array | None = None, token_types: jax.Array | None = None,
     right_to_left: jax.Array | None = None, order: jax.Array | None = None, targets: jax.Array | None = None,
-) -> tuple[jax.Array, Any]:  # fmt: skip
+) -> tuple[jax.Array, State | None]:  # fmt: skip
     """The hidden states, and the new state (None without a state).
 
     For the task ``permutation``, the hidden states are the query stream. With an ``order``, the query stream has the

@@ -97,7 +97,9 @@ def document_numbers(segment_ids_BT: jax.Array) -> jax.Array:
     return jnp.where(keep_BT, 1 + jnp.cumsum(reset_BT, axis=1, dtype=jnp.int32), 0)
 
 
-def check_masks(reset_BT: Any, keep_BT: Any, shape: Sequence[int], what: str = "input") -> None:
+def check_masks(
+    reset_BT: jax.Array | None, keep_BT: jax.Array | None, shape: Sequence[int], what: str = "input"
+) -> None:
     """Check that each mask is None or a boolean array of the ``shape`` [B, T].
 
     Raises:
@@ -128,6 +130,10 @@ def check_state(state: State, batch: int, specs: Mapping[str, ArraySpec]) -> Non
             raise ValueError(f"{name!r} of the state is {got}: it must be {list(shape)}")
 
 
+Masks = tuple[jax.Array, jax.Array] | None
+"""The masks ``(reset, keep)`` of all steps or of one step; None: no resets and no padding."""
+
+
 def select_state(condition: jax.Array, x: Any, y: Any) -> Any:
     """``jnp.where(condition, x, y)`` for trees of arrays.
 
@@ -140,7 +146,7 @@ def select_state(condition: jax.Array, x: Any, y: Any) -> Any:
     return jax.tree.map(select, x, y)
 
 
-def reset_state(masks: Any, state: Any) -> Any:
+def reset_state(masks: Masks, state: Any) -> Any:
     """The state of a step with zeros where ``reset`` is True.
 
     Args:
@@ -149,7 +155,7 @@ def reset_state(masks: Any, state: Any) -> Any:
     return state if masks is None else select_state(masks[0], jax.tree.map(jnp.zeros_like, state), state)
 
 
-def keep_state(masks: Any, new: Any, old: Any) -> Any:
+def keep_state(masks: Masks, new: Any, old: Any) -> Any:
     """The state ``new`` where ``keep`` is True, and the state ``old`` elsewhere.
 
     Args:
@@ -158,7 +164,7 @@ def keep_state(masks: Any, new: Any, old: Any) -> Any:
     return new if masks is None else select_state(masks[1], new, old)
 
 
-def complete_masks(reset_BT: Any, keep_BT: Any, shape: Sequence[int]) -> tuple[jax.Array, jax.Array] | None:
+def complete_masks(reset_BT: jax.Array | None, keep_BT: jax.Array | None, shape: Sequence[int]) -> Masks:
     """Both masks ``(reset_BT, keep_BT)``, with no resets at padding; None if both arguments are None.
 
     A missing ``reset_BT`` is False everywhere, and a missing ``keep_BT`` is True everywhere.

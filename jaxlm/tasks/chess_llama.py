@@ -91,7 +91,7 @@ def apply(
 def apply_with_routing(
     cfg: Config, params: Params, tokens: jax.Array, *, state: State | None = None,
     segment_ids: jax.Array | None = None, positions: jax.Array | None = None, key: jax.Array | None = None,
-) -> tuple[jax.Array, Any, RouterStatistics | None]:  # fmt: skip
+) -> tuple[jax.Array, State | None, RouterStatistics | None]:  # fmt: skip
     """The results of :func:`apply`, and the router statistics of layers with experts, stacked (None: no experts)."""
     common.check_tokens(tokens, segment_ids, positions, cfg.max_positions)  # before the boards are computed
     boards_BTE = _read_boards(tokens, segment_ids, state)
@@ -99,7 +99,7 @@ def apply_with_routing(
         cfg, params, tokens, state=state, segment_ids=segment_ids, positions=positions, key=key,
         added_embeddings=embed_boards(params["board_embedding"].astype(cfg.dtype), boards_BTE),
     )  # fmt: skip
-    if state is not None:
+    if state is not None and new_state is not None:
         new_state = {**new_state, "boards": cache.append(state["boards"], boards_BTE, state["length"])}
     return hidden, new_state, statistics
 

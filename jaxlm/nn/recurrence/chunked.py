@@ -32,7 +32,7 @@ from jax import lax
 
 from jaxlm import sharding
 from jaxlm.nn.custom_gradient import custom_vjp
-from jaxlm.nn.segments import keep_state, reset_state
+from jaxlm.nn.segments import Masks, keep_state, reset_state
 
 Weights = dict[str, Any]
 """``weight_input`` [D, G, H] and ``weight_hidden`` [H, G, K] in the compute dtype; ``bias`` [G, H] and, for a GRU with
@@ -104,7 +104,7 @@ StaticArguments = tuple[Cell, int, bool, bool]
 
 @functools.partial(custom_vjp, nondiff_argnums=(0,))
 def _layer(
-    static: StaticArguments, weights: Weights, x_BTD: jax.Array, first: State, masks: Any
+    static: StaticArguments, weights: Weights, x_BTD: jax.Array, first: State, masks: Masks
 ) -> tuple[jax.Array, State]:
     return _forward(static, weights, x_BTD, first, masks, save_residuals=False)[0]
 
@@ -114,7 +114,7 @@ def _forward(
     weights: Weights,
     x_BTD: jax.Array,
     first: State,
-    masks: Any,
+    masks: Masks,
     *,
     save_residuals: bool = True,
 ) -> Any:
@@ -122,7 +122,7 @@ def _forward(
     T, dtype, original_weights = x_BTD.shape[1], x_BTD.dtype, weights
     weights = _split_hidden(cell, weights)
 
-    def step(state: State, projected: InputContribution, mask: Any) -> tuple[State, tuple[jax.Array, ...]]:
+    def step(state: State, projected: InputContribution, mask: Masks) -> tuple[State, tuple[jax.Array, ...]]:
         """The state after the step, and the arrays to store.
 
         The output is always stored. With ``save_residuals``, the cell of an LSTM before the step is also stored, and,
@@ -175,7 +175,7 @@ def _backward(static: StaticArguments, saved: Any, cotangents: Any) -> tuple[Any
     transposes = tuple(_transpose(weight_HGK, x_BTD.shape[0] != 1) for weight_HGK in split_weights["weight_hidden"])
     transpose_input = _transpose(weights["weight_input"], False)
 
-    def step(dafter: State, gates: SavedGates, before: State, mask: Any) -> tuple[State, tuple[jax.Array, ...]]:
+    def step(dafter: State, gates: SavedGates, before: State, mask: Masks) -> tuple[State, tuple[jax.Array, ...]]:
         """The gradient of the state before the step, and the arrays to store for the matmuls of the chunk."""
         dbefore, *stored = cell.backward(transposes, gates, before, _zero_at_padding(mask, dafter))
         dbefore = reset_state(mask, keep_state(mask, dbefore, dafter))
@@ -461,7 +461,7 @@ def _transpose(weight_DGH: jax.Array, copy: bool) -> TransposedProduct:
 
 
 def _hidden_before(
-    hidden_BTH: jax.Array, first_BH: jax.Array, masks: Any, start: Any, steps: int, reverse: bool
+    hidden_BTH: jax.Array, first_BH: jax.Array, masks: Masks, start: Any, steps: int, reverse: bool
 ) -> jax.Array:
     """The hidden state before each step of a chunk, [B, C, H], with zeros where the state is reset."""
     T = hidden_BTH.shape[1]
@@ -535,10 +535,10 @@ def _gates_at(gates: SavedGates, index: Any, axis: int) -> SavedGates:
     return tuple(gate.astype(jnp.float32) for gate in result)
 
 
-def _mask_at(masks: Any, index: Any) -> Any:
+def _mask_at(masks: Masks, index: Any) -> Any:
     return None if masks is None else tuple(_read_at(mask, index, 1) for mask in masks)
 
 
-def _zero_at_padding(mask: Any, dstate: State) -> State:
+def _zero_at_padding(mask: Masks, dstate: State) -> State:
     """The gradient of the state after a step, with zeros at padding, so that the gates get no gradient there."""
     return dstate if mask is None else tuple(jnp.where(mask[1], x, 0.0) for x in dstate)

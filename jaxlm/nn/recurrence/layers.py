@@ -25,7 +25,7 @@ from jaxlm.nn.recurrence.cells import (
     project,
     project_time_major,
 )
-from jaxlm.nn.segments import check_masks, check_state, complete_masks, keep_state, reset_state
+from jaxlm.nn.segments import Masks, check_masks, check_state, complete_masks, keep_state, reset_state
 from jaxlm.sharding import constrain
 from jaxlm.spec import ArraySpec, Params, State
 
@@ -198,7 +198,7 @@ def _layer(
 
 
 def _scan_cell(
-    step: Any, params: Params, x_BTD: jax.Array, state: State, masks: Any, output: Callable[[State], Any],
+    step: Any, params: Params, x_BTD: jax.Array, state: State, masks: Masks, output: Callable[[State], Any],
     reverse: bool = False,
 ) -> tuple[Any, dict[str, jax.Array]]:  # fmt: skip
     """``output(state)`` of the state after each token, [B, T, ...], and the last state.

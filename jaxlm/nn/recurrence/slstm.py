@@ -35,7 +35,7 @@ from jax import lax
 
 from jaxlm.nn import choices
 from jaxlm.nn.custom_gradient import custom_vjp
-from jaxlm.nn.segments import check_masks, check_state, complete_masks, keep_state, reset_state
+from jaxlm.nn.segments import Masks, check_masks, check_state, complete_masks, keep_state, reset_state
 from jaxlm.sharding import constrain
 from jaxlm.spec import ZEROS, ArraySpec, Initializer, Params, State
 
@@ -163,7 +163,7 @@ def _with_output(state: State) -> tuple[State, jax.Array]:
 # ------------------------------------------------------------------------------------------------------ chunked
 
 
-def _forward(L: int, weight: jax.Array, bias: jax.Array, projected_TBHGP: jax.Array, masks: Any, state: State) -> Any:
+def _forward(L: int, weight: jax.Array, bias: jax.Array, projected_TBHGP: jax.Array, masks: Masks, state: State) -> Any:
     """``(hidden states [T, B, H, P] float32, last state)``, and the arrays for the backward pass."""
     T = projected_TBHGP.shape[0]
 
@@ -178,7 +178,7 @@ def _forward(L: int, weight: jax.Array, bias: jax.Array, projected_TBHGP: jax.Ar
     return (hidden_TBHP, last), (weight, bias, projected_TBHGP, masks, states)
 
 
-def _chunks(L: int, projected_TBHGP: jax.Array, masks: Any) -> Any:
+def _chunks(L: int, projected_TBHGP: jax.Array, masks: Masks) -> Any:
     """The inputs and masks of the chunks, [C, L, ...]. The last chunk is filled with padding steps."""
     if projected_TBHGP.shape[0] % L and masks is None:
         keep_TB = jnp.ones_like(projected_TBHGP[:, :, 0, 0, 0], bool)

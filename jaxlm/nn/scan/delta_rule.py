@@ -27,7 +27,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +44,7 @@ from jaxlm.nn.scan.matrix_state import (
     pair_scores_and_decays,
 )
 from jaxlm.nn.scan.triangular import solve_unit_lower
-from jaxlm.nn.segments import reset_state
+from jaxlm.nn.segments import Masks, reset_state
 
 MAX_CHUNK_DECAY = 60.0
 """Maximum absolute sum of the log decays of a chunk for which :func:`_bounded_scores` is used. The largest factor there
@@ -195,7 +194,7 @@ def generalized_delta_rule(
 # ---------------------------------------------------------------------------------------------- gated delta rule
 
 
-def _gated_step(state_BHKV: jax.Array, mask: Any, *inputs: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _gated_step(state_BHKV: jax.Array, mask: Masks, *inputs: jax.Array) -> tuple[jax.Array, jax.Array]:
     q_BHK, k_BHK, v_BHV, log_BH1, beta_BH1 = (x.astype(jnp.float32) for x in inputs)
     state_BHKV = jnp.exp(log_BH1)[..., None] * reset_state(mask, state_BHKV)
     old_BHV = jnp.einsum("BHK,BHKV->BHV", k_BHK, state_BHKV)
@@ -235,7 +234,7 @@ def _gated_chunk(
 # ---------------------------------------------------------------------------------------- generalized delta rule
 
 
-def _generalized_step(state_BHKV: jax.Array, mask: Any, *inputs: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _generalized_step(state_BHKV: jax.Array, mask: Masks, *inputs: jax.Array) -> tuple[jax.Array, jax.Array]:
     q_BHK, k_BHK, v_BHV, log_BHK, a_BHK, b_BHK = (x.astype(jnp.float32) for x in inputs)
     # The state is reset after the matmul: otherwise, XLA would write the state to memory before the matmul.
     old_BHV = reset_state(mask, jnp.einsum("BHK,BHKV->BHV", a_BHK, state_BHKV))

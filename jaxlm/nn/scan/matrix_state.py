@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jaxlm.nn import choices
 from jaxlm.nn.scan import head_blocks, matrix_state_pallas
 from jaxlm.nn.scan.chunks import per_head, prepare, product_in, scan_chunks, scan_steps
-from jaxlm.nn.segments import check_masks, reset_state
+from jaxlm.nn.segments import Masks, check_masks, reset_state
 
 Implementation = Literal["reference", "chunked", "pallas"]
 
@@ -193,7 +193,7 @@ def _scaled(k_BG: jax.Array, v_BH: jax.Array, scale_BH: jax.Array | None) -> tup
 def decay_step(
     to_decay: Callable[[jax.Array], jax.Array],
     state_BHKV: jax.Array,
-    mask: Any,
+    mask: Masks,
     q_BGK: jax.Array,
     k_BGK: jax.Array,
     v_BHV: jax.Array,

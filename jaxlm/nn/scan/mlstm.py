@@ -35,7 +35,7 @@ from jaxlm.nn.scan.matrix_state import (
     choose_implementation,
     linear_attention,
 )
-from jaxlm.nn.segments import check_state, reset_state, select_state
+from jaxlm.nn.segments import Masks, check_state, reset_state, select_state
 from jaxlm.spec import ArraySpec, State
 
 STABILIZER_LIMITS = (-80.0, 40.0)
@@ -144,7 +144,7 @@ def _check(
 
 
 def _step(
-    epsilon: float, state: dict[str, jax.Array], mask: Any, q: jax.Array, k: jax.Array, v: jax.Array,
+    epsilon: float, state: dict[str, jax.Array], mask: Masks, q: jax.Array, k: jax.Array, v: jax.Array,
     log_i: jax.Array, log_f: jax.Array,
 ) -> tuple[dict[str, jax.Array], jax.Array]:  # fmt: skip
     """The state after a step, and its output."""

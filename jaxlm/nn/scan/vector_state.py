@@ -33,7 +33,7 @@ from jaxlm import sharding
 from jaxlm.nn import choices
 from jaxlm.nn.custom_gradient import custom_vjp
 from jaxlm.nn.scan import pallas
-from jaxlm.nn.segments import check_masks, complete_masks
+from jaxlm.nn.segments import Masks, check_masks, complete_masks
 
 Implementation = Literal["reference", "sequential", "chunked", "pallas"]
 
@@ -112,7 +112,7 @@ def _check(
     return complete_masks(reset_BT, keep_BT, (B, T))
 
 
-def _step(state: jax.Array, decay: jax.Array, new: jax.Array, mask: Any) -> jax.Array:
+def _step(state: jax.Array, decay: jax.Array, new: jax.Array, mask: Masks) -> jax.Array:
     """The state after one step of all rows, [B, D] float32. Inputs at padding are ignored, even if they are NaN."""
     decay, new = decay.astype(jnp.float32), new.astype(jnp.float32)
     if mask is not None:
@@ -123,7 +123,7 @@ def _step(state: jax.Array, decay: jax.Array, new: jax.Array, mask: Any) -> jax.
 
 
 def _reference(
-    decay_BTD: jax.Array, input_BTD: jax.Array, state_BD: jax.Array, masks: Any, reverse: bool
+    decay_BTD: jax.Array, input_BTD: jax.Array, state_BD: jax.Array, masks: Masks, reverse: bool
 ) -> tuple[jax.Array, jax.Array]:
     def step(state: jax.Array, inputs: Any) -> Any:
         decay, new, mask = inputs
@@ -140,7 +140,7 @@ def _reference(
 
 
 def _forward(
-    implementation: str, reverse: bool, decay_BTD: jax.Array, input_BTD: jax.Array, state_BD: jax.Array, masks: Any
+    implementation: str, reverse: bool, decay_BTD: jax.Array, input_BTD: jax.Array, state_BD: jax.Array, masks: Masks
 ) -> Any:
     if implementation == "sequential":
         hidden_BTD, last_BD = _sequential(decay_BTD, input_BTD, state_BD, masks, reverse)
@@ -185,7 +185,7 @@ _scan = custom_vjp.from_rules(_forward, _backward, nondiff_argnums=(0, 1))
 
 
 def _sequential(
-    decay_BTD: jax.Array, input_BTD: jax.Array, state_BD: jax.Array, masks: Any, reverse: bool
+    decay_BTD: jax.Array, input_BTD: jax.Array, state_BD: jax.Array, masks: Masks, reverse: bool
 ) -> tuple[jax.Array, jax.Array]:
     time_of = _step_to_time(input_BTD, reverse)
 
@@ -201,7 +201,7 @@ def _sequential_backward(
     decay_BTD: jax.Array,
     hidden_BTD: jax.Array,
     state_BD: jax.Array,
-    masks: Any,
+    masks: Masks,
     dhidden_BTD: jax.Array,
     dlast_BD: jax.Array,
     reverse: bool,
@@ -280,7 +280,7 @@ def _write(x_BTD: jax.Array, value_BD: jax.Array, time: jax.Array) -> jax.Array:
     return lax.dynamic_update_slice(x_BTD, value_BD[:, None].astype(x_BTD.dtype), (zero, time, zero))
 
 
-def _masks_at(masks: Any, time: jax.Array) -> Any:
+def _masks_at(masks: Masks, time: jax.Array) -> Any:
     zero = jnp.zeros_like(time)
     return jax.tree.map(lambda mask: lax.dynamic_slice(mask, (zero, time), (mask.shape[0], 1)), masks)
 
@@ -288,7 +288,7 @@ def _masks_at(masks: Any, time: jax.Array) -> Any:
 # ------------------------------------------------------------------------------------------------------ chunked
 
 
-def _masked_decay(decay_BTD: jax.Array, masks: Any) -> jax.Array:
+def _masked_decay(decay_BTD: jax.Array, masks: Masks) -> jax.Array:
     """The decays with 0 at resets and 1 at padding."""
     if masks is None:
         return decay_BTD
