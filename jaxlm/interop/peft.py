@@ -110,24 +110,7 @@ def load_adapter(directory: str | os.PathLike[str], model: Model) -> tuple[LoRA,
     integrity.verify_checksums(directory)
     config_path = path_inside(directory, CONFIG)
     rank, alpha = _rank_and_alpha(read_object(config_path), config_path)
-    if not (directory / WEIGHTS).exists() and (directory / _PICKLE).exists():
-        raise ValueError(
-            f"{directory} contains the weights only as a pickle file ({_PICKLE}). jaxlm does not read it, because "
-            "loading a pickle can run arbitrary code. If you trust the file, load the adapter with PEFT and save it "
-            "with save_pretrained(directory, safe_serialization=True)"
-        )
-    try:
-        tensors = load_file(path_inside(directory, WEIGHTS))
-    except SafetensorError as error:
-        raise ValueError(f"{directory / WEIGHTS} is truncated or not a safetensors file: {error}") from error
-
-    unknown = sorted(name for name in tensors if not name.startswith(_NAME_PREFIX))
-    if unknown:
-        raise ValueError(
-            f"{directory / WEIGHTS}: the names {', '.join(unknown[:5])} do not begin with {_NAME_PREFIX!r}, "
-            "as all tensor names in PEFT files do"
-        )
-    tensors = {name.removeprefix(_NAME_PREFIX): tensor for name, tensor in tensors.items()}
+    tensors = _read_tensors(directory)
     prefix = format_of(model).prefix  # of the base model's tensors, in transformers classes with a head
     weights = _weights(model, with_prefix=any(name.startswith(prefix) for name in tensors))
     weight_of = {name: weight for weight in weights.values() for name in weight.names}
@@ -167,6 +150,27 @@ def load_adapter(directory: str | os.PathLike[str], model: Model) -> tuple[LoRA,
             )
     trained = jax.tree_util.tree_map_with_path(lambda keys, _: leaves[spec.path_name(keys)], lora.specs(model.specs))
     return lora, jax.tree.map(jnp.asarray, trained)
+
+
+def _read_tensors(directory: Path) -> dict[str, np.ndarray]:
+    """The tensors of a PEFT directory by name, without :data:`_NAME_PREFIX`. For errors, see :func:`load_adapter`."""
+    if not (directory / WEIGHTS).exists() and (directory / _PICKLE).exists():
+        raise ValueError(
+            f"{directory} contains the weights only as a pickle file ({_PICKLE}). jaxlm does not read it, because "
+            "loading a pickle can run arbitrary code. If you trust the file, load the adapter with PEFT and save it "
+            "with save_pretrained(directory, safe_serialization=True)"
+        )
+    try:
+        tensors = load_file(path_inside(directory, WEIGHTS))
+    except SafetensorError as error:
+        raise ValueError(f"{directory / WEIGHTS} is truncated or not a safetensors file: {error}") from error
+    unknown = sorted(name for name in tensors if not name.startswith(_NAME_PREFIX))
+    if unknown:
+        raise ValueError(
+            f"{directory / WEIGHTS}: the names {', '.join(unknown[:5])} do not begin with {_NAME_PREFIX!r}, "
+            "as all tensor names in PEFT files do"
+        )
+    return {name.removeprefix(_NAME_PREFIX): tensor for name, tensor in tensors.items()}
 
 
 def save_adapter(

@@ -217,15 +217,12 @@ def plan(
     traced = step.function.trace(*step.arguments)
     calls = flops.kernel_calls(traced.jaxpr.jaxpr)
     parts = {part: program.device_bytes(tree) for part, tree in step.parts.items()}
-    min_memory_seconds = None
-    if decode and devices.device is not None:
-        parameters = program.bytes_read_by_a_token(model, step.parts["parameters"])
-        min_memory_seconds = (parameters + parts["state"]) / devices.device.bandwidth
     plan_of_step = functools.partial(
         Plan, model=model.family, topology=topology_name, mesh=mesh, objective=step.objective,
         dtype=str(getattr(model.config, "dtype", "float32")), batch=batch, sequence=sequence, tokens=step.tokens,
         devices=len(devices.devices), device_kind=devices.devices[0].device_kind, flops=step.flops.amount,
-        flops_formula=step.flops.formula, min_memory_seconds=min_memory_seconds,
+        flops_formula=step.flops.formula,
+        min_memory_seconds=_min_memory_seconds(model, step, devices.device) if decode else None,
     )  # fmt: skip
     try:
         compiled = traced.lower().compile(compiler_options=dict(compiler_options or {}))
@@ -279,6 +276,14 @@ def _check_settings(decode: bool, optimizer: OptimizerConfig, grad_accum_steps: 
         raise ValueError(f"param_dtype={param_dtype!r} needs decode=True: training has float32 parameters")
     if param_dtype not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"param_dtype={param_dtype!r} is unknown: choose from float32, bfloat16, float16")
+
+
+def _min_memory_seconds(model: Model, step: program.Step, device: Device | None) -> float | None:
+    """The time for reading the parameters and the state of a decoding step; None if the bandwidth is unknown."""
+    if device is None:
+        return None
+    parameters = program.bytes_read_by_a_token(model, step.parts["parameters"])
+    return (parameters + program.device_bytes(step.parts["state"])) / device.bandwidth
 
 
 def _reason(message: str) -> str:

@@ -117,71 +117,90 @@ def _backward_kernel(
 ) -> None:  # fmt: skip
     """Compute the gradients of a chunk for a block of heads. ``carry``: the gradient of the state after the chunk."""
     start_with(carry, dlast)
-    J, K, V, L, dtype = blocks.J, blocks.K, blocks.V, blocks.L, value.dtype
-    is_earlier, decays = _is_earlier(L), chunk_decays(columns, rows, J)
-    betas = decays.scale
-    at_or_after = jnp.where(is_earlier, 0.0, 1.0)  # [t, s]: 1 if s >= t
+    J, K, V, dtype = blocks.J, blocks.K, blocks.V, value.dtype
+    is_earlier, decays = _is_earlier(blocks.L), chunk_decays(columns, rows, J)
     key_products = _key_products(blocks, key, decays)
-    inverses = _inverses([betas[:, head : head + 1] * x for head, x in enumerate(key_products)], dtype)
-    dq_heads, dk_heads, dv_heads, dbeta_heads, dlog_pairs, dlog_prefix, dlog_suffix = ([] for _ in range(7))
+    inverses = _inverses([decays.scale[:, head : head + 1] * x for head, x in enumerate(key_products)], dtype)
+    gradients = []
     for head in range(J):
-        column = slice(head, head + 1)
         key_slice, value_slice = slice(head * K, (head + 1) * K), slice(head * V, (head + 1) * V)
-        q, k, v = query[:, key_slice], key[:, key_slice], value[:, value_slice]
-        dy = dout[:, value_slice]
-        pairs, dafter, beta = decays.pairs(head), carry[head], betas[:, column]
+        arrays = query[:, key_slice], key[:, key_slice], value[:, value_slice], dout[:, value_slice]
         state, _ = split_non_finite(states[head])
-        prefix, suffix, total = decays.prefix[:, column], decays.suffix[:, column], decays.total[:, column]
-        state_in, dafter_in = state.astype(dtype), dafter.astype(dtype)
-        key_product, inverse = key_products[head], inverses[head]
-        k32, q32, dy32 = (x.astype(jnp.float32) for x in (k, q, dy))
-        # Recompute the values of the forward pass.
-        from_state = prefix * dot(q, state_in, (1, 0))
-        old = prefix * dot(k, state_in, (1, 0))
-        error = v.astype(jnp.float32) - old
-        u = _accurate_dot(inverse, beta * error, dtype)
-        u_in = u.astype(dtype)
-        weights = dot(q, k, (1, 1)) * pairs
-        # Compute the gradients, starting at the outputs and at the state after the chunk.
-        du_of_state = suffix * dot(k, dafter_in, (1, 0))
-        du = dot(weights.astype(dtype), dy, (0, 0)) + du_of_state
-        dright = _accurate_dot(inverse, du, dtype, (0, 0))
-        dright_in = (beta * dright).astype(dtype)
-        dA = jnp.where(is_earlier, -_accurate_dot(dright, u, dtype, (1, 1)), 0.0)
-        dweights = dot(dy, u_in, (1, 1))
-        dscores = (dweights * pairs).astype(dtype)
-        dk_pairs = (beta * dA * pairs).astype(dtype)
-        dq_heads.append(dot(dscores, k, (1, 0)) + prefix * dot(dy, state_in, (1, 1)))
-        dk_heads.append(
-            dot(dscores, q, (0, 0)) + dot(dk_pairs, k, (1, 0)) + dot(dk_pairs, k, (0, 0))
-            + suffix * dot(u_in, dafter_in, (1, 1)) - prefix * dot(dright_in, state_in, (1, 1))
-        )  # fmt: skip
-        dv_heads.append(beta * dright)
-        dbeta_heads.append(
-            jnp.sum(dright * error, axis=1, keepdims=True) + jnp.sum(dA * key_product, axis=1, keepdims=True)
+        *of_head, carry[head] = _head_gradients(
+            arrays, decays, head, state, carry[head], key_products[head], inverses[head], is_earlier
         )
-        carry[head] = (
-            total * dafter
-            + dot((prefix * q32).astype(dtype), dy, (0, 0))
-            - dot((prefix * k32).astype(dtype), dright_in, (0, 0))
-        )  # fmt: skip
-        # The log decay of step i is a summand of log D(s, t) for all s < i <= t.
-        dlog_by_pair = jnp.where(is_earlier, dweights * weights, 0.0) + dA * beta * key_product
-        later = _accurate_dot(at_or_after, dlog_by_pair, dtype)  # [i, s]: the sum over t >= i
-        of_total = total * jnp.sum(state * dafter, keepdims=True)
-        dlog_pairs.append(jnp.sum(jnp.where(is_earlier, later, 0.0), axis=1, keepdims=True) + of_total)
-        dlog_prefix.append(jnp.sum(from_state * dy32 - old * (beta * dright), axis=1, keepdims=True))
-        dlog_suffix.append(jnp.sum(u * du_of_state, axis=1, keepdims=True))
+        gradients.append(of_head)
     join = functools.partial(jnp.concatenate, axis=1)
-    dquery[...], dkey[...], dvalue[...] = (join(heads).astype(dtype) for heads in (dq_heads, dk_heads, dv_heads))
+    dq, dk, dv, dbetas, dlog_pairs, dlog_prefix, dlog_suffix = (join(heads) for heads in zip(*gradients, strict=True))
+    dquery[...], dkey[...], dvalue[...] = (x.astype(dtype) for x in (dq, dk, dv))
     # The prefix of step t contains the decays of the steps up to t. The suffix of step t contains those after t.
+    at_or_after = jnp.where(is_earlier, 0.0, 1.0)  # [t, s]: 1 if s >= t
     dlog[...] = (
-        join(dlog_pairs)
-        + _accurate_dot(at_or_after, join(dlog_prefix), dtype)
-        + _accurate_dot(1.0 - at_or_after, join(dlog_suffix), dtype)
+        dlog_pairs
+        + _accurate_dot(at_or_after, dlog_prefix, dtype)
+        + _accurate_dot(1.0 - at_or_after, dlog_suffix, dtype)
     )
-    dbeta[...] = join(dbeta_heads)
+    dbeta[...] = dbetas
     dstate[...] = carry[...]
+
+
+def _head_gradients(
+    arrays: tuple[jax.Array, ...], decays: Decays, head: int, state: jax.Array, dafter: jax.Array,
+    key_product: jax.Array, inverse: jax.Array, is_earlier: jax.Array,
+) -> tuple[jax.Array, ...]:  # fmt: skip
+    """The gradients of a chunk for one head.
+
+    They are the gradients of query, key, value and beta, those of the log decays between two steps of the chunk, of the
+    prefix and of the suffix, and the gradient of the state before the chunk.
+
+    Args:
+        arrays: query, key, value and the gradient of the output.
+        state: the state before the chunk, finite.
+        dafter: the gradient of the state after the chunk.
+        key_product, inverse: the entries of :func:`_key_products` and :func:`_inverses` for this head.
+        is_earlier: the result of :func:`_is_earlier`.
+    """
+    (q, k, v, dy), column, dtype = arrays, slice(head, head + 1), arrays[2].dtype
+    pairs, beta = decays.pairs(head), decays.scale[:, column]
+    prefix, suffix, total = decays.prefix[:, column], decays.suffix[:, column], decays.total[:, column]
+    state_in, dafter_in = state.astype(dtype), dafter.astype(dtype)
+    k32, q32, dy32 = (x.astype(jnp.float32) for x in (k, q, dy))
+    # Recompute the values of the forward pass.
+    from_state = prefix * dot(q, state_in, (1, 0))
+    old = prefix * dot(k, state_in, (1, 0))
+    error = v.astype(jnp.float32) - old
+    u = _accurate_dot(inverse, beta * error, dtype)
+    u_in = u.astype(dtype)
+    weights = dot(q, k, (1, 1)) * pairs
+    # Compute the gradients, starting at the outputs and at the state after the chunk.
+    du_of_state = suffix * dot(k, dafter_in, (1, 0))
+    du = dot(weights.astype(dtype), dy, (0, 0)) + du_of_state
+    dright = _accurate_dot(inverse, du, dtype, (0, 0))
+    dright_in = (beta * dright).astype(dtype)
+    dA = jnp.where(is_earlier, -_accurate_dot(dright, u, dtype, (1, 1)), 0.0)
+    dweights = dot(dy, u_in, (1, 1))
+    dscores = (dweights * pairs).astype(dtype)
+    dk_pairs = (beta * dA * pairs).astype(dtype)
+    dq = dot(dscores, k, (1, 0)) + prefix * dot(dy, state_in, (1, 1))
+    dk = (
+        dot(dscores, q, (0, 0)) + dot(dk_pairs, k, (1, 0)) + dot(dk_pairs, k, (0, 0))
+        + suffix * dot(u_in, dafter_in, (1, 1)) - prefix * dot(dright_in, state_in, (1, 1))
+    )  # fmt: skip
+    dbeta = jnp.sum(dright * error, axis=1, keepdims=True) + jnp.sum(dA * key_product, axis=1, keepdims=True)
+    dbefore = (
+        total * dafter
+        + dot((prefix * q32).astype(dtype), dy, (0, 0))
+        - dot((prefix * k32).astype(dtype), dright_in, (0, 0))
+    )
+    # The log decay of step i is a summand of log D(s, t) for all s < i <= t.
+    dlog_by_pair = jnp.where(is_earlier, dweights * weights, 0.0) + dA * beta * key_product
+    at_or_after = jnp.where(is_earlier, 0.0, 1.0)  # [t, s]: 1 if s >= t
+    later = _accurate_dot(at_or_after, dlog_by_pair, dtype)  # [i, s]: the sum over t >= i
+    of_total = total * jnp.sum(state * dafter, keepdims=True)
+    dlog_pairs = jnp.sum(jnp.where(is_earlier, later, 0.0), axis=1, keepdims=True) + of_total
+    dlog_prefix = jnp.sum(from_state * dy32 - old * (beta * dright), axis=1, keepdims=True)
+    dlog_suffix = jnp.sum(u * du_of_state, axis=1, keepdims=True)
+    return dq, dk, beta * dright, dbeta, dlog_pairs, dlog_prefix, dlog_suffix, dbefore
 
 
 KERNELS = Kernels("gated_delta_rule", _forward_kernel, _backward_kernel, returns_gradient_of_sums=False)
