@@ -98,11 +98,9 @@ def files_part(name: str) -> str:
     if not classes:
         return "The family has no published format. Its files have jaxlm's own names of tensors and config fields.\n"
     rows = [(f"`{kind}`", ", ".join(f"`{architecture}`" for architecture in found)) for kind, found in classes.items()]
-    unpublished = " or ".join(f"`{field}`" for field in formats.unpublished_fields(name))
     note = (
-        f"\nIf {unpublished} differs from the default, the files have jaxlm's own names of tensors and config fields.\n"
-        if unpublished
-        else ""
+        "\nIf no class can represent a model, for example because it has no field for a setting, the files have "
+        "jaxlm's own names\nof tensors and config fields.\n"
     )
     return table(("`model_type`", "classes"), rows) + note
 

@@ -584,10 +584,36 @@ def _in_saved_layout(target: spec.Tree, saved: Collection[str]) -> tuple[spec.Tr
     names, saved_names = set(spec.flatten(target)), set(saved)
     if names != saved_names:
         if _without_layer_numbers(names) == saved_names:
-            return jax.eval_shape(spec.restack, abstract), spec.unstack
+            stacked = jax.eval_shape(spec.restack, abstract)
+            _check_layer_axes(stacked, "True")
+            return stacked, spec.unstack
         if names == _without_layer_numbers(saved_names):
+            _check_layer_axes(abstract, "False")
             return jax.eval_shape(spec.unstack, abstract), spec.restack
     return abstract, lambda tree: tree
+
+
+def _check_layer_axes(stacked: spec.Tree, scan_layers: str) -> None:
+    """Raise ``ValueError`` if an array of the optimizer for stacked layers does not begin with the axis ``layers``.
+
+    Examples are one number per weight (NovoGrad), and the last gradients of each weight (L-BFGS). The layer axis is
+    known only for arrays with at most as many axes as the parameter.
+
+    Args:
+        scan_layers: the value of the config field in the checkpoint, for the message.
+    """
+    flat = spec.flatten(stacked)
+    num_axes = {name.removeprefix("params/"): leaf.ndim for name, leaf in flat.items() if name.startswith("params/")}
+    for name, leaf in flat.items():
+        keys = name.split("/")
+        suffixes = ("/".join(keys[start:]) for start in range(1, len(keys)))
+        most = next((num_axes[suffix] for suffix in suffixes if suffix in num_axes), leaf.ndim)
+        if spec.LAYERS in keys and not 0 < leaf.ndim <= most:
+            raise ValueError(
+                f"{name} {list(leaf.shape)}: the state of this optimizer cannot be restored in the other layer layout, "
+                f"because this array does not begin with the layer axis: use scan_layers={scan_layers}, as in the "
+                "checkpoint"
+            )
 
 
 def _without_layer_numbers(names: Iterable[str]) -> set[str]:

@@ -281,6 +281,27 @@ def test_restore_into_the_other_layer_layout(tmp_path: Path, stacked: bool, coun
         Checkpointer(tmp_path).restore({"params": one_more_layer, "key": key})
 
 
+@pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize(
+    "optimizer", [optax.novograd(0.1), optax.scale_by_lbfgs(memory_size=2)], ids=["one number per weight", "memory"]
+)
+def test_an_optimizer_array_without_a_layer_axis_is_not_restored_in_the_other_layout(
+    tmp_path: Path, optimizer: optax.GradientTransformation, stacked: bool
+) -> None:
+    layer = {"w": spec.ArraySpec((8, 4), ("embed", "mlp"))}
+
+    def state(stacked: bool) -> dict[str, Any]:
+        params = spec.init({"layers": spec.layers([layer] * 2, stacked=stacked)}, jax.random.key(0))
+        return {"params": params, "optimizer": optimizer.init(params)}
+
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(1, state(stacked), {}, wait=True)
+        checkpointer.restore(state(stacked))
+        no_layer_axis = rf"optimizer/.*layers/w.*: use scan_layers={stacked}, as in the checkpoint"
+        with pytest.raises(ValueError, match=rf"{no_layer_axis}|expected float32\[2\], got float32\[\]"):
+            checkpointer.restore(state(not stacked))
+
+
 def test_uncommitted_arrays_stay_uncommitted(tmp_path: Path) -> None:
     """An uncommitted step or key can be used with sharded parameters, before the save and after the restore."""
     mesh = jax.make_mesh((8,), ("data",))

@@ -778,3 +778,18 @@ def test_every_family_is_planned(name):
     if decodes(model):
         result = plan(model, "v6e:2x2", "data=4", batch=8, sequence=32, decode=True)
         assert 0.0 < result.min_memory_seconds < result.seconds
+
+
+@live
+def test_experts_on_their_own_devices_are_planned():
+    """With one expert per device, libtpu cannot compile the gradient of ``lax.ragged_dot``."""
+    model = tiny_model("mixtral-tiny", num_layers=1)
+    assert planning.plan(model, "v5e:2x2", "expert=4", batch=8, sequence=64).seconds > 0
+
+
+@live
+def test_the_length_of_a_target_is_named():
+    with pytest.raises(
+        ValueError, match=r"the target of a source of 64 tokens: axis 'seq' of size 14 is not divisible"
+    ):
+        planning.plan(tiny_model("t5-tiny"), "v5e:2x2", "sequence=4", batch=8, sequence=64)

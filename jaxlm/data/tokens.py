@@ -24,6 +24,8 @@ def check_ids_1d(ids: np.ndarray, min_length: int = 1, name: str = "tokens") -> 
     Args:
         name: the name of the ids. The message begins with this name.
     """
+    if not isinstance(ids, np.ndarray):
+        raise ValueError(f"{name}: expected a 1-D array of integer ids, got a {type(ids).__name__}: use np.asarray")
     if ids.ndim != 1 or ids.dtype.kind not in "iu":
         raise ValueError(f"{name}: expected a 1-D array of integer ids, got {ids.dtype}{list(ids.shape)}")
     if len(ids) < min_length:

@@ -35,7 +35,7 @@ CHUNK_LOGITS = 2**22
 class TokenScores(NamedTuple):
     """The scores of tokens given the tokens before them.
 
-    Tokens that are not predicted are padding and first tokens of documents.
+    Tokens that are not predicted are padding, first tokens of documents, and tokens that follow padding.
 
     Attributes:
         log_probs: [B, T] float32, log-probability of each token in nats; 0 for tokens that are not predicted.
@@ -50,7 +50,8 @@ class TokenScores(NamedTuple):
 def log_likelihood(model: Model, params: Params, tokens: Array, segment_ids: Array | None = None) -> jax.Array:
     """``log p(tokens[:, t + 1] | tokens[:, :t + 1])`` in nats, [B, T - 1] float32.
 
-    The value is 0 if ``tokens[:, t + 1]`` is padding or begins another document. Logits are computed in chunks of time
+    The value is 0 if ``tokens[:, t + 1]`` is padding, begins another document, or follows padding (so put padding
+    before or after a document, not inside it). Logits are computed in chunks of time
     steps. A chunk has at most ``CHUNK_LOGITS`` logits, but at least one time step.
 
     If logits are not finite, the function raises an error. For this check it waits until the result is computed. Inside

@@ -75,35 +75,29 @@ def format_of(model: Model) -> Format:
 
     1. the published format from which the model was loaded, if it can represent the model;
     2. the first published format of the family that can represent the model;
-    3. jaxlm's own format, if the family has no published format, if one of ``formats.unpublished_fields`` does not have
-       its default value, or if a published format could represent the model with another ``task``.
-
-    Raises:
-        ValueError: the result would be none of these formats.
+    3. jaxlm's own format.
     """
-    choices = formats.of(model.family)
     loaded = model.metadata.config.get("model_type")
-    only_task_differs = False
-    for table in sorted(choices, key=lambda table: table.model_type != loaded):
-        if not _differing_fields(model, table, _fixed_fields(table)):
-            differing_by_class = [_differing_fields(model, table, implied) for implied in table.architectures.values()]
-            if [] in differing_by_class:
-                return table
-            only_task_differs |= ["task"] in differing_by_class
-    default = type(model.config)()
-    unpublished = formats.unpublished_fields(model.family)
-    unpublished_differ = any(getattr(model.config, field) != getattr(default, field) for field in unpublished)
-    if not choices or unpublished_differ or only_task_differs:
-        return _native_format(model)
-    reasons = []
-    for table in choices:
-        differing = _differing_fields(model, table, _fixed_fields(table))
-        if not differing:
-            implied = {field: value for fields in table.architectures.values() for field, value in fields.items()}
-            differing = _differing_fields(model, table, implied)
-        values = ", ".join(f"{field}={getattr(model.config, field)!r}" for field in differing)
-        reasons.append(f"{table.model_type} ({', '.join(table.architectures)}) does not support {values}")
-    raise ValueError(f"no Hugging Face class can represent this {model.family}: {'; '.join(reasons)}")
+    published = sorted(formats.of(model.family), key=lambda table: table.model_type != loaded)
+    return next((table for table in published if _represents(table, model)), _native_format(model))
+
+
+def _represents(table: Format, model: Model) -> bool:
+    """Whether a published format can represent a model."""
+    if _differing_fields(model, table, _fixed_fields(table)) or _architecture(table, model) is None:
+        return False
+    try:
+        _shape_fields(table, model)
+    except ValueError:
+        return False
+    return True
+
+
+def _architecture(table: Format, model: Model) -> str | None:
+    """The name of the class of a published format that has the model's head; None if there is none."""
+    return next(
+        (name for name, implied in table.architectures.items() if not _differing_fields(model, table, implied)), None
+    )
 
 
 def _fixed_fields(table: Format) -> dict[str, Any]:
@@ -352,8 +346,8 @@ def model_config_json(model: Model, dtype: Any, tokenizer: Tokenizer | None = No
     EOS ids, which describe the vocabulary, and its labels and ``problem_type`` if the model has the loaded head.
 
     Raises:
-        ValueError: the published formats of the family cannot represent the model or the special token ids, or the
-            tokenizer needs more ids than the model has.
+        ValueError: the format cannot represent the special token ids, or the tokenizer needs more ids than the model
+            has.
     """
     table = format_of(model)
     model_fields = _model_fields(model, table)
@@ -388,6 +382,17 @@ def _model_fields(model: Model, table: Format) -> dict[str, Any]:
         fields["problem_type"] = model.problem_type
     if table.is_jaxlm_format:
         return {"model_type": table.model_type, "config": config_lib.to_json(model.config), **fields}
+    fields |= _shape_fields(table, model)
+    return {"architectures": [_architecture(table, model)], "model_type": table.model_type, **fields, **table.required}
+
+
+def _shape_fields(table: Format, model: Model) -> dict[str, Any]:
+    """The fields of a published format for the config of a model.
+
+    Raises:
+        ValueError: the format has no value for a field of the config.
+    """
+    fields: dict[str, Any] = {}
     for name, hf_name in table.hf_name_of_field.items():
         value = getattr(model.config, name)
         if hf_name in table.jaxlm_value_of:
@@ -397,12 +402,7 @@ def _model_fields(model: Model, table: Format) -> dict[str, Any]:
                 raise ValueError(f"{name}={value!r} has no counterpart in {hf_name} of {table.model_type}")
             value = hf_values[0]
         fields[hf_name] = value
-    if table.write_fields is not None:
-        fields |= table.write_fields(model.config)
-    architecture = next(
-        key for key, implied in table.architectures.items() if not _differing_fields(model, table, implied)
-    )
-    return {"architectures": [architecture], "model_type": table.model_type, **fields, **table.required}
+    return fields if table.write_fields is None else fields | table.write_fields(model.config)
 
 
 _ROTARY_FIELDS = ("rope_theta", "rope_scaling", "partial_rotary_factor", "rope_local_base_freq", "head_dim")

@@ -1,8 +1,8 @@
 """Load and save models as Hugging Face directories (``config.json`` and ``*.safetensors``), without torch.
 
 All families use the same code. The published formats of the families are tables of names (``jaxlm.interop.formats``).
-jaxlm's own format is used for families without a published format, and for models with a config field that no published
-format can represent. In this format, ``model_type`` in ``config.json`` is ``jaxlm-<family>``, and ``config`` contains
+jaxlm's own format is used for families without a published format, and for models that no published format can
+represent. In this format, ``model_type`` in ``config.json`` is ``jaxlm-<family>``, and ``config`` contains
 the fields of the family's config. The name of a tensor is the path of its parameter, such as
 ``layers.3.mlp.up.weight``.
 
@@ -185,7 +185,7 @@ def save_pretrained(
     Raises:
         OSError: the disk is full, or the directory or a file is not writable. The message says whether files have
             changed, and names them.
-        ValueError: the directory contains an adapter; no format of the family can represent the config; the
+        ValueError: the directory contains an adapter; the special token ids cannot be saved; the
             parameters do not match the model or have another dtype; the tokenizer does not match the model; or
             ``max_shard_bytes`` is below 1.
     """

@@ -100,6 +100,7 @@ def abstract_batch(model: Model, batch: int, sequence: int, sharding: Sharding) 
         return Batch(tokens, array(predicted), array(predicted, dtype=jnp.float32), inputs=inputs)
     if model.reads_source:
         target = span_corruption.text_length(sequence)[1]
+        sharding.named_sharding(("batch", "seq"), (batch, target), f"the target of a source of {sequence} tokens")
         source = {"source": tokens}
         return Batch(array(target), array(target), array(target, dtype=jnp.float32), inputs=source)
     reset = array(dtype=jnp.bool_) if model.carried_state_length is not None else None

@@ -96,6 +96,11 @@ def test_the_error_for_too_few_tokens_has_the_minimum():
         check_tokens(np.zeros(3, np.int32), 50, min_length=5, name="train")
 
 
+def test_a_list_of_ids_is_named():
+    with pytest.raises(ValueError, match="train: expected a 1-D array of integer ids, got a list: use np.asarray"):
+        tokens.check_ids_1d([1, 2, 3], name="train")
+
+
 def test_the_last_tokens_are_the_validation_split():
     ids = np.arange(1000)
     train, validation = split_tokens(ids, 0.1)

@@ -287,8 +287,36 @@ def test_a_model_with_the_value_that_none_stands_for_is_saved(
     loaded = config_json.describe_model(saved, Path("config.json"), {}).model
     assert getattr(loaded.config, field) is None
     assert loaded.specs == model.specs
-    with pytest.raises(ValueError, match=r"openai-gpt .* does not support mlp_dim=64$"):
-        config_json.format_of(get_model("openai-gpt-tiny", mlp_dim=64))
+
+
+UNPUBLISHED: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("openai-gpt-tiny", {"mlp_dim": 64}),
+    ("llama-tiny", {"pattern": ("window", "full"), "window": 4}),
+    ("llama-tiny", {"qk_norm": True, "qkv_bias": True}),
+    ("llama-tiny", {"num_experts": 3, "experts_per_token": 1, "qkv_bias": True}),
+    ("gated_deltanet-hybrid-tiny", {"num_experts": 3, "expert_dim": 5}),
+    ("mamba2-tiny", {"norm_before_gate": True}),
+    ("falcon-h1-tiny", {"norm_groups": 1}),
+    ("falcon-h1-tiny", {"pattern": ("mamba2",)}),
+    ("bamba-tiny", {"pattern": ("parallel", "mamba2")}),
+    ("bamba-tiny", {"mlp_dim": None}),
+    ("bamba-tiny", {"dt_limit_max": 1.0}),
+    ("bamba-tiny", {"residual_in_float32": True}),
+)
+"""Models that no class in transformers can represent, although their family has published formats."""
+
+
+@pytest.mark.parametrize(("variant", "fields"), UNPUBLISHED)
+def test_a_model_that_no_class_can_represent_is_saved_with_names_of_jaxlm(
+    variant: str, fields: dict[str, Any], tmp_path: Path
+) -> None:
+    model = get_model(variant, **fields)
+    params = initial_params(model)
+    save_pretrained(tmp_path, model, params)
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == f"jaxlm-{model.family}"
+    loaded, loaded_params = load_pretrained(tmp_path)
+    assert loaded.config == model.config
+    assert_trees_equal(loaded_params, params)
 
 
 def test_a_yarn_truncate_of_null_is_false() -> None:

@@ -189,12 +189,6 @@ def test_experts_in_files():
         read(shared_expert_intermediate_size=None)
 
 
-def test_experts_without_a_shared_expert_have_no_published_format(tmp_path):
-    model = tiny_model(HYBRID, num_experts=4)
-    with pytest.raises(ValueError, match="qwen3_next' has a shared expert: set shared_expert_dim"):
-        save_pretrained(tmp_path, model, initial_params(model))
-
-
 def test_the_shared_expert_computes_every_token():
     """With a gate of sigmoid(0) = 1/2 and experts of 0, the output is half of that of the shared expert as an MLP."""
     model = tiny_model(HYBRID, **EXPERTS, num_layers=1)

@@ -328,20 +328,6 @@ def test_unsupported_settings_of_falcon_h1_raise(tmp_path, fields, message):
         load_pretrained(save_with_fields(tmp_path, "falcon-h1-tiny", **fields))
 
 
-@pytest.mark.parametrize(("variant", "fields", "message"), [
-    ("falcon-h1-tiny", {"norm_groups": 1}, "norm_groups=1: model_type='falcon_h1' needs norm_groups=None"),
-    ("falcon-h1-tiny", {"pattern": ("mamba2",)}, "no Hugging Face class can represent"),
-    ("bamba-tiny", {"pattern": ("parallel", "mamba2")}, "model_type='bamba' has no parallel blocks"),
-    ("bamba-tiny", {"mlp_dim": None}, "mlp_dim=None: the blocks of model_type='bamba' and"),
-    ("bamba-tiny", {"dt_limit_max": 1.0}, "no Hugging Face class can represent"),
-    ("bamba-tiny", {"residual_in_float32": True}, "no Hugging Face class can represent"),
-])  # fmt: skip
-def test_other_hybrids_have_no_class_in_transformers(variant, fields, message, tmp_path):
-    model = tiny_model(variant, **fields)
-    with pytest.raises(ValueError, match=message):
-        save_pretrained(tmp_path, model, spec.abstract(model.specs))
-
-
 def test_infinite_limits_of_transformers_5_are_read(tmp_path):
     model, _ = load_pretrained(
         save_with_fields(tmp_path, "mamba2-tiny", time_step_limit=[0.01, {"__float__": "Infinity"}])
@@ -349,7 +335,10 @@ def test_infinite_limits_of_transformers_5_are_read(tmp_path):
     assert (model.config.dt_limit_min, model.config.dt_limit_max) == (0.01, None)
 
 
-def test_the_norm_before_the_gate_has_no_class_in_transformers(tmp_path):
-    model = tiny_model("mamba2-tiny", norm_before_gate=True)
-    with pytest.raises(ValueError, match="no Hugging Face class can represent"):
-        save_pretrained(tmp_path, model, initial_params(model))
+def test_segment_ids_of_64_bits_do_not_change_the_dtypes_of_the_state():
+    model, params, tokens = setup("mamba2-tiny", length=6)
+    with jax.enable_x64(True):
+        segments = jnp.ones(tokens.shape, jnp.int64)
+        before = jax.eval_shape(lambda: model.init_state(*tokens.shape))
+        _, after = jax.eval_shape(lambda p, s: model.apply(p, tokens, state=s, segment_ids=segments), params, before)
+    assert jax.tree.map(lambda x: x.dtype, after) == jax.tree.map(lambda x: x.dtype, before)

@@ -2,12 +2,10 @@
 
 A published format has the tensor names of published files, which are in most cases the names in transformers. The
 module ``jaxlm.interop.formats.NAME`` has the published formats of the family NAME in a tuple ``FORMATS``. A registered
-family (``jaxlm.register_family``) has its published formats in an attribute ``FORMATS``. The module or the registered
-family may also have a tuple ``UNPUBLISHED_FIELDS`` with the config fields that no published format can represent.
+family (``jaxlm.register_family``) has its published formats in an attribute ``FORMATS``.
 
-``save_pretrained`` writes jaxlm's own names if the family has no published format, or if no published format can
-represent the model because a field in ``UNPUBLISHED_FIELDS`` does not have its default value or because no class has
-the ``task`` of the model.
+``save_pretrained`` writes jaxlm's own names if no published format of the family can represent the model: there is
+none, it has no class with the ``task`` of the model, or it has no value for another field of the config.
 """
 
 from __future__ import annotations
@@ -20,7 +18,7 @@ from jaxlm.interop.formats.format import Format, Layout
 from jaxlm.models.registry import FAMILIES
 from jaxlm.models.registry import family as family_module
 
-__all__ = ["Format", "Layout", "of", "unpublished_fields"]
+__all__ = ["Format", "Layout", "of"]
 
 
 def of(family: str) -> tuple[Format, ...]:
@@ -31,11 +29,6 @@ def of(family: str) -> tuple[Format, ...]:
         ['gpt2', 'openai-gpt']
     """
     return tuple(getattr(_module(family), "FORMATS", ()))
-
-
-def unpublished_fields(family: str) -> tuple[str, ...]:
-    """The config fields that no published format of the family can represent; empty if there are none."""
-    return tuple(getattr(_module(family), "UNPUBLISHED_FIELDS", ()))
 
 
 def _module(family: str) -> Any:

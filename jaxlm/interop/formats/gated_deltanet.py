@@ -11,10 +11,6 @@ from jaxlm.interop.formats.rotary import read_rotary, write_rotary
 from jaxlm.models.common import layer_kinds
 from jaxlm.models.gated_deltanet import Config, Mixer
 
-UNPUBLISHED_FIELDS = ("negative_eigenvalues",)
-"""Config fields that no published format can represent. Models with negative eigenvalues are saved with jaxlm's own
-names."""
-
 _LAYER_TYPES: dict[str, Mixer] = {"linear_attention": "delta_rule", "full_attention": "attention"}
 
 

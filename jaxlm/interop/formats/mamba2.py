@@ -15,10 +15,6 @@ from jaxlm.models.common import layer_kinds
 from jaxlm.models.hybrid import Multipliers
 from jaxlm.models.mamba2 import Config, Mixer, mixer_width, num_heads
 
-UNPUBLISHED_FIELDS = ("negative_eigenvalues",)
-"""Config fields that no published format can represent. Models with negative eigenvalues are saved with jaxlm's own
-names."""
-
 _INFINITY = {"__float__": "Infinity"}
 """The JSON value that transformers 5 writes for infinity. Older versions write ``Infinity``, which JSON forbids."""
 

@@ -9,9 +9,6 @@ from typing import Any
 from jaxlm.interop.formats.format import Format, linear_tensors
 from jaxlm.models.xlstm import Config
 
-UNPUBLISHED_FIELDS = ("pattern",)
-"""Config fields that no published format can represent. Models with sLSTM layers are saved with jaxlm's own names."""
-
 _DUPLICATES = {"embedding_dim": "hidden_size", "num_blocks": "num_hidden_layers"}
 """HF field -> HF field with the same meaning. transformers reads both fields, so their values must be equal."""
 

@@ -165,6 +165,7 @@ def move_padding_last(
         order_BT, segment_ids = None, jnp.ones(tokens_BT.shape, jnp.int32)
         count_B = jnp.full(tokens_BT.shape[:1], tokens_BT.shape[1], jnp.int32)
     else:
+        segment_ids = segment_ids.astype(jnp.int32)  # the dtype of the past segment ids in the state
         order_BT = real_first_indices(segment_ids)
         tokens_BT, segment_ids = (jnp.take_along_axis(x, order_BT, axis=1) for x in (tokens_BT, segment_ids))
         count_B = jnp.sum(segment_ids > 0, axis=1, dtype=jnp.int32)
