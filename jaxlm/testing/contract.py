@@ -46,6 +46,7 @@ from jaxlm.testing.helpers import (
     decode_state,
     decodes,
     initial_params,
+    initialized_params,
     random_tokens,
     relative_error,
     source_inputs,
@@ -82,6 +83,9 @@ def for_variants(condition, *, package_variants=None):
     return set_condition
 
 
+_tiny_model = functools.cache(tiny_model)
+
+
 every_variant = for_variants(lambda model: True)
 representatives = for_variants(lambda model: True, package_variants=REPRESENTATIVES)
 every_decoder = for_variants(decodes)
@@ -93,14 +97,14 @@ def pytest_generate_tests(metafunc):
     """Parametrize the tests with the variants or families of the module that imports them."""
     families = metafunc.module.FAMILIES
     for family_name in families:
-        tiny_model(family_name)  # raises if the family has no tiny variant
+        _tiny_model(family_name)  # raises if the family has no tiny variant
     condition = getattr(metafunc.function, "condition", None)
     if condition is not None:
         chosen = getattr(metafunc.function, "package_variants", None)
         names = [
             name
             for name in tiny_variants(families)
-            if condition(tiny_model(name)) and (chosen is None or name in chosen or name not in TINY)
+            if condition(_tiny_model(name)) and (chosen is None or name in chosen or name not in TINY)
         ]
         metafunc.parametrize("name", variant_params(names))
     elif "family_name" in metafunc.fixturenames:
@@ -183,12 +187,12 @@ def test_initial_values_depend_only_on_path_and_layer(name):
         half = dict(list(flat.items())[start::2])
         expected |= jax.jit(functools.partial(spec.init, half))(jax.random.key(0))
     assert_trees_equal(spec.flatten(jax.jit(model.init)(jax.random.key(0))), {path: expected[path] for path in flat})
-    seeds = zip(*(jax.tree.leaves(initial_params(model, seed)) for seed in (0, 1)), strict=True)
+    seeds = zip(*(jax.tree.leaves(initialized_params(model, seed)) for seed in (0, 1)), strict=True)
     assert any(not np.array_equal(*pair) for pair in seeds)
     if not any(leaf.is_stacked for leaf in flat.values()):
         return  # the model has no stacked layers
     deeper_model = model.with_fields(num_layers=model.config.num_layers + 1)
-    deeper_values = spec.flatten(initial_params(deeper_model))
+    deeper_values = spec.flatten(initialized_params(deeper_model))
     for path, leaf in spec.flatten(deeper_model.specs).items():
         same_path_spec = flat.get(path)
         if (
@@ -202,8 +206,10 @@ def test_initial_values_depend_only_on_path_and_layer(name):
 
 @every_variant
 def test_specs_match_the_initialized_parameters(name):
-    model, params, _ = setup(name)
+    model = tiny_model(name)
+    params = initialized_params(model)
     assert spec.differences(model.specs, params) == []
+    assert_trees_close(initial_params(model), params, 1e-3)
     traced = jax.eval_shape(model.init, jax.random.key(0))
     assert spec.differences(spec.abstract(model.specs), traced) == []
     assert model.num_parameters == sum(leaf.size for leaf in jax.tree.leaves(params))
@@ -238,7 +244,7 @@ def test_stacked_and_per_layer_models_agree(name):
     model, params, tokens = setup(name)
     stacked = with_stacked_layers(model)
     assert stacked.specs == spec.restack(model.specs) != model.specs
-    assert_trees_equal(initial_params(stacked), spec.restack(initial_params(model)))
+    assert_trees_equal(initialized_params(stacked), spec.restack(initialized_params(model)))
     key, stacked_params = jax.random.key(2), spec.restack(params)
     want = hidden_of(model, params, tokens, key=key)
     assert relative_error(hidden_of(stacked, stacked_params, tokens, key=key), want) < TOLERANCE
@@ -774,7 +780,7 @@ def test_same_seed_same_parameters_on_a_mesh(name):
     model, _, _ = training_setup(name)
     sharding = Sharding(make_mesh("data=2,fsdp=2,tensor=2"))
     split = jax.jit(model.init, out_shardings=sharding.tree(model.specs))(jax.random.key(0))
-    assert_trees_equal(split, initial_params(model))
+    assert_trees_equal(split, initialized_params(model))
 
 
 @representatives

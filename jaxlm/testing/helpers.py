@@ -1,6 +1,8 @@
 """Functions and constants for tests: tiny models, their inputs and parameters, and comparisons of arrays."""
 
 import functools
+import math
+import zlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import special
 
 from jaxlm import spec
 from jaxlm.models import FAMILIES, Model, family_names, get_model
@@ -115,13 +118,27 @@ def batch_of(model: Model, tokens: np.ndarray, segment_ids: np.ndarray | None = 
 
 
 def initial_params(model: Model, seed: int = 0) -> Any:
-    """The initial parameters of the model, as new arrays. Models with equal specs share one compiled function."""
+    """The initial parameters of the model, up to rounding, as new arrays."""
+    return initial_values(model.specs, seed)
+
+
+def initial_values(specs: spec.Tree, seed: int = 0) -> Any:
+    """``spec.init(specs, jax.random.key(seed))`` up to rounding, as new arrays.
+
+    NumPy draws the values, because JAX compiles the initialization of each tree, which takes longer than most tests.
+    """
+    named_specs, treedef = jax.tree_util.tree_flatten_with_path(specs)
+    return jax.tree.map(jnp.array, jax.tree.unflatten(treedef, _drawn_values(tuple(named_specs), seed)))
+
+
+def initialized_params(model: Model, seed: int = 0) -> Any:
+    """``model.init`` in ``jit``. Models with equal specs share one compiled function."""
     named_specs, treedef = jax.tree_util.tree_flatten_with_path(model.specs)
-    return jax.tree.map(jnp.array, _host_params(tuple(named_specs), treedef, seed))
+    return jax.tree.map(jnp.array, _initialized_values(tuple(named_specs), treedef, seed))
 
 
 @functools.lru_cache(maxsize=64)
-def _host_params(named_specs: tuple[Any, ...], treedef: Any, seed: int) -> Any:
+def _initialized_values(named_specs: tuple[Any, ...], treedef: Any, seed: int) -> Any:
     return jax.device_get(_init_of(named_specs, treedef)(jax.random.key(seed)))
 
 
@@ -129,6 +146,63 @@ def _host_params(named_specs: tuple[Any, ...], treedef: Any, seed: int) -> Any:
 def _init_of(named_specs: tuple[Any, ...], treedef: Any) -> Any:
     specs = jax.tree.unflatten(treedef, [array for _, array in named_specs])
     return jax.jit(functools.partial(spec.init, specs))
+
+
+@functools.lru_cache(maxsize=64)
+def _drawn_values(named_specs: tuple[Any, ...], seed: int) -> list[np.ndarray]:
+    """The values of each leaf. The keys of leaves and layers are those of ``spec.init``."""
+    values = []
+    for path, leaf in named_specs:
+        name, number = spec.split_layer(spec.path_name(path))
+        key = _fold_in((np.uint32(0), np.uint32(seed)), zlib.crc32(name.encode()))
+        if leaf.is_stacked:
+            layers = [
+                _draw(leaf.init, _fold_in(key, layer), leaf.shape[1:], leaf.dtype) for layer in range(leaf.shape[0])
+            ]
+            values.append(np.stack(layers))
+        else:
+            values.append(_draw(leaf.init, key if number is None else _fold_in(key, number), leaf.shape, leaf.dtype))
+    return values
+
+
+def _draw(init: Any, key: tuple[Any, Any], shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """The values of an initializer. Only Gaussian, uniform and constant ones are drawn without JAX."""
+    if isinstance(init, spec.Constant):
+        return np.full(shape, init.value, dtype)
+    if dtype == np.float32 and isinstance(init, (spec.Normal, spec.Uniform)):
+        index = np.arange(math.prod(shape), dtype=np.uint32).reshape(shape)
+        first, second = _threefry(key, np.zeros_like(index), index)
+        unit = (((first ^ second) >> 9) | np.uint32(0x3F800000)).view(np.float32) - np.float32(1.0)
+        high = np.float32(init.bound if isinstance(init, spec.Uniform) else 1.0)
+        low = -high if isinstance(init, spec.Uniform) else np.nextafter(-high, np.float32(0.0))  # erfinv(-1) = -inf
+        uniform = np.maximum(low, unit * (high - low) + low)
+        if isinstance(init, spec.Uniform):
+            return uniform
+        return (np.sqrt(2.0) * special.erfinv(uniform.astype(np.float64)) * init.stddev).astype(np.float32)
+    return np.asarray(_initializer(init, shape, jnp.dtype(dtype))(np.array(key, np.uint32)))
+
+
+@functools.lru_cache(maxsize=64)
+def _initializer(init: Any, shape: tuple[int, ...], dtype: Any) -> Any:
+    return jax.jit(lambda key_data: init(jax.random.wrap_key_data(key_data, impl="threefry2x32"), shape, dtype))
+
+
+def _fold_in(key: tuple[Any, Any], number: int) -> tuple[Any, Any]:
+    """``jax.random.fold_in`` of the data of a threefry key."""
+    first, second = _threefry(key, np.zeros(1, np.uint32), np.array([number], np.uint32))
+    return first[0], second[0]
+
+
+def _threefry(key: tuple[Any, Any], first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The generator Threefry-2x32 of Salmon et al. (2011) with 20 rounds."""
+    keys = [np.full(1, word, np.uint32) for word in (*key, key[0] ^ key[1] ^ np.uint32(0x1BD11BDA))]
+    first, second = first + keys[0], second + keys[1]
+    for block in range(5):
+        for rotation in ((13, 15, 26, 6), (17, 29, 16, 24))[block % 2]:
+            first = first + second
+            second = ((second << rotation) | (second >> (32 - rotation))) ^ first
+        first, second = first + keys[(block + 1) % 3], second + keys[(block + 2) % 3] + np.uint32(block + 1)
+    return first, second
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -188,7 +188,7 @@ def test_a_changed_mlp_width_replaces_the_loaded_fields(tmp_path):
     written = json.loads((tmp_path / "b" / "config.json").read_text())
     assert (written["ffn_proj_factor"], written["ffn_round_up_to_multiple_of"]) == (1.2, 16)
     wider = loaded.with_fields(mlp_dim=50)
-    save_pretrained(tmp_path / "c", wider, wider.init(jax.random.key(0)))
+    save_pretrained(tmp_path / "c", wider, initial_params(wider))
     assert load_pretrained(tmp_path / "c")[0].config.mlp_dim == 50
 
 

@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm import spec
 from jaxlm.nn.alignment import (
     align,
     alignment_keys,
@@ -16,7 +15,7 @@ from jaxlm.nn.alignment import (
     pooling_weights,
 )
 from jaxlm.spec import Uniform
-from jaxlm.testing.helpers import relative_error
+from jaxlm.testing.helpers import initial_values, relative_error
 
 B, S, Q, C, A = 3, 7, 4, 6, 5
 RNG = np.random.default_rng(0)
@@ -27,7 +26,7 @@ KEEP = np.array([[1, 1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1, 0], [0, 1, 0, 0, 0, 0
 def make_case(score, local=False):
     source = np.random.default_rng(1).standard_normal((B, S, Q if score == "dot" else C)).astype(np.float32)
     specs = alignment_specs(score, Q, source.shape[-1], A, Uniform(1.0), local=local)
-    return jax.tree.map(np.asarray, spec.init(specs, jax.random.key(0))), source
+    return jax.tree.map(np.asarray, initial_values(specs)), source
 
 
 def energy(params, score, query, source):
@@ -96,7 +95,7 @@ def test_large_scores_do_not_overflow():
 
 def test_pooling_weights_of_each_row_and_hop():
     source = RNG.standard_normal((B, S, C)).astype(np.float32)
-    params = spec.init(pooling_specs(C, A, 2, Uniform(1.0)), jax.random.key(3))
+    params = initial_values(pooling_specs(C, A, 2, Uniform(1.0)), 3)
     got = pooling_weights(params, source, KEEP)
     assert got.shape == (B, 2, S)
     hidden = np.tanh(source @ np.asarray(params["key"]["weight"]) + np.asarray(params["key"]["bias"]))

@@ -7,7 +7,6 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from jaxlm import spec
 from jaxlm.nn.attention import attention
 from jaxlm.nn.attention.mask import Mask
 from jaxlm.nn.linear import linear
@@ -15,7 +14,6 @@ from jaxlm.nn.loss import chunked_cross_entropy, selected_cross_entropy
 from jaxlm.nn.recurrence import lstm, lstm_specs
 from jaxlm.nn.scan import gated_delta_rule, linear_attention
 from jaxlm.sharding import make_mesh
-from jaxlm.spec import Normal
 from jaxlm.testing.helpers import assert_trees_close
 
 
@@ -32,10 +30,15 @@ def self_attention(weight, x_BTD):
     return jnp.sum(attention(q, k, v, Mask(causal=True), implementation="blockwise") ** 2)
 
 
+def normal(specs):
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), specs)
+
+
 WEIGHT = np.random.default_rng(0).normal(size=(6, 9)).astype(np.float32)
 LOSSES = {
     "linear": (lambda weight, x: jnp.sum(linear({"weight": weight}, x) ** 2), WEIGHT),
-    "lstm": (lambda p, x: jnp.sum(lstm(p, x)[0] ** 2), spec.init(lstm_specs(6, 3, Normal(1.0)), jax.random.key(0))),
+    "lstm": (lambda p, x: jnp.sum(lstm(p, x)[0] ** 2), normal(lstm_specs(6, 3))),
     "attention": (self_attention, WEIGHT),
     "chunked_cross_entropy": (cross_entropy_of(chunked_cross_entropy), WEIGHT),
     "selected_cross_entropy": (cross_entropy_of(selected_cross_entropy), WEIGHT),

@@ -15,7 +15,7 @@ from jaxlm.checkpoint import Checkpointer
 from jaxlm.data import Batches
 from jaxlm.data.batching import TokenBatch
 from jaxlm.objectives import causal
-from jaxlm.testing.helpers import assert_trees_equal, tiny_model
+from jaxlm.testing.helpers import assert_trees_equal, initial_params, tiny_model
 from jaxlm.training import loop
 from jaxlm.training.loop import DivergedError, Run, TrainingConfig, train
 from jaxlm.training.report import read_metrics
@@ -211,7 +211,7 @@ def test_nonfinite_weights_cause_a_rollback(tmp_path, capfd):
 
 
 def test_initial_weights_that_are_not_finite_are_reported(tmp_path):
-    params = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), gpt_model().init(jax.random.key(0)))
+    params = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), initial_params(gpt_model()))
     with pytest.raises(DivergedError, match=r"step 1: the weights were not finite before .* Check the initial"):
         run(tmp_path, loss_with(), params=params)
 

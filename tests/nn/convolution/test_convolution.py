@@ -18,7 +18,7 @@ from jaxlm.nn.convolution.window import (
 )
 from jaxlm.nn.segments import document_numbers
 from jaxlm.spec import ONES, Normal
-from jaxlm.testing.helpers import relative_error
+from jaxlm.testing.helpers import initial_values, relative_error
 
 RNG = np.random.default_rng(0)
 
@@ -201,7 +201,7 @@ def test_initial_weight_norm_has_the_scale_of_the_weight_and_ignores_the_norm_of
     assert specs["gain"].axes == (None, "mlp")
     assert specs["gain"].decay
     assert not specs["direction"].decay
-    params = spec.init(specs, jax.random.key(0))
+    params = initial_values(specs)
     weight = weight_norm(params, num_input_axes=2)["weight"]
     lengths = np.sqrt(np.square(weight).sum((0, 1)))
     assert relative_error(lengths, params["gain"]) < 1e-6

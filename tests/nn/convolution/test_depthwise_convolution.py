@@ -18,7 +18,7 @@ from jaxlm.nn.convolution import (
 )
 from jaxlm.nn.convolution.window import move_padding_last, past_segment_specs, restore_order, tail_specs
 from jaxlm.spec import Normal
-from jaxlm.testing.helpers import add_noise, assert_trees_close, relative_error
+from jaxlm.testing.helpers import add_noise, assert_trees_close, initial_values, relative_error
 
 B, C = 3, 5
 SHAPES = {  # (kernel, dilation, length): shorter than the window, one tap, blocks with incomplete ends
@@ -35,7 +35,7 @@ def short_blocks(monkeypatch):
 
 
 def arrays(kernel, length, dtype=jnp.float32):
-    params = add_noise(spec.init(depthwise_convolution_specs((kernel, C), ("mlp",), Normal(1.0)), jax.random.key(0)))
+    params = add_noise(initial_values(depthwise_convolution_specs((kernel, C), ("mlp",), Normal(1.0))))
     return params, jax.random.normal(jax.random.key(1), (B, length, C)).astype(dtype)
 
 

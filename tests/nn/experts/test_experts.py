@@ -11,7 +11,7 @@ from jaxlm import spec
 from jaxlm.nn.experts import expert_specs, load_balance_loss, mixture_of_experts, router_z_loss
 from jaxlm.nn.experts.router import RouterStatistics
 from jaxlm.nn.experts.rows import group_by_expert
-from jaxlm.testing.helpers import assert_trees_close, relative_error
+from jaxlm.testing.helpers import assert_trees_close, initial_values, relative_error
 
 B, T, D, E, F = 2, 11, 6, 5, 7
 
@@ -19,7 +19,7 @@ B, T, D, E, F = 2, 11, 6, 5, 7
 @functools.cache
 def parameters(shared_hidden=None):
     specs = expert_specs(D, F, E, spec.Normal(0.7), shared_hidden=shared_hidden)
-    return jax.jit(lambda key: spec.init(specs, key))(jax.random.key(0))
+    return initial_values(specs)
 
 
 def setup(shared_hidden=None):

@@ -10,7 +10,7 @@ import pytest
 from jaxlm import spec
 from jaxlm.nn.experts import expert_specs, load_balance_loss, mixture_of_experts
 from jaxlm.sharding import Sharding, constrain, make_mesh
-from jaxlm.testing.helpers import assert_trees_close
+from jaxlm.testing.helpers import assert_trees_close, initial_values
 
 B, T, D, E, F = 8, 6, 8, 4, 12
 SPECS = expert_specs(D, F, E, spec.Normal(0.5), shared_hidden=4)
@@ -25,7 +25,7 @@ FORMS = {
 
 
 def inputs():
-    return spec.init(SPECS, jax.random.key(0)), jax.random.normal(jax.random.key(1), (B, T, D))
+    return initial_values(SPECS), jax.random.normal(jax.random.key(1), (B, T, D))
 
 
 def loss(params, x, form):

@@ -12,7 +12,7 @@ from jaxlm.nn import choices
 from jaxlm.nn.loss import adaptive_softmax
 from jaxlm.nn.loss.adaptive_softmax import Clusters
 from jaxlm.spec import Normal
-from jaxlm.testing.helpers import add_noise, assert_trees_close, relative_error
+from jaxlm.testing.helpers import add_noise, assert_trees_close, initial_values, relative_error
 
 CLUSTERS = {
     "one table": Clusters(20, (6, 11), 8, 8),
@@ -33,7 +33,7 @@ def specs(clusters, **ties):
 
 
 def parameters(clusters, **ties):
-    return add_noise(jax.jit(lambda key: spec.init(specs(clusters, **ties), key))(jax.random.key(0)))
+    return add_noise(initial_values(specs(clusters, **ties)))
 
 
 log_probabilities = jax.jit(adaptive_softmax.log_probabilities, static_argnums=0)

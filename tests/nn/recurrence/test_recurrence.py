@@ -11,7 +11,7 @@ from jax.extend.core import jaxprs_in_params
 from jaxlm import sharding, spec
 from jaxlm.nn import choices, recurrence
 from jaxlm.nn.segments import segment_boundaries
-from jaxlm.testing.helpers import add_noise, assert_trees_close, assert_trees_equal, relative_error
+from jaxlm.testing.helpers import add_noise, assert_trees_close, assert_trees_equal, initial_values, relative_error
 
 B, T, D, H = 3, 7, 5, 4
 KINDS = ("lstm", "gru_after", "gru_before")
@@ -28,7 +28,7 @@ def setup(kind, dtype="float32"):
     else:
         specs = recurrence.gru_specs(D, H, reset=kind.removeprefix("gru_"))
         state_specs = recurrence.gru_state_specs(B, H)
-    params = add_noise(add_noise(jax.jit(lambda key: spec.init(specs, key))(jax.random.key(0))))
+    params = add_noise(add_noise(initial_values(specs)))
     rng = np.random.default_rng(1)
     state = {name: rng.standard_normal(leaf.shape).astype(leaf.dtype) for name, leaf in state_specs.items()}
     return params, rng.standard_normal((B, T, D)).astype(dtype), state
@@ -366,7 +366,7 @@ def test_cudnn_gives_nan_if_padding_is_not_only_at_the_end(cudnn_by_reference):
 
 @pytest.mark.parametrize("implementation", ["reference", "chunked"])
 def test_an_input_of_padding_may_be_nan(implementation):
-    params = jax.jit(lambda key: spec.init(recurrence.lstm_specs(3, 4), key))(jax.random.key(0))
+    params = initial_values(recurrence.lstm_specs(3, 4))
     x = np.random.default_rng(1).standard_normal((1, 6, 3)).astype(np.float32)
     x[0, 2] = np.nan
 

@@ -7,11 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm import spec
 from jaxlm.nn.recurrence import rg_lru, rg_lru_specs
 from jaxlm.nn.recurrence.rg_lru import MAX_SQRT_SLOPE, DecayInit
 from jaxlm.nn.segments import segment_boundaries
-from jaxlm.testing.helpers import add_noise, assert_trees_close, relative_error
+from jaxlm.testing.helpers import add_noise, assert_trees_close, initial_values, relative_error
 from tests.nn.results import results
 
 B, T, W, N = 2, 13, 12, 3
@@ -20,7 +19,7 @@ SEGMENTS = np.array([[0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 0], [1, 0, 1, 0, 1, 2,
 
 
 def arguments():
-    params = jax.jit(lambda key: spec.init(rg_lru_specs(W, N), key))(jax.random.key(0))
+    params = initial_values(rg_lru_specs(W, N))
     x, state = (np.random.default_rng(1).standard_normal(shape).astype(np.float32) for shape in ((B, T, W), (B, W)))
     return jax.device_get(add_noise(params)), 2.0 * x, state
 
@@ -181,9 +180,9 @@ def test_initial_decays_are_in_the_ring():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"x_BTW": jnp.ones((B, T, 7))}, r"x \[2, 13, 7\] must be \[batch, time, width\] with the width 12"),
-        ({"state_BW": jnp.ones((B, 5))}, r"state_BD \[2, 5\] must be"),
-        ({"reset_BT": jnp.ones((B, 5), bool)}, r"reset_BT \[2, 5\] must be \[batch, time\] of the input"),
+        ({"x_BTW": np.ones((B, T, 7), np.float32)}, r"x \[2, 13, 7\] must be \[batch, time, width\] with the width 12"),
+        ({"state_BW": np.ones((B, 5), np.float32)}, r"state_BD \[2, 5\] must be"),
+        ({"reset_BT": np.ones((B, 5), bool)}, r"reset_BT \[2, 5\] must be \[batch, time\] of the input"),
         ({"implementation": "fast"}, "no linear_scan implementation 'fast'"),
     ],
 )

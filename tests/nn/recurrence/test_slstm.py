@@ -13,7 +13,7 @@ from jaxlm.nn.recurrence import slstm, slstm_specs, slstm_state_specs
 from jaxlm.nn.recurrence.slstm import STATE_NAMES
 from jaxlm.nn.segments import segment_boundaries
 from jaxlm.spec import Normal
-from jaxlm.testing.helpers import assert_trees_close, relative_error
+from jaxlm.testing.helpers import assert_trees_close, initial_values, relative_error
 from tests.nn.results import float64_results, random_masks, results
 
 B, T, H, P = 2, 11, 2, 3
@@ -22,7 +22,7 @@ B, T, H, P = 2, 11, 2, 3
 def arguments(strength=1.0):
     """Parameters, inputs, and a state. The normalizer of a state is positive."""
     specs = slstm_specs(H, P, Normal(0.7), Normal(0.5))
-    params = jax.jit(lambda key: spec.init(specs, key))(jax.random.key(0))
+    params = initial_values(specs)
     rng = np.random.default_rng(1)
     state = {name: rng.standard_normal((B, H, P)).astype(np.float32) for name in STATE_NAMES}
     state["normalizer"] = 1.0 + np.abs(state["normalizer"])
