@@ -1,6 +1,7 @@
 """Tests of the import rules in CONTRIBUTING.md: layers of packages, and modules that only certain files may import."""
 
 import ast
+import functools
 from pathlib import Path
 
 import pytest
@@ -46,10 +47,16 @@ def package(module: str) -> str | None:
     return names[1] if names[0] == "jaxlm" and len(names) > 1 else None
 
 
+@functools.cache
+def nodes(path: Path) -> list[ast.AST]:
+    """The nodes of the syntax tree of a file."""
+    return list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+
+
 def imports(path: Path) -> list[tuple[str, int]]:
     """The packages of this project that a file imports, each with the line number."""
     modules_found = []
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in nodes(path):
         if isinstance(node, ast.Import):
             modules_found += [(alias.name, node.lineno) for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module is not None and node.level == 0:
@@ -84,8 +91,7 @@ def test_no_family_imports_another():
     families = set(FAMILIES)
     wrong = []
     for family in families - {"roberta"}:  # RoBERTa extends BERT with different positions and heads
-        tree = ast.parse((ROOT / f"jaxlm/models/{family}.py").read_text(encoding="utf-8"))
-        for node in ast.walk(tree):
+        for node in nodes(ROOT / f"jaxlm/models/{family}.py"):
             if isinstance(node, ast.ImportFrom) and node.module == "jaxlm.models":
                 wrong += [f"{family} imports {alias.name}" for alias in node.names if alias.name in families]
             elif isinstance(node, ast.ImportFrom) and node.module is not None:
@@ -102,7 +108,7 @@ def test_no_family_imports_another():
 def test_only_allowed_files_import_a_module(module, allowed):
     found = set()
     for path in FILES:
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in nodes(path):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             if isinstance(node, ast.ImportFrom) and node.module is not None:
                 names = [node.module]
@@ -115,7 +121,7 @@ def test_only_the_choices_ask_for_the_platform():
     """Which implementation runs on which platform is decided in one module."""
     found = set()
     for path in FILES:
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in nodes(path):
             function = node.func if isinstance(node, ast.Call) else None
             name = function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", None)
             if name == "platform":
@@ -128,7 +134,7 @@ def test_custom_gradients_run_in_shard_map():
     used = {
         str(path.relative_to(ROOT))
         for path in FILES
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        for node in nodes(path)
         if isinstance(node, ast.Attribute) and ast.unparse(node) == "jax.custom_vjp"
     }
     assert used == {"jaxlm/nn/custom_gradient.py"}
@@ -139,7 +145,7 @@ def test_no_module_imports_private_names():
     wrong = [
         f"{path.relative_to(ROOT)}:{node.lineno} imports {alias.name}"
         for path in FILES
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        for node in nodes(path)
         if isinstance(node, ast.ImportFrom) and node.module is not None and node.module.startswith("jaxlm")
         for alias in node.names
         if alias.name.startswith("_") and not alias.name.startswith("__")

@@ -451,11 +451,17 @@ def test_reading_a_result_is_not_measured(tmp_path: Path) -> None:
     assert value == 1
 
 
-def test_a_worker_continues_after_a_failed_run(tmp_path: Path) -> None:
-    with start(tmp_path, start=0, fault="run") as worker:
+def test_a_worker_has_the_environment_of_the_device_and_continues_after_a_failed_run(tmp_path: Path) -> None:
+    assert harness.DEVICES["any"] == {}
+    environment = {"JAX_PLATFORMS": "cpu", "JAXLM_TEST": "here"}
+    arguments: dict[str, Any] = {"start": 0, "fault": "run"}
+    with contextlib.closing(Worker("dummy", DUMMY, tmp_path / "log", environment, **arguments)) as worker:
+        assert worker.facts()["environment"] == "here"
         with pytest.raises(Failure, match="dummy: RuntimeError: out of luck"):
             worker.run()
         assert worker.facts()["count"] == 0
+        assert worker.process.poll() is None
+    assert worker.process.poll() is not None, "closing ends the process"
     assert "Traceback" in (tmp_path / "log").read_text()
 
 
@@ -465,19 +471,6 @@ def test_a_dead_worker_is_reported(tmp_path: Path) -> None:
             worker.run()
         with pytest.raises(Failure, match="dummy ended unexpectedly"):
             worker.run()
-
-
-def test_workers_receive_the_environment_of_the_device(tmp_path: Path) -> None:
-    assert harness.DEVICES["any"] == {}
-    environment = {"JAX_PLATFORMS": "cpu", "JAXLM_TEST": "here"}
-    with contextlib.closing(Worker("dummy", DUMMY, tmp_path / "log", environment, start=0)) as worker:
-        assert worker.facts()["environment"] == "here"
-
-
-def test_closing_ends_the_process(tmp_path: Path) -> None:
-    with start(tmp_path, start=0) as worker:
-        assert worker.process.poll() is None
-    assert worker.process.poll() is not None
 
 
 def test_importing_the_benchmarks_imports_no_framework() -> None:

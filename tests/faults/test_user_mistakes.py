@@ -112,6 +112,7 @@ def test_a_closed_pipe_prints_nothing(capsys: pytest.CaptureFixture[str]) -> Non
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.plain_cases(2)
 @pytest.mark.parametrize("arguments", [["--version"], ["generate", "--help"]])
 @pytest.mark.parametrize(("reader", "status"), [("full", 1), ("closed", 141)])
 def test_output_that_cannot_be_written_has_a_status(arguments: list[str], reader: str, status: int) -> None:

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import jaxlm
-from jaxlm.testing.helpers import apply, initial_params
+from jaxlm.testing.helpers import apply, decode_state, initial_params
 
 SELF_ATTENTION_IS_CAUSAL = {
     "gpt2-tiny": True, "llama-tiny": True, "bert-tiny": False, "roberta-tiny": False, "transformer-xl-tiny": True,
@@ -15,7 +15,7 @@ SELF_ATTENTION_IS_CAUSAL = {
 
 
 def tokens_of(model, batch, length, seed=0):
-    return jnp.asarray(np.random.default_rng(seed).integers(5, model.config.vocab_size, (batch, length)))
+    return np.random.default_rng(seed).integers(5, model.config.vocab_size, (batch, length))
 
 
 @pytest.mark.plain_cases(1)
@@ -53,7 +53,7 @@ def test_an_encoder_decoder_has_three_kinds_of_weights():
 def test_rows_that_read_the_same_source_have_their_own_cross_weights():
     model = jaxlm.get_model("t5-tiny")
     params, tokens, source = initial_params(model), tokens_of(model, 2, 3), tokens_of(model, 1, 4, 1)
-    states = [model.init_decode_state(params, jnp.repeat(source, rows, axis=0), 8) for rows in (1, 2)]
+    states = [decode_state(model, params, np.repeat(source, rows, axis=0), 8) for rows in (1, 2)]
     states[0] = {**states[1], "source": states[0]["source"]}
     shared, separate = (model.attention_weights(params, tokens, state=state) for state in states)
     for got, want in zip(shared["cross"], separate["cross"], strict=True):

@@ -219,11 +219,11 @@ def test_a_rollback_keeps_the_token_types():
     model, params, _ = setup()
     tokens, types = random_tokens(model, 1, 6), np.array([[0, 0, 0, 1, 1, 1]])
     before = model.init_state(1, 12)
-    _, after = model.apply(params, tokens, state=before, token_types=types)
-    state = model.rollback(params, before, tokens, after, jnp.array([4]), token_types=types)
-    _, expected = model.apply(params, tokens[:, :4], state=before, token_types=types[:, :4])
+    _, after = apply(model, params, tokens, state=before, token_types=types)
+    state = jax.jit(model.rollback)(params, before, tokens, after, jnp.array([4]), token_types=types)
+    _, expected = apply(model, params, tokens[:, :4], state=before, token_types=types[:, :4])
     (hidden, _), (want, _) = (
-        model.apply(params, tokens[:, 4:], state=s, token_types=types[:, 4:]) for s in (state, expected)
+        apply(model, params, tokens[:, 4:], state=s, token_types=types[:, 4:]) for s in (state, expected)
     )
     assert relative_error(hidden, want) < 1e-5
 

@@ -16,7 +16,8 @@ class CachedTrainer(Trainer):
     """A trainer that shares its compiled functions with equal trainers.
 
     Trainers are equal if their fields are equal. An optimizer or a loss is equal only to itself. The initial state
-    depends neither on the loss nor on the logged schedule, so trainers with different ones share ``init``.
+    and the parameters of the model depend neither on the loss nor on the logged schedule, so trainers with different
+    ones share ``init`` and ``model_params``.
     """
 
     def init(self, key: jax.Array, params: Any = None) -> Any:
@@ -27,6 +28,10 @@ class CachedTrainer(Trainer):
     def jit_step(self) -> Any:
         return compiled_step(self)
 
+    @property
+    def model_params(self) -> Any:  # type: ignore[override]
+        return model_params_of(dataclasses.replace(self, loss=causal.loss, learning_rate=None))
+
 
 @functools.cache
 def compiled_init(trainer: Trainer) -> Any:
@@ -36,3 +41,9 @@ def compiled_init(trainer: Trainer) -> Any:
 @functools.cache
 def compiled_step(trainer: Trainer) -> Any:
     return Trainer.jit_step(trainer)
+
+
+@functools.cache
+def model_params_of(trainer: Trainer) -> Any:
+    """The same function object for equal trainers, because ``jax.jit`` compiles each function object once."""
+    return functools.partial(Trainer.model_params, trainer)

@@ -50,18 +50,27 @@ class CompletedRun(NamedTuple):
     experiment: text_generation.Experiment
     directory: Path
     result: Result
-    exports: list[dict[str, np.ndarray]]
-    """The exported parameters after each call that ran the export."""
     printed: str
     """The output of the last call."""
 
 
+def complete(experiment: text_generation.Experiment, resume: Path | None) -> CompletedRun:
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        result = text_generation.run(experiment, resume)
+    return CompletedRun(experiment, experiment.output, result, printed.getvalue())
+
+
 @pytest.fixture(scope="module")
 def completed_run(tmp_path_factory: pytest.TempPathFactory) -> CompletedRun:
-    """A run that is killed once in each phase after the training and then completed. Tests must not change it."""
-    directory = tmp_path_factory.mktemp("finishing")
-    experiment, directory = small_experiment(directory), directory / "run"
-    exports: list[dict[str, np.ndarray]] = []
+    """A run that was not interrupted. Tests must not change it."""
+    return complete(small_experiment(tmp_path_factory.mktemp("finishing")), None)
+
+
+@pytest.mark.thorough
+def test_a_run_killed_in_any_phase_after_the_training_can_be_completed(tmp_path):
+    """The run is killed once in each phase after the training and then completed."""
+    experiment, directory = small_experiment(tmp_path), tmp_path / "run"
+    exports: list[dict[str, np.ndarray]] = []  # the exported parameters after each call that ran the export
 
     def raise_killed(*arguments: object, **options: object) -> None:
         raise Killed
@@ -69,23 +78,13 @@ def completed_run(tmp_path_factory: pytest.TempPathFactory) -> CompletedRun:
     for module, name in PHASES:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(module, name, raise_killed)
-            try:
+            with pytest.raises(Killed):
                 text_generation.run(experiment, directory if directory.exists() else None)
-            except Killed:
-                pass
-            else:
-                raise AssertionError(f"{name} was not called")
         if name != "save_pretrained":  # the other phases run after the export
             exports.append(exported_params(directory))
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
-        result = text_generation.run(experiment, directory)
+    _, _, result, printed = complete(experiment, directory)
+    assert "no metrics" not in printed
     exports.append(exported_params(directory))
-    return CompletedRun(experiment, directory, result, exports, printed.getvalue())
-
-
-@pytest.mark.thorough
-def test_a_run_killed_in_any_phase_after_the_training_can_be_completed(completed_run):
-    _, directory, result, exports, _ = completed_run
     expected = jax.tree.leaves(jax.tree.map(np.asarray, result.params))
     for params in exports:
         assert all(np.array_equal(actual, want) for actual, want in zip(jax.tree.leaves(params), expected, strict=True))

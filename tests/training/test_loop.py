@@ -219,10 +219,11 @@ test_loop.run(Path(sys.argv[1]), resume=sys.argv[2] == "resume", checkpoint_ever
 def test_a_run_resumed_after_sigkill_is_bitwise_equal(tmp_path, complete_run):
     """Kill the run at three moments. Most kills are during a save, because every step saves a checkpoint."""
     directory, resume = tmp_path / "killed", "fresh"
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     for seconds in (0.0, 0.05, 0.11):
         process = subprocess.Popen(
             [sys.executable, "-c", KILLED, str(directory), resume], cwd=Path(__file__).parents[2],
-            stderr=subprocess.DEVNULL,
+            env={**os.environ, **cache}, stderr=subprocess.DEVNULL,
         )  # fmt: skip
         last_step = int(max(saved_steps(directory), default=0))
         while process.poll() is None and max(saved_steps(directory), default=0) <= last_step:

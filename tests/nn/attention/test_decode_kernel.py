@@ -15,7 +15,7 @@ from jaxlm.nn.attention.cache import CacheView, append
 from jaxlm.nn.attention.distance_bias import distance_bias
 from jaxlm.nn.attention.mask import Mask
 from jaxlm.sharding import Sharding, make_mesh
-from jaxlm.testing.helpers import assert_trees_close, random_tokens, relative_error
+from jaxlm.testing.helpers import apply, assert_trees_close, initial_params, random_tokens, relative_error
 
 
 @pytest.fixture(autouse=True)
@@ -42,6 +42,10 @@ def cached(filled, T, S, H, G, K, V, layers=None, dtype=np.float32):
         key_segments=np.where(slot_1S < filled_B1, np.int32(1), np.int32(0)),
     )  # fmt: skip
     return q, k, v, mask
+
+
+def attend(q, k, v, mask, implementation):
+    return jax.jit(functools.partial(attention, mask=mask, implementation=implementation))(q, k, v)
 
 
 CASES = {
@@ -79,17 +83,17 @@ def test_equals_the_reference_in_values_and_gradients(name, monkeypatch):
 
 def test_blocks_after_the_end_of_a_row_are_not_read():
     q, k, v, mask = cached((100, 230), 1, 384, 4, 2, 8, 8)
-    want = attention(q, k, v, mask, implementation="reference")
+    want = attend(q, k, v, mask, "reference")
     k, v = (x.replace(stack=x.stack.at[0, 128:].set(jnp.nan).at[1, 256:].set(jnp.nan)) for x in (k, v))
-    assert relative_error(attention(q, k, v, mask, implementation="decode"), want) < 3e-6
+    assert relative_error(attend(q, k, v, mask, "decode"), want) < 3e-6
 
 
 def test_nan_keys_in_masked_slots_have_no_effect():
     """As in ``reference``. The keys are in the block of a visible slot."""
     q, k, v, mask = cached((100, 101), 1, 128, 4, 2, 8, 8)
-    want = attention(q, k, v, mask, implementation="reference")
+    want = attend(q, k, v, mask, "reference")
     k = k.replace(stack=k.stack.at[:, 101:].set(jnp.nan))
-    assert relative_error(attention(q, k, v, mask, implementation="decode"), want) < 3e-6
+    assert relative_error(attend(q, k, v, mask, "decode"), want) < 3e-6
 
 
 def test_the_kernel_is_chosen_for_a_few_queries(monkeypatch):
@@ -112,23 +116,23 @@ def test_appending_a_token_keeps_the_dtype_of_the_slots():
 def test_a_query_without_visible_keys_gives_zeros():
     q, k, v, mask = cached((40, 200), 2, 256, 4, 2, 8, 8)
     mask = mask.replace(query_segments=np.array([[1, 2], [3, 1]], np.int32))
-    out = attention(q, k, v, mask, implementation="decode")
-    assert relative_error(out, attention(q, k, v, mask, implementation="reference")) < 3e-6
+    out = attend(q, k, v, mask, "decode")
+    assert relative_error(out, attend(q, k, v, mask, "reference")) < 3e-6
     assert not np.any(out[0, 1]) and not np.any(out[1, 0]) and np.all(out[0, 0] != 0.0)  # noqa: PT018
 
 
 def test_bfloat16_and_windows():
     q, k, v, mask = cached((40, 250), 1, 256, 4, 4, 16, 16, dtype=jnp.bfloat16)
     mask = mask.replace(window=30)
-    out = attention(q, k, v, mask, implementation="decode")
+    out = attend(q, k, v, mask, "decode")
     assert out.dtype == jnp.bfloat16
-    assert relative_error(out, attention(q, k, v, mask, implementation="reference")) < 0.02
+    assert relative_error(out, attend(q, k, v, mask, "reference")) < 0.02
 
 
 @pytest.mark.thorough
 def test_rows_and_heads_split_over_devices():
     q, k, v, mask = cached((3, 300), 1, 300, 4, 2, 8, 8)
-    want = attention(q, k, v, mask, implementation="reference")
+    want = attend(q, k, v, mask, "reference")
     mesh = Sharding(make_mesh("data=2,tensor=2", devices=jax.devices()[:4]))
 
     @jax.jit
@@ -143,8 +147,8 @@ def test_rows_and_heads_split_over_devices():
 @pytest.mark.parametrize("scan_layers", [False, True])
 def test_cached_decoding_of_a_model(scan_layers):
     model = get_model("llama-tiny", attention_implementation="decode", scan_layers=scan_layers)
-    params, tokens = model.init(jax.random.key(0)), random_tokens(model, 2, 12)
-    want, _ = model.with_fields(attention_implementation="reference").apply(params, tokens)
+    params, tokens = initial_params(model), random_tokens(model, 2, 12)
+    want, _ = apply(model.with_fields(attention_implementation="reference"), params, tokens)
     step = jax.jit(lambda state, tokens: model.apply(params, tokens, state=state))
     state, parts = model.init_state(2, 12), []
     for start in range(0, 12, 3):

@@ -23,10 +23,15 @@ def run(slots, calls=CALLS):
     for call, segments in enumerate(calls):
         segments = np.array(segments, np.int32)
         tokens = 1 + 100 * call + np.arange(segments.size, dtype=np.float32).reshape(segments.shape)
-        context, state = memory.make_context(jnp.asarray(tokens), state, segments)
-        hidden = memory.append(state["hidden"], jnp.asarray(tokens)[..., None], context.kept_indices)
-        state = {**state, "hidden": hidden}
+        context, state = read(tokens, state, segments)
         yield segments, tokens, context, state
+
+
+@jax.jit
+def read(tokens, state, segments):
+    context, state = memory.make_context(tokens, state, segments)
+    hidden = memory.append(state["hidden"], tokens[..., None], context.kept_indices)
+    return context, {**state, "hidden": hidden}
 
 
 @pytest.mark.parametrize("slots", [1, 3, 5, 12])

@@ -90,14 +90,14 @@ def test_chunks_whose_decays_could_overflow_do_not_use_the_bound(monkeypatch):
     arguments = arrays("generalized", strength=10.0)
     monkeypatch.setattr(delta_rule, "_bounded_scores", fail)
     rule = functools.partial(generalized_delta_rule, min_log_decay=-100.0, implementation="chunked")
-    assert_trees_close(rule(*arguments), loop_results(arguments)[0], 4e-6)
+    assert_trees_close(jax.jit(rule)(*arguments), loop_results(arguments)[0], 4e-6)
 
 
 def test_float16_does_not_use_the_bound(monkeypatch):
     """The factors of a chunk of 64 steps would overflow."""
     monkeypatch.setattr(delta_rule, "_bounded_scores", fail)
     arguments = (jnp.asarray(x, jnp.float16) for x in arrays("generalized")[:-1])
-    generalized_delta_rule(*arguments, min_log_decay=-0.5, implementation="chunked")
+    jax.eval_shape(functools.partial(generalized_delta_rule, min_log_decay=-0.5, implementation="chunked"), *arguments)
 
 
 def test_an_accelerator_has_large_chunks_only_with_a_sufficient_bound(monkeypatch):
@@ -111,7 +111,7 @@ def test_an_accelerator_has_large_chunks_only_with_a_sufficient_bound(monkeypatc
 
     monkeypatch.setattr(delta_rule.chunks, "scan_chunks", recorded)
     for bound in (None, -delta_rule.MAX_CHUNK_DECAY / large, -delta_rule.MAX_CHUNK_DECAY / small):
-        generalized_delta_rule(*arrays("generalized"), min_log_decay=bound)
+        jax.eval_shape(functools.partial(generalized_delta_rule, min_log_decay=bound), *arrays("generalized"))
     assert sizes == [small, large, small]
 
 
