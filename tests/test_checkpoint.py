@@ -107,12 +107,12 @@ def test_round_trip_is_bitwise_with_structure_and_meta(tmp_path: Path) -> None:
 
 @pytest.mark.thorough
 def test_round_trip_keeps_every_dtype_and_odd_bits(tmp_path: Path) -> None:
-    bits = jnp.array([0x7FC00001, 0xFFC12345, 0x80000000, 1], jnp.uint32)  # two NaNs, minus zero, a denormal
+    bits = jnp.asarray([0x7FC00001, 0xFFC12345, 0x80000000, 1], jnp.uint32)  # two NaNs, minus zero, a denormal
     tree = {
         "float": jax.lax.bitcast_convert_type(bits, jnp.float32),
-        "half": jnp.array([jnp.nan, -0.0, jnp.inf], jnp.float16),
-        "bool": jnp.array([True, False]),
-        "int8": jnp.array([-128, 127], jnp.int8),
+        "half": jnp.asarray([jnp.nan, -0.0, jnp.inf], jnp.float16),
+        "bool": jnp.asarray([True, False]),
+        "int8": jnp.asarray([-128, 127], jnp.int8),
         "scalar": jnp.bfloat16(3),
         "keys": jax.random.split(jax.random.key(1, impl="rbg"), (2, 3)),
         "raw key": jax.random.PRNGKey(5),
@@ -139,7 +139,11 @@ def test_round_trip_keeps_empty_arrays(tmp_path: Path) -> None:
 
 def test_round_trip_of_64_bit_types(tmp_path: Path) -> None:
     with jax.enable_x64(True), Checkpointer(tmp_path) as checkpointer:
-        tree = {"f": jnp.array([1 / 3, -0.0], jnp.float64), "i": jnp.array([-(2**40), 3]), "c": jnp.array([1 + 2j])}
+        tree = {
+            "f": jnp.asarray([1 / 3, -0.0], jnp.float64),
+            "i": jnp.asarray([-(2**40), 3]),
+            "c": jnp.asarray([1 + 2j]),
+        }
         assert {leaf.dtype.itemsize for leaf in tree.values()} == {8, 16}
         checkpointer.save(0, tree, {})
         assert_same_bits(tree, checkpointer.restore(target_of(tree))[0])

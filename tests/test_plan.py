@@ -367,7 +367,7 @@ def test_counted_flops():
 
 def test_counted_flops_of_a_grouped_matmul():
     """Each row is multiplied by the matrix of its group only. The two gradients are as large as the matmul."""
-    x, w, sizes = jnp.ones((8, 4)), jnp.ones((3, 4, 5)), jnp.array([3, 2, 3])
+    x, w, sizes = jnp.ones((8, 4)), jnp.ones((3, 4, 5)), jnp.asarray([3, 2, 3])
     product = lambda x, w: jnp.sum(jax.lax.ragged_dot(x, w, sizes))  # noqa: E731
     assert flops.counted_flops(product, x, w).amount == 2 * 8 * 4 * 5
     assert flops.counted_flops(jax.value_and_grad(product, (0, 1)), x, w).amount == 3 * 2 * 8 * 4 * 5

@@ -172,7 +172,7 @@ def test_the_names_in_a_state_are_free(average):
     models = SpeculativeModels(model, params, model, params, 2)
     proposed = speculative_generate(models, tokens[:, 2:], max_new_tokens=4, states=(state, state))
     np.testing.assert_array_equal(proposed.generation.tokens, want)
-    kept = model.rollback(params, before, jnp.asarray(tokens[:, :2]), state, jnp.array([1, 1]))
+    kept = model.rollback(params, before, jnp.asarray(tokens[:, :2]), state, jnp.asarray([1, 1]))
     chex.assert_trees_all_close(kept, model.apply(params, tokens[:, :1], state=before)[1])
 
 

@@ -159,19 +159,19 @@ def test_diff_names_every_kind_of_difference():
 
 def test_take_and_reset_find_the_axis_by_name():
     specs = {"k": ArraySpec((2, 3, 4), ("layers", "batch", None), ZEROS), "n": ArraySpec((3,), ("batch",), ONES)}
-    tree = {"k": jnp.arange(24.0).reshape(2, 3, 4), "n": jnp.array([5.0, 6.0, 7.0])}
-    taken = spec.take_rows_clipped(specs, tree, jnp.array([2, 2, 0]))
+    tree = {"k": jnp.arange(24.0).reshape(2, 3, 4), "n": jnp.asarray([5.0, 6.0, 7.0])}
+    taken = spec.take_rows_clipped(specs, tree, jnp.asarray([2, 2, 0]))
     np.testing.assert_array_equal(taken["k"], np.asarray(tree["k"])[:, [2, 2, 0]])
     assert taken["n"].tolist() == [7.0, 7.0, 5.0]
-    reset = spec.reset(specs, tree, jnp.array([False, True, False]))
+    reset = spec.reset(specs, tree, jnp.asarray([False, True, False]))
     assert reset["n"].tolist() == [5.0, 1.0, 7.0]
     np.testing.assert_array_equal(reset["k"][:, 1], 0)
     np.testing.assert_array_equal(reset["k"][:, 0], np.asarray(tree["k"])[:, 0])
     per_layer = spec.unstack({"layers": {"k": specs["k"]}}), spec.unstack({"layers": {"k": tree["k"]}})
-    taken_per_layer = spec.take_rows_clipped(*per_layer, jnp.array([2, 2, 0]))
+    taken_per_layer = spec.take_rows_clipped(*per_layer, jnp.asarray([2, 2, 0]))
     np.testing.assert_array_equal(taken_per_layer["layers"][1]["k"], taken["k"][1])
     with pytest.raises(ValueError, match=r"'w' has axes \('embed',\): none of them is 'batch'"):
-        spec.take_rows_clipped({"w": ArraySpec((2,), ("embed",))}, {"w": jnp.zeros(2)}, jnp.array([0]))
+        spec.take_rows_clipped({"w": ArraySpec((2,), ("embed",))}, {"w": jnp.zeros(2)}, jnp.asarray([0]))
 
 
 def test_decay_mask_follows_the_specs():

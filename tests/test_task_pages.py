@@ -55,7 +55,7 @@ def sentiment():
 
 def translation():
     tokenizer = train_tokenizer(SENTENCES, "bpe", 300, template="eos")
-    save("DIR/model", tiny_model("t5", vocab_size=tokenizer.vocab_size), tokenizer)
+    save("DIR/model", tiny_model("t5", vocab_size=tokenizer.vocab_size, num_layers=1), tokenizer)
     write_lines("train.en", SENTENCES * 3)
     write_lines("train.de", [text.replace("is here", "ist hier") for text in SENTENCES * 3])
 

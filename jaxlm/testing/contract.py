@@ -700,7 +700,7 @@ def single_step(name):
     host_state = jax.device_get(trainer.init(jax.random.key(1)).replace(key=None))
 
     def new_state():
-        return jax.tree.map(jnp.array, host_state).replace(key=jax.random.key(5))
+        return jax.tree.map(jax.device_put, host_state).replace(key=jax.random.key(5))
 
     return step, new_state, run_one_step(step, new_state(), batch)
 

@@ -128,13 +128,13 @@ def initial_values(specs: spec.Tree, seed: int = 0) -> Any:
     NumPy draws the values, because JAX compiles the initialization of each tree, which takes longer than most tests.
     """
     named_specs, treedef = jax.tree_util.tree_flatten_with_path(specs)
-    return jax.tree.map(jnp.array, jax.tree.unflatten(treedef, _drawn_values(tuple(named_specs), seed)))
+    return jax.tree.map(jax.device_put, jax.tree.unflatten(treedef, _drawn_values(tuple(named_specs), seed)))
 
 
 def initialized_params(model: Model, seed: int = 0) -> Any:
     """``model.init`` in ``jit``. Models with equal specs share one compiled function."""
     named_specs, treedef = jax.tree_util.tree_flatten_with_path(model.specs)
-    return jax.tree.map(jnp.array, _initialized_values(tuple(named_specs), treedef, seed))
+    return jax.tree.map(jax.device_put, _initialized_values(tuple(named_specs), treedef, seed))
 
 
 @functools.lru_cache(maxsize=64)
@@ -225,7 +225,11 @@ def add_noise(params: Params) -> Any:
     With the initial values (biases 0, scales 1), a test could miss a wrong sign or term.
     """
     rng = np.random.default_rng(99)  # NumPy, because JAX would compile the noise for each shape
-    return jax.tree.map(lambda x: jnp.array(np.asarray(x) + 0.1 * rng.standard_normal(x.shape).astype(x.dtype)), params)
+
+    def noisy(x: Any) -> jax.Array:
+        return jax.device_put(np.asarray(x) + 0.1 * rng.standard_normal(x.shape).astype(x.dtype))
+
+    return jax.tree.map(noisy, params)
 
 
 def random_tokens(model: Model, batch: int, length: int, seed: int = 0) -> np.ndarray:

@@ -47,7 +47,7 @@ def params() -> Any:
 
 def test_rows_finite_detects_every_value_that_is_not_finite() -> None:
     lowest = float(np.finfo(np.float32).min)  # the logit of vocabulary padding
-    rows = jnp.array([[0.0, lowest], [0.0, np.nan], [np.inf, 0.0], [0.0, -np.inf]])
+    rows = jnp.asarray([[0.0, lowest], [0.0, np.nan], [np.inf, 0.0], [0.0, -np.inf]])
     assert rows_finite(rows).tolist() == [True, False, False, False]
 
 

@@ -170,14 +170,14 @@ def test_filters_against_their_definitions(sampling: Sampling, filters: bool) ->
 
 
 def test_the_smallest_temperature_keeps_the_logits_finite() -> None:
-    out = filter_logits(Sampling(1e-30), jnp.array([[-3e4, 3e4, 2.0]]))
+    out = filter_logits(Sampling(1e-30), jnp.asarray([[-3e4, 3e4, 2.0]]))
     assert np.isfinite(out).all()
     assert np.argmax(out) == 1
 
 
 @pytest.mark.thorough
 def test_equally_likely_tokens_are_kept_together() -> None:
-    logits = jnp.log(jnp.array([[0.2, 0.4, 0.2, 0.2]]))
+    logits = jnp.log(jnp.asarray([[0.2, 0.4, 0.2, 0.2]]))
     for sampling in (Sampling(top_k=2), Sampling(top_p=0.5), Sampling(min_p=0.5)):
         assert np.isfinite(filter_logits(sampling, logits)).all()
     assert np.isfinite(filter_logits(Sampling(top_k=1), logits)).tolist() == [[False, True, False, False]]

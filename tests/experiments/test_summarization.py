@@ -61,6 +61,7 @@ def finished_run(file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
+@pytest.mark.thorough
 def test_files_of_a_run(finished_run: Path) -> None:
     results = read_results(finished_run)
     names = [f"ROUGE-{kind}{of}" for of in ("", " of the first sentence") for kind in ("1", "2", "L")]
@@ -73,6 +74,7 @@ def test_files_of_a_run(finished_run: Path) -> None:
     assert read_metrics(finished_run / "metrics.jsonl")
 
 
+@pytest.mark.thorough
 def test_the_exported_model_generates_summaries(finished_run: Path) -> None:
     model, params = jaxlm.load_pretrained(finished_run / "model")
     tokenizer = load_tokenizer(finished_run / "model")

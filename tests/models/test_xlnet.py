@@ -220,7 +220,7 @@ def test_a_rollback_keeps_the_token_types():
     tokens, types = random_tokens(model, 1, 6), np.array([[0, 0, 0, 1, 1, 1]])
     before = model.init_state(1, 12)
     _, after = apply(model, params, tokens, state=before, token_types=types)
-    state = jax.jit(model.rollback)(params, before, tokens, after, jnp.array([4]), token_types=types)
+    state = jax.jit(model.rollback)(params, before, tokens, after, jnp.asarray([4]), token_types=types)
     _, expected = apply(model, params, tokens[:, :4], state=before, token_types=types[:, :4])
     (hidden, _), (want, _) = (
         apply(model, params, tokens[:, 4:], state=s, token_types=types[:, 4:]) for s in (state, expected)

@@ -89,7 +89,7 @@ def test_a_fully_masked_row_gives_zeros_and_has_no_gradient():
 
 
 def test_large_scores_do_not_overflow():
-    got = masked_softmax(jnp.array([[3e38, -3e38, 1e30]]), jnp.array([[False, True, True]]))
+    got = masked_softmax(jnp.asarray([[3e38, -3e38, 1e30]]), jnp.asarray([[False, True, True]]))
     np.testing.assert_array_equal(got, [[0.0, 0.0, 1.0]])
 
 

@@ -239,8 +239,8 @@ def test_argmax_returns_the_first_largest_logit():
     assert argmax(logits).dtype == jnp.int32
     np.testing.assert_array_equal(argmax(logits), logits.argmax(axis=-1))
     nothing_allowed, with_nan = np.full(5, -np.inf), np.array([1.0, np.nan, 2.0])
-    assert int(argmax(jnp.array(nothing_allowed))) == 0
-    assert 0 <= int(argmax(jnp.array(with_nan))) <= 3
+    assert int(argmax(jnp.asarray(nothing_allowed))) == 0
+    assert 0 <= int(argmax(jnp.asarray(with_nan))) <= 3
 
 
 @pytest.mark.parametrize(("name", "at_one"), [("gelu", 0.8413447), ("gelu_tanh", 0.8411920), ("relu", 1.0)])
@@ -272,33 +272,33 @@ def test_the_derivatives_of_the_exact_gelu_equal_those_of_its_definition():
 
 
 def test_positions_within_documents_and_continued_from_a_state():
-    segments = jnp.array([[0, 0, 1, 1, 2, 2], [1, 1, 1, 0, 0, 0], [3, 3, 4, 4, 4, 0]])
+    segments = jnp.asarray([[0, 0, 1, 1, 2, 2], [1, 1, 1, 0, 0, 0], [3, 3, 4, 4, 4, 0]])
     assert positions_in_segments(segments).tolist() == [[0, 0, 0, 1, 0, 1], [0, 1, 2, 0, 0, 0], [0, 1, 0, 1, 2, 0]]
-    after = positions_in_segments(segments, jnp.array([1, 1, 3]), jnp.array([10, 20, 30]))
+    after = positions_in_segments(segments, jnp.asarray([1, 1, 3]), jnp.asarray([10, 20, 30]))
     assert after.tolist() == [[0, 0, 10, 11, 0, 1], [20, 21, 22, 0, 0, 0], [30, 31, 0, 1, 2, 0]]
 
 
 def test_positions_do_not_count_padding_in_a_document():
-    segments = jnp.array([[1, 0, 1, 1, 0, 2], [1, 1, 0, 2, 0, 2]])
+    segments = jnp.asarray([[1, 0, 1, 1, 0, 2], [1, 1, 0, 2, 0, 2]])
     whole = positions_in_segments(segments)
     assert whole.tolist() == [[0, 0, 1, 2, 0, 0], [0, 1, 0, 0, 0, 1]]
-    rest = positions_in_segments(segments[:, 2:], jnp.array([1, 1]), jnp.array([1, 2]))
+    rest = positions_in_segments(segments[:, 2:], jnp.asarray([1, 1]), jnp.asarray([1, 2]))
     assert rest.tolist() == [[1, 2, 0, 0], [0, 0, 0, 1]]
 
 
 @pytest.mark.thorough
 def test_small_integer_ids_do_not_wrap():
     table = jnp.arange(384.0)[:, None]
-    ids = jnp.array([[3, 255]], jnp.uint8)
+    ids = jnp.asarray([[3, 255]], jnp.uint8)
     assert embed(table, ids, "float32", size=257)[..., 0].tolist() == [[3.0, 255.0]]
     for dtype in (jnp.uint8, jnp.int8):
-        copied = copied_tokens(jnp.ones((1, 1, 3)), jnp.array([[1, 5, 100]], dtype), 300)
+        copied = copied_tokens(jnp.ones((1, 1, 3)), jnp.asarray([[1, 5, 100]], dtype), 300)
         assert np.flatnonzero(copied).tolist() == [1, 5, 100]
 
 
 def test_append_writes_each_row_at_its_own_length():
     slots = jnp.zeros((2, 5, 1))
-    after = append(slots, jnp.array([[[1.0], [2.0]], [[3.0], [4.0]]]), jnp.array([0, 3]))
+    after = append(slots, jnp.asarray([[[1.0], [2.0]], [[3.0], [4.0]]]), jnp.asarray([0, 3]))
     assert after[..., 0].tolist() == [[1, 2, 0, 0, 0], [0, 0, 0, 3, 4]]
 
 

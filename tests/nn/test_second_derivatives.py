@@ -49,7 +49,7 @@ def linear_loss(tree):
 
 def loss_of(tree, max_chunk_logits):
     head = lambda params, hidden: hidden @ params  # noqa: E731
-    weights = jnp.array([[1.0, 0.5, 0.0, 1.0], [1.0, 1.0, 1.0, 0.0]])
+    weights = jnp.asarray([[1.0, 0.5, 0.0, 1.0], [1.0, 1.0, 1.0, 0.0]])
     targets = jnp.arange(8).reshape(2, 4) % 6
     if max_chunk_logits is None:
         return sum_of_sines(jnp.sum(weights * cross_entropy(head(tree["w"], tree["h"]), targets)))

@@ -17,7 +17,7 @@ def test_mean_pooled_has_the_direction_of_the_mean_over_real_tokens():
 
 
 def test_a_row_of_padding_gives_zeros_and_a_finite_gradient():
-    hidden, segments = jnp.ones((2, 3, 4)), jnp.array([[0, 0, 0], [1, 1, 0]])
+    hidden, segments = jnp.ones((2, 3, 4)), jnp.asarray([[0, 0, 0], [1, 1, 0]])
     assert not mean_pooled(hidden, segments)[0].any()
     gradient = jax.grad(lambda h: mean_pooled(h, segments)[:, 0].sum())(hidden)
     assert np.isfinite(np.asarray(gradient)).all()

@@ -26,7 +26,7 @@ def test_loss_is_the_cross_entropy_of_the_pooled_output():
     def reference(params):
         hidden, _ = MODEL.apply(params, TOKENS, segment_ids=SEGMENTS)
         last = jnp.stack([hidden[row, position] for row, position in ((0, 6), (1, 3), (3, 6))])
-        return jnp.sum(cross_entropy(MODEL.logits(params, last), jnp.array([4, 0, 2])))
+        return jnp.sum(cross_entropy(MODEL.logits(params, last), jnp.asarray([4, 0, 2])))
 
     assert check_loss_and_gradient(lambda p: classification.loss(MODEL, p, batch), reference, MODEL.init()) == 3
 

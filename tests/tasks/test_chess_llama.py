@@ -68,7 +68,7 @@ def test_boards_equal_the_boards_of_the_chess_package():
 
 def test_special_tokens_keep_the_board_and_a_move_of_an_empty_square_moves_nothing():
     e4, empty = TOKENIZER.encode("e2e4 e2e4")
-    tokens = jnp.array([[TOKENIZER.bos_id, e4, TOKENIZER.eos_id, empty, TOKENIZER.vocab_size]])
+    tokens = jnp.asarray([[TOKENIZER.bos_id, e4, TOKENIZER.eos_id, empty, TOKENIZER.vocab_size]])
     start, after, end, moved, outside = np.asarray(boards_after(tokens))[0]
     np.testing.assert_array_equal(start, INITIAL_BOARD)
     np.testing.assert_array_equal(after, boards_of_line("e2e4")[0])

@@ -82,7 +82,7 @@ def loss_with(nan=(), huge=(), spikes=()):
         number = batch.tokens[0, 0]
 
         def is_among(numbers):
-            return jnp.any(jnp.array([-1, *numbers]) == number)
+            return jnp.any(jnp.asarray([-1, *numbers]) == number)
 
         noise = jax.random.uniform(key) + 0.1 * jnp.sin(number.astype(jnp.float32))
         total = jnp.mean((params["final_norm"]["scale"] - noise) ** 2)
@@ -178,7 +178,7 @@ def nan_loss_of_batches(*indices):
 
     def loss(model, params, batch, *, key=None, state=None):
         total, weight, new_state = causal.loss(model, params, batch, key=key, state=state)
-        return jnp.where(jnp.isin(batch.tokens[0, 0], jnp.array(indices)), jnp.nan, total), weight, new_state
+        return jnp.where(jnp.isin(batch.tokens[0, 0], jnp.asarray(indices)), jnp.nan, total), weight, new_state
 
     return loss
 

@@ -55,7 +55,7 @@ def test_should_start_at_boundary_values_and_with_nan():
 def test_averaging_covers_all_iterates_since_the_start_and_changes_no_update():
     optimizer = optax.chain(optax.trace(0.5), optax.scale(-0.3), averaging())
     plain = optax.chain(optax.trace(0.5), optax.scale(-0.3))
-    params = {"w": jnp.array([1.0, -2.0]), "b": jnp.array([0.5])}
+    params = {"w": jnp.asarray([1.0, -2.0]), "b": jnp.asarray([0.5])}
     state, plain_state = optimizer.init(params), plain.init(params)
     gradient = jax.grad(lambda p: jnp.sum((p["w"] - 3.0) ** 2) + jnp.sum(p["b"] ** 4))
     update = jax.jit(optimizer.update)

@@ -269,7 +269,7 @@ def test_optimizers_equal_those_of_optax(options, reference):
 def test_clipping_of_float16_gradients_computes_the_norm_in_float32():
     specs = {"w": spec.ArraySpec((2,), ("embed",))}
     config = OptimizerConfig("sgd", **{**PLAIN, "clip_norm": 1.0}, beta1=0.0)
-    w = {"w": jnp.array([600.0, 800.0], jnp.float16)}
+    w = {"w": jnp.asarray([600.0, 800.0], jnp.float16)}
     updates, _ = make_optimizer(config, specs, 10).update(w, make_optimizer(config, specs, 10).init(w), w)
     np.testing.assert_allclose(updates["w"], [-0.6, -0.8], rtol=1e-2)
 

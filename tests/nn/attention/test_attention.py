@@ -527,7 +527,7 @@ def context_from(start_B):
 def test_a_view_writes_and_reads_one_layer_of_the_stack():
     q, k, v, mask = cached_inputs((6, 90))
     new = np.random.default_rng(5).normal(size=(2, 3, 2, 8)).astype(np.float32)
-    start = jnp.array([3, 87])
+    start = jnp.asarray([3, 87])
     heads_shape, stack = k.shape, np.stack([k - 1.0, k, k + 1.0])
     stack = jnp.asarray(stack.reshape(3, *heads_shape[:2], -1))
     view = CacheView(stack, jnp.int32(1))

@@ -108,7 +108,7 @@ def test_the_kernel_is_chosen_for_a_few_queries(monkeypatch):
 
 
 def test_appending_a_token_keeps_the_dtype_of_the_slots():
-    slots = append(jnp.zeros((2, 3), jnp.int16), jnp.ones((2, 1), jnp.int32), jnp.array([0, 2]))
+    slots = append(jnp.zeros((2, 3), jnp.int16), jnp.ones((2, 1), jnp.int32), jnp.asarray([0, 2]))
     assert slots.dtype == jnp.int16
     assert slots.tolist() == [[1, 0, 0], [0, 0, 1]]
 

@@ -29,7 +29,7 @@ SHAPES = [(5, 5, 0), (5, 8, 3), (1, 8, 7), (6, 9, 4), (4, 4, 1)]  # queries, key
 
 
 def test_sinusoids_are_concatenated_and_not_interleaved():
-    table = np.asarray(sinusoids(jnp.array([3, 0, -2]), 6))
+    table = np.asarray(sinusoids(jnp.asarray([3, 0, -2]), 6))
     for row, distance in zip(table, (3, 0, -2)):
         angles = distance / np.array([1.0, 10000 ** (2 / 6), 10000 ** (4 / 6)])
         assert relative_error(row, np.concatenate([np.sin(angles), np.cos(angles)])) < 1e-6
@@ -152,7 +152,7 @@ def test_type_bias(monkeypatch, merge):
 def bias_of(kind, table, vectors, q, types):
     """The biases for T queries and T keys, as in the model families."""
     T = q.shape[1]
-    positions = jnp.arange(T)[None] + jnp.array([[0], [3]])
+    positions = jnp.arange(T)[None] + jnp.asarray([[0], [3]])
     if kind == "numbers":
         return distance_bias(table, 12, T, T, query_offset=0)
     if kind == "numbers of positions":

@@ -86,12 +86,12 @@ def test_positions_without_segments():
 
 
 def test_a_window_counts_tokens_and_not_padding():
-    segments = jnp.array([[1, 0, 0, 1, 1]])
+    segments = jnp.asarray([[1, 0, 0, 1, 1]])
     context, _ = memory.make_context(jnp.zeros((1, 5), int), None, segments, window=2)
     assert np.array_equal(keep(context.mask, 5, 5)[0, 3], [True, False, False, True, False])
 
 
-@pytest.mark.parametrize("kept", [None, jnp.array([[1, 2], [0, 2]])])
+@pytest.mark.parametrize("kept", [None, jnp.asarray([[1, 2], [0, 2]])])
 def test_the_memory_has_no_gradient(kept):
     old, new = jnp.ones((2, 2, 3)), jnp.ones((2, 1, 3))
     gradients = jax.grad(lambda old, new: jnp.sum(memory.append(old, new, kept)), argnums=(0, 1))(old, new)

@@ -16,7 +16,7 @@ def test_scores_depend_on_distances_only():
     q, k = random_normal(1, 1, 2, 8), random_normal(1, 1, 2, 8) + 1
 
     def score(q_position, k_position):
-        q_angles, k_angles = (rotary_angles(jnp.array([[p]]), 8, 100.0) for p in (q_position, k_position))
+        q_angles, k_angles = (rotary_angles(jnp.asarray([[p]]), 8, 100.0) for p in (q_position, k_position))
         return jnp.sum(rotate(q, q_angles) * rotate(k, k_angles))
 
     assert relative_error(score(7, 3), score(54, 50)) < 1e-5
@@ -24,9 +24,9 @@ def test_scores_depend_on_distances_only():
 
 
 def test_entry_i_is_paired_with_entry_i_plus_half_the_width():
-    rotated = rotate(jnp.eye(4)[None, :1, None, :], rotary_angles(jnp.array([[3]]), 4, 100.0))
+    rotated = rotate(jnp.eye(4)[None, :1, None, :], rotary_angles(jnp.asarray([[3]]), 4, 100.0))
     assert relative_error(rotated[0, 0, 0], [np.cos(3), 0, np.sin(3), 0]) < 1e-6
-    rotated = rotate(jnp.eye(4)[None, 1:2, None, :], rotary_angles(jnp.array([[3]]), 4, 100.0))
+    rotated = rotate(jnp.eye(4)[None, 1:2, None, :], rotary_angles(jnp.asarray([[3]]), 4, 100.0))
     assert relative_error(rotated[0, 0, 0], [0, np.cos(0.3), 0, np.sin(0.3)]) < 1e-6
 
 
@@ -64,7 +64,7 @@ def test_scalings(name):
     frequencies, magnitude = rotary_frequencies(8, 100.0, SCALINGS[name], max_positions=64)
     assert relative_error(frequencies, EXPECTED[name][0]) < 1e-6
     assert magnitude == pytest.approx(EXPECTED[name][1])
-    cosine, sine = rotary_angles(jnp.array([[0, 9]]), 8, 100.0, SCALINGS[name], max_positions=64)
+    cosine, sine = rotary_angles(jnp.asarray([[0, 9]]), 8, 100.0, SCALINGS[name], max_positions=64)
     assert relative_error(jnp.hypot(cosine, sine), np.full((1, 2, 4), magnitude)) < 1e-6
 
 

@@ -75,7 +75,7 @@ def test_without_a_state_the_mask_has_no_order():
     context, state = window_cache.make_context(tokens, None, None, None, 3)
     assert (state, context.slots, context.mask.arrays) == (None, None, (None,) * 4)
     assert np.array_equal(context.positions, [[0, 1, 2, 3, 4]])
-    start, keep, _ = segment_boundaries(jnp.array([[1, 1, 2, 1, 0], [4, 4, 4, 0, 0]]), include_first=True)
+    start, keep, _ = segment_boundaries(jnp.asarray([[1, 1, 2, 1, 0], [4, 4, 4, 0, 0]]), include_first=True)
     context, _ = window_cache.make_context(tokens, None, start, keep, 3)
     assert context.mask.query_order is None
     assert np.array_equal(context.mask.query_segments, [[1, 1, 3, 4, 0], [1, 1, 1, 0, 0]])

@@ -144,7 +144,7 @@ def test_several_calls_equal_one_call(cuts, dilation):
 @pytest.mark.parametrize("cuts", [(), (2, 4, 8), tuple(range(1, 11))])
 def test_each_padded_document_equals_a_separate_document(cuts):
     params, x = arrays(kernel=3, batch=4)
-    ids = jnp.array(
+    ids = jnp.asarray(
         [
             [0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1],  # padding on the left
             [1, 1, 0, 0, 0, 1, 1, 0, 1, 1, 1],  # a short prompt that continues after padding
@@ -178,8 +178,8 @@ def test_a_segment_id_that_occurs_again_is_another_document():
 
 
 def test_pad_to_length_moves_padding_to_the_end_and_reverses_texts():
-    tokens = jnp.array([[9, 1, 2, 9, 3], [4, 5, 6, 7, 8]])
-    ids = jnp.array([[0, 1, 1, 0, 1], [1, 1, 2, 2, 2]])
+    tokens = jnp.asarray([[9, 1, 2, 9, 3], [4, 5, 6, 7, 8]])
+    ids = jnp.asarray([[0, 1, 1, 0, 1], [1, 1, 2, 2, 2]])
     output, is_real, has_one_document = pad_to_length(tokens, ids, 6)
     assert output[0, :3].tolist() == [1, 2, 3]
     assert is_real.tolist() == [[True] * 3 + [False] * 3, [True] * 5 + [False]]

@@ -89,7 +89,7 @@ def numpy_convolution(params, x, ids, padding, dilation):
 @pytest.mark.parametrize("dilation", [1, 3])
 def test_no_window_reads_another_segment(padding, dilation):
     params, x = arrays(4, 26)
-    ids = jnp.array([[1] * 3 + [2] * 14 + [3] * 9, [0] * 4 + [1] * 20 + [0] * 2, [1] * 26])
+    ids = jnp.asarray([[1] * 3 + [2] * 14 + [3] * 9, [0] * 4 + [1] * 20 + [0] * 2, [1] * 26])
     convolve = functools.partial(depthwise_convolution, padding=padding, dilation=dilation, segment_ids=ids)
     y, (gradients, dx) = results(convolve, params, x)
     want = np.stack([numpy_convolution(params, np.asarray(x[row]), ids[row], padding, dilation) for row in range(B)])
@@ -172,7 +172,7 @@ def run_call(params, x, indices, ids, past, tail, dilation):
 def test_each_padded_document_in_several_calls_equals_a_separate_document(cuts, dilation):
     """The layer reads each row in several calls, split at ``cuts``."""
     params, x = arrays(3, 11)
-    ids = jnp.array(
+    ids = jnp.asarray(
         [
             [0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1],  # padding on the left
             [1, 1, 0, 0, 0, 1, 1, 0, 1, 1, 1],  # a short prompt that continues after padding

@@ -33,7 +33,7 @@ def run_call(indices, ids, past, tail):
 
 
 def test_causal_max_pool_in_several_calls_with_padding_and_documents():
-    ids = jnp.array([[0, 1, 1, 0, 1, 1, 1, 1, 0, 0, 1, 1, 1], [1, 1, 1, 2, 2, 2, 2, 2, 0, 3, 3, 3, 0]])
+    ids = jnp.asarray([[0, 1, 1, 0, 1, 1, 1, 1, 0, 0, 1, 1, 1], [1, 1, 1, 2, 2, 2, 2, 2, 0, 3, 3, 3, 0]])
     indices = jnp.broadcast_to(jnp.arange(13)[None], (2, 13))
     for cuts in ((), (5,), tuple(range(1, 13))):
         # P = 9: another layer has a longer tail.
@@ -52,7 +52,7 @@ def test_causal_max_pool_in_several_calls_with_padding_and_documents():
 
 
 def test_k_max_pool_keeps_the_order_and_the_first_of_equal_entries():
-    x = jnp.array([0.0, 5.0, 0.0, 3.0, 0.0, 7.0])[None, :, None]
+    x = jnp.asarray([0.0, 5.0, 0.0, 3.0, 0.0, 7.0])[None, :, None]
     assert k_max_pool(x, 2)[0, :, 0].tolist() == [5.0, 7.0]
     assert k_max_pool(x, 4)[0, :, 0].tolist() == [0.0, 5.0, 3.0, 7.0]
     assert k_max_pool(x, 6)[0, :, 0].tolist() == x[0, :, 0].tolist()

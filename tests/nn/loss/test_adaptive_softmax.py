@@ -125,7 +125,7 @@ def test_input_embeddings_equal_numpy(case):
 def test_gradients_reach_every_parameter_from_every_cluster():
     clusters = CLUSTERS["narrower tails"]
     params = parameters(clusters)
-    ids = jnp.array([[1, 7, 15]])
+    ids = jnp.asarray([[1, 7, 15]])
 
     def loss(params):
         hidden = adaptive_softmax.embed(clusters, params, ids, jnp.float32)

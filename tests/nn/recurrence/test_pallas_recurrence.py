@@ -89,7 +89,7 @@ def test_blocks_of_rows_and_steps(kind, B, T, reverse, monkeypatch):
     assert_trees_close(got, value_and_gradients(reference_layer, kind, arguments, **options), 1e-5)
 
 
-@pytest.mark.plain_cases(1)
+@pytest.mark.thorough
 @pytest.mark.parametrize("kind", KINDS)
 def test_bfloat16(kind):
     """With bfloat16 inputs, outputs are bfloat16, the state is float32, and errors are small."""

@@ -371,7 +371,7 @@ def test_an_input_of_padding_may_be_nan(implementation):
     x[0, 2] = np.nan
 
     def loss(params):
-        reset, keep, _ = segment_boundaries(jnp.array([[1, 1, 0, 1, 1, 1]]))
+        reset, keep, _ = segment_boundaries(jnp.asarray([[1, 1, 0, 1, 1, 1]]))
         hidden, _ = recurrence.lstm(params, x, reset_BT=reset, keep_BT=keep, implementation=implementation)
         return jnp.sum(hidden)
 

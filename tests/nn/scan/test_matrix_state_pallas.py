@@ -108,7 +108,7 @@ def test_values_and_gradients(shape, masked, on_tpu):
     assert_trees_close(got, want, 1e-5)
 
 
-@pytest.mark.plain_cases(1)
+@pytest.mark.thorough
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("name", ["scale", "gated_delta_rule", "mlstm"])
 def test_values_and_gradients_of_the_other_functions(name, masked, on_tpu):
