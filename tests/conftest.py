@@ -84,7 +84,6 @@ SLOW_CONTRACT_TESTS = {
     **dict.fromkeys(
         (
             "test_every_dropout_rate_acts_only_with_a_key",
-            "test_bfloat16_is_finite_and_near_float32",
             "test_bfloat16_parameters_give_the_same_results_as_the_same_values_in_float32",
             "test_each_position_depends_on_exactly_the_visible_positions",
             "test_padding_does_not_change_the_other_positions",
@@ -92,14 +91,12 @@ SLOW_CONTRACT_TESTS = {
             "test_a_segment_id_that_occurs_again_starts_a_document",
             "test_cached_equals_full_at_every_position",
             "test_rows_of_unequal_length_decode_independently",
-            "test_a_prefix_branches_and_each_branch_rolls_back",
             "test_a_token_id_outside_the_vocabulary_gives_nan",
             "test_stacked_and_per_layer_models_agree",
             "test_take_and_reset_act_on_single_rows_of_a_state",
             "test_decoding_steps_compile_once",
             "test_loss_falls_in_twenty_steps_without_recompiling",
             "test_sharded_step_with_stacked_layers_equals_single_device_step",
-            "test_initial_values_depend_only_on_path_and_layer",
             "test_an_empty_batch_gives_empty_results_and_zero_gradients",
         ),
         PLAIN_VARIANTS,
@@ -109,10 +106,14 @@ SLOW_CONTRACT_TESTS = {
     # The stacked layers of T5: test_stacked_and_per_layer_models_agree. T5 on a mesh: see above.
     "test_stacked_and_per_layer_states_agree": ("gpt2-tiny", "mamba2-tiny"),
     "test_runs_under_an_explicit_mesh_and_in_shard_map": ("gpt2-tiny", "mamba2-tiny"),
+    # T5 has the caches and the attention of GPT-2.
+    "test_bfloat16_is_finite_and_near_float32": ("gpt2-tiny", "mamba2-tiny"),
+    "test_a_prefix_branches_and_each_branch_rolls_back": ("gpt2-tiny", "mamba2-tiny"),
     # Code that all families share.
+    "test_initial_values_depend_only_on_path_and_layer": ("gpt2-tiny",),
     "test_stacked_and_per_layer_training_steps_agree": ("gpt2-tiny",),
     "test_pmap_and_shard_map_steps_equal_single_device_step": ("gpt2-tiny",),
-    "test_restored_state_is_bitwise_equal": (*PLAIN_VARIANTS, "resnet-tiny"),
+    "test_restored_state_is_bitwise_equal": ("gpt2-tiny", "mamba2-tiny", "resnet-tiny"),
     "test_jit_and_eager_results_agree": ("gpt2-tiny",),
     "test_remat_and_attention_implementation_do_not_change_loss_and_gradients": ("gpt2-tiny",),
 }
