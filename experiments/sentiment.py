@@ -143,9 +143,9 @@ def read(path: Path | None, data: Data) -> Examples:
     return lib.read_examples(read_labelled, path, encoding=data.encoding, on_error=data.on_error)
 
 
-def split(examples: Examples, fraction: float, data: Data) -> list[Examples]:
-    """A random part with this fraction of the examples (or of the groups of phrases), and the other examples."""
-    return examples.split(fraction, seed=0, by=group_phrases(examples.column("text")) if data.group_phrases else None)
+def groups(examples: Examples, data: Data) -> list[int] | None:
+    """The group of each example. A sentence and its phrases are one group, which is in one split. None: no groups."""
+    return group_phrases(examples.column("text")) if data.group_phrases else None
 
 
 def parts(data: Data) -> tuple[Examples, Examples, tuple[str, ...]]:
@@ -156,7 +156,7 @@ def parts(data: Data) -> tuple[Examples, Examples, tuple[str, ...]]:
     labels = examples.label_names()
     if data.test is not None:
         return examples, read(data.test, data), labels
-    test, training = split(examples, data.test_fraction, data)
+    test, training = examples.split(data.test_fraction, by=groups(examples, data))
     return training, test, labels
 
 
@@ -187,7 +187,8 @@ def train_and_test(
     ``parent`` is the configuration of the cross-validation if this training is one of its folds. Otherwise None."""
     start_time, config = time.perf_counter(), experiment.training
     model, params, tokenizer = build(experiment, training, test, labels, resume)
-    validation_part, training_part = split(training, experiment.data.validation_fraction, experiment.data)
+    fraction, by = experiment.data.validation_fraction, groups(training, experiment.data)
+    validation_part, training_part = training.split(fraction, by=by)
     encoded_training, encoded_validation, encoded_test = (
         classification.encode(part, tokenizer, labels, model, max_length=experiment.data.max_length)
         for part in (training_part, validation_part, test)
@@ -234,7 +235,8 @@ def run(experiment: Experiment, resume: Path | None = None) -> Result:
     if experiment.folds is None:
         return train_and_test(experiment, *parts(experiment.data), resume)[0]
     examples = read(experiment.data.train, experiment.data)
-    folds, labels = examples.folds(experiment.folds), examples.label_names()  # a fold may lack a label
+    folds = examples.folds(experiment.folds, by=groups(examples, experiment.data))
+    labels = examples.label_names()  # a fold may lack a label
     output, scores = resume or experiment.output or lib.new_directory("sentiment"), []
     parent = dataclasses.replace(experiment, output=output)
     for fold, (training, test) in enumerate(folds):

@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import dataclasses
+import itertools
 import math
 import sys
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
@@ -206,38 +207,51 @@ class Examples(Sequence[Example]):
         # math.fsum, because sum((0.7, 0.2, 0.1)) is 0.9999999999999999, which is below 1.
         if not all(0.0 < fraction < 1.0 for fraction in fractions) or math.fsum(fractions) >= 1.0:
             raise ValueError(f"fractions {fractions} must be positive, and their sum must be below 1")
-        if by is None:
-            groups: Sequence[Hashable] = range(len(self))
-        else:
-            groups = self.column(by) if isinstance(by, str) else by
-        if len(groups) != len(self):
-            raise ValueError(f"by has {len(groups)} values for {len(self)} examples: give one value for each example")
-        names = list(dict.fromkeys(groups))
-        order = np.random.default_rng(seed).permutation(len(names))
-        stops = [round(math.fsum(fractions[: n + 1]) * len(names)) for n in range(len(fractions))]
-        part_of = {names[number]: part for part, ids in enumerate(np.split(order, stops)) for number in ids.tolist()}
-        parts: list[list[int]] = [[] for _ in range(len(fractions) + 1)]
-        for index, group in enumerate(groups):
-            parts[part_of[group]].append(index)
+        groups, what = self._groups(by)
+        order = np.random.default_rng(seed).permutation(len(groups))
+        stops = [round(math.fsum(fractions[: n + 1]) * len(groups)) for n in range(len(fractions))]
+        parts = [sorted(index for number in part for index in groups[number]) for part in np.split(order, stops)]
         if not all(parts):
-            what = "examples" if by is None else f"different values of {by!r}" if isinstance(by, str) else "groups"
-            raise ValueError(f"{len(names)} {what} in {self.name} are too few for the fractions {fractions}")
+            raise ValueError(f"{len(groups)} {what} in {self.name} are too few for the fractions {fractions}")
         return [self.select(part) for part in parts]
 
-    def folds(self, count: int, seed: int = 0) -> list[tuple[Examples, Examples]]:
+    def folds(
+        self, count: int, seed: int = 0, *, by: str | Sequence[Hashable] | None = None
+    ) -> list[tuple[Examples, Examples]]:
         """``count`` random pairs (training, test) for cross-validation. Each example is in exactly one test split.
 
+        Args:
+            seed: seed of the random folds.
+            by: as in :meth:`split`. The examples of a group are in one test split.
+
         Raises:
-            ValueError: ``count`` is below 2 or above the number of examples.
+            ValueError: ``count`` is below 2 or above the number of examples (with ``by``: of groups), an example does
+                not have the field ``by``, or the number of values differs from the number of examples.
         """
-        if not 2 <= count <= len(self):
-            raise ValueError(f"{count} folds of {len(self)} examples: choose from 2 to the number of examples")
-        order = np.random.default_rng(seed).permutation(len(self))
-        chunks = np.array_split(order, count)
+        groups, what = self._groups(by)
+        if not 2 <= count <= len(groups):
+            raise ValueError(f"{count} folds of {len(groups)} {what}: choose from 2 to the number of {what}")
+        order = np.random.default_rng(seed).permutation(len(groups))
+        parts = [[index for number in part for index in groups[number]] for part in np.array_split(order, count)]
         return [
-            (self.select(np.concatenate(chunks[:fold] + chunks[fold + 1 :])), self.select(chunk))
-            for fold, chunk in enumerate(chunks)
+            (self.select(itertools.chain(*parts[:fold], *parts[fold + 1 :])), self.select(part))
+            for fold, part in enumerate(parts)
         ]
+
+    def _groups(self, by: str | Sequence[Hashable] | None) -> tuple[list[list[int]], str]:
+        """The indices of the examples of each group (see :meth:`split`), and the word for groups in messages.
+
+        The groups are in the order of their first examples.
+        """
+        if by is None:
+            return [[index] for index in range(len(self))], "examples"
+        values = self.column(by) if isinstance(by, str) else by
+        if len(values) != len(self):
+            raise ValueError(f"by has {len(values)} values for {len(self)} examples: give one value for each example")
+        groups: dict[Hashable, list[int]] = {}
+        for index, value in enumerate(values):
+            groups.setdefault(value, []).append(index)
+        return list(groups.values()), f"different values of {by!r}" if isinstance(by, str) else "groups"
 
     def label_names(self, field: str = "label") -> tuple[str, ...]:
         """The declared class names of the field. If there are none: the distinct labels as strings, sorted.

@@ -193,6 +193,31 @@ def test_every_example_is_in_one_test_fold():
     assert all(len(training) + len(test) == 23 for training, test in folds)
 
 
+def test_folds_keep_groups_together():
+    examples = Examples([{"n": n, "group": n % 7} for n in range(23)])
+    folds = examples.folds(3, seed=1, by="group")
+    assert sorted(n for _, test in folds for n in test.column("n")) == list(range(23))
+    assert all(set(training.column("group")).isdisjoint(test.column("group")) for training, test in folds)
+    assert [len(set(test.column("group"))) for _, test in folds] == [3, 2, 2]
+    values = [n % 7 for n in range(23)]
+    assert [test.rows for _, test in examples.folds(3, seed=1, by=values)] == [test.rows for _, test in folds]
+    with pytest.raises(ValueError, match="8 folds of 7 different values of 'group': choose from 2 to the number of"):
+        examples.folds(8, by="group")
+    with pytest.raises(ValueError, match="by has 2 values for 23 examples"):
+        examples.folds(2, by=[0, 1])
+
+
+def test_folds_without_groups_are_those_of_the_permutation():
+    """The examples of a fold, and their order, determine the results of a training with a fixed seed."""
+    order = np.random.default_rng(1).permutation(23)
+    chunks = np.array_split(order, 4)
+    for folds in (Examples([{"n": n} for n in range(23)]).folds(4, seed=1, by=by) for by in (None, range(23))):
+        assert [test.column("n") for _, test in folds] == [chunk.tolist() for chunk in chunks]
+        assert [training.column("n") for training, _ in folds] == [
+            np.concatenate(chunks[:fold] + chunks[fold + 1 :]).tolist() for fold in range(4)
+        ]
+
+
 def test_labels_are_sorted_numerically():
     examples = Examples([{"label": label} for label in (10, 9, "2")])
     assert examples.label_names() == ("2", "9", "10")

@@ -130,16 +130,38 @@ def test_a_label_that_only_the_random_test_split_has_is_known(tmp_path):
         assert labels == ("0", "1", "rare")
 
 
-def test_phrases_are_in_the_split_of_their_sentence(tmp_path):
+@pytest.fixture
+def phrases(tmp_path):
+    """Settings of a file with 20 sentences and a phrase of each. The first word of a text begins with its number."""
     sentences = [" ".join(f"w{n}-{word}" for word in range(6)) for n in range(20)]
-    lines = [f"1 {part}\n" for text in sentences for part in (text, text[: len(text) // 2].rsplit(" ", 1)[0])]
+    lines = [f"{n % 2} {part}\n" for n, text in enumerate(sentences) for part in (text, text[:11].rsplit(" ", 1)[0])]
     (tmp_path / "lines.all").write_text("".join(lines))
-    data = sentiment.Data(train=tmp_path / "lines.all", group_phrases=True)
-    training, test, _ = sentiment.parts(data)
+    return sentiment.Data(train=tmp_path / "lines.all", group_phrases=True)
+
+
+def numbers(examples):
+    """The numbers of the sentences from which the texts come (see the fixture ``phrases``)."""
+    return {text.split("-")[0] for text in examples.column("text")}
+
+
+def test_phrases_are_in_the_split_of_their_sentence(phrases):
+    training, test, _ = sentiment.parts(phrases)
     assert len(test) == 4
-    assert not {text.split("-")[0] for text in training.column("text")} & {
-        text.split("-")[0] for text in test.column("text")
-    }
+    assert not numbers(training) & numbers(test)
+
+
+def test_phrases_are_in_the_fold_of_their_sentence(phrases, tmp_path, monkeypatch):
+    tested = []
+
+    def train_and_test(experiment, training, test, labels, resume, parent):
+        assert not numbers(training) & numbers(test)
+        tested.extend(test.column("text"))
+        return SimpleNamespace(signal=None), proportion("accuracy", 1, 10)
+
+    monkeypatch.setattr(sentiment, "train_and_test", train_and_test)
+    monkeypatch.setattr(sentiment.classification, "write_folds", lambda output, scores: None)
+    sentiment.run(dataclasses.replace(sentiment.PRESETS["lstm"], data=phrases, folds=3, output=tmp_path / "run"))
+    assert len(set(tested)) == len(tested) == 40
 
 
 @pytest.mark.parametrize("received_signal", [None, "SIGINT"])
