@@ -65,11 +65,7 @@ def game_batches(
     """
     check_min(1, length=length, positions_per_game=positions_per_game, target_length=target_length)
     check_model(model, tokenizer)
-    if model.max_positions is not None and length > model.max_positions:
-        raise ValueError(
-            f"rows of {length} tokens exceed max_positions={model.max_positions} of the model: use a smaller length "
-            "(in the experiment: --training.sequence-length)"
-        )
+    text_generation.check_row_length(model, length)
     encoded = [tokenizer.encode_game(line) for line in games]
     if model.reads_source:
         rng, rows = np.random.default_rng(seed), list[Encoded]()

@@ -74,8 +74,8 @@ class Corpus:
             name: name of the text, for messages.
 
         Raises:
-            ValueError: a fraction is outside its range, a split would be empty, or the tokenizer cannot encode a
-                character of the text.
+            ValueError: a fraction is outside its range, a split would be empty, the test split would have a single
+                token, or the tokenizer cannot encode a character of the text.
         """
         if not 0.0 < validation_fraction < 1.0:
             raise ValueError(f"validation_fraction={validation_fraction} must be above 0 and less than 1")
@@ -89,6 +89,11 @@ class Corpus:
         parts, remaining = {}, tokens
         if test_fraction:
             remaining, parts["test"] = split_tokens(tokens, test_fraction)
+            if len(parts["test"]) < 2:  # the first token of a split is not scored
+                raise ValueError(
+                    f"test_fraction={test_fraction} of {name}: 1 token, at least 2 needed; use a larger fraction or "
+                    "more text"
+                )
         parts["training"], parts["validation"] = split_tokens(
             remaining, validation_fraction * len(tokens) / len(remaining)
         )
@@ -110,8 +115,10 @@ class Corpus:
             seed: seed of the order of the windows.
 
         Raises:
-            ValueError: the split is too short, or has ids outside the vocabulary of the model.
+            ValueError: the split is too short, or has ids outside the vocabulary of the model; or ``length`` is larger
+                than ``max_positions`` of the model.
         """
+        check_row_length(model, length)
         source: ContiguousStreams | RandomWindows
         stride = 1 if part == "training" else length
         try:
@@ -128,6 +135,15 @@ class Corpus:
 def to_batch(token_batch: TokenBatch) -> Batch:
     """The batch of the causal objective for windows of tokens [B, T + 1]."""
     return causal.batch(token_batch.tokens, token_batch.segment_ids, token_batch.reset)
+
+
+def check_row_length(model: Model, length: int) -> None:
+    """Raise ``ValueError`` if the model has fewer positions than ``length``, the number of input tokens of a row."""
+    if model.max_positions is not None and length > model.max_positions:
+        raise ValueError(
+            f"rows of {length} tokens exceed max_positions={model.max_positions} of the model: use a smaller length "
+            "(in the experiment: --training.sequence-length)"
+        )
 
 
 def check_family(model: Model) -> None:

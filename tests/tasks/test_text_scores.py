@@ -25,6 +25,8 @@ def test_splits_are_consecutive() -> None:
         Corpus.split(TEXT, CharTokenizer.from_text(TEXT), 0.5, -0.1)
     with pytest.raises(ValueError, match="leave nothing to train on"):
         Corpus.split(TEXT, CharTokenizer.from_text(TEXT), 0.5, 0.5)
+    with pytest.raises(ValueError, match="test_fraction=0.001 of the text: 1 token, at least 2 needed; use a larger"):
+        Corpus.split(TEXT, CharTokenizer.from_text(TEXT), 0.5, 0.001)
 
 
 def test_splits_count_their_own_characters() -> None:
@@ -40,6 +42,9 @@ def test_stateful_models_read_columns_and_others_read_windows() -> None:
     assert isinstance(CORPUS.batches("training", model=tiny_model("gpt"), **size), RandomWindows)
     with pytest.raises(ValueError, match="validation split of the text: 50 streams of length 8"):
         CORPUS.batches("validation", model=tiny_model("gru"), length=8, batch_size=50)
+    assert CORPUS.batches("training", length=64, batch_size=2, model=tiny_model("gpt")).length == 64
+    with pytest.raises(ValueError, match="rows of 65 tokens exceed max_positions=64 of the model: use a smaller"):
+        CORPUS.batches("training", length=65, batch_size=2, model=tiny_model("gpt"))
     assert carry_size_of(tiny_model("gpt"), 3) is None
     assert carry_size_of(tiny_model("gru"), 3) == (3, 1)
     memory = tiny_model("transformer_xl")
