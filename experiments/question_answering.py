@@ -31,13 +31,11 @@ from jaxlm.data.stories import make_stories
 from jaxlm.data.vocabularies import TemplateName, train_tokenizer
 from jaxlm.models import Model
 from jaxlm.objectives import span_qa
-from jaxlm.tasks import attention_maps
 from jaxlm.tasks import question_answering as qa
 from jaxlm.training import experiment as lib
 from jaxlm.training.evaluation import Evaluator
 from jaxlm.training.loop import Result, TrainingConfig, train
 from jaxlm.training.optimizer import OptimizerConfig
-from jaxlm.training.report import write_samples
 
 
 @dataclasses.dataclass(frozen=True)
@@ -227,11 +225,7 @@ def report(
     for name, examples in extra_tests.items():
         extra_scores = scorer.scores(result.params, examples, threshold)
         test_scores += [dataclasses.replace(score, name=f"{score.name} on {name}") for score in extra_scores]
-    write_samples(directory, qa.samples(test[:40], answers[:40]))
-    questions, contexts = (test.column(name)[:4] for name in ("question", "context"))
-    attention_maps.write_attention_maps(
-        directory, scorer.model, result.params, scorer.tokenizer, questions, pairs=contexts, max_tokens=60
-    )
+    qa.write_test(directory, scorer.model, result.params, scorer.tokenizer, test, answers)
     lib.report(
         directory, task="question_answering", model=scorer.model, start_time=start_time, scores=test_scores,
         data=str(experiment.data or "generated stories"), result=result, no_answer_threshold=threshold,

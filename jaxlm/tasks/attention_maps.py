@@ -48,6 +48,7 @@ def write_attention_maps(
     outputs: Sequence[str] | None = None,
     *,
     pairs: Sequence[str] | None = None,
+    encodings: Sequence[Encoding] | None = None,
     max_tokens: int | None = None,
     output_special_tokens: bool = True,
 ) -> None:
@@ -58,7 +59,7 @@ def write_attention_maps(
     """
     if texts and has_attention_maps(model):
         maps = attention_maps(
-            model, params, tokenizer, texts, outputs, pairs=pairs, max_tokens=max_tokens,
+            model, params, tokenizer, texts, outputs, pairs=pairs, encodings=encodings, max_tokens=max_tokens,
             output_special_tokens=output_special_tokens,
         )  # fmt: skip
         write_attention(run, maps)
@@ -72,6 +73,7 @@ def attention_maps(
     outputs: Sequence[str] | None = None,
     *,
     pairs: Sequence[str] | None = None,
+    encodings: Sequence[Encoding] | None = None,
     max_tokens: int | None = None,
     output_special_tokens: bool = True,
 ) -> list[AttentionMap]:
@@ -86,9 +88,11 @@ def attention_maps(
     Args:
         outputs: for an encoder-decoder, the output text for each source.
         pairs: the second text of each pair of texts, for models that read pairs.
+        encodings: the encoding of each text or pair, for example a window of ``tokenizer.encode_windows``. None: the
+            result of ``tokenizer.encode_inputs_batch``, truncated to ``max_tokens``.
         max_tokens: maximum number of tokens of a text, a pair or an output, including special tokens. Longer inputs are
-            truncated. A limit above the model's ``max_positions`` is reduced to ``max_positions``. None: no truncation,
-            so the inputs must not be longer than ``max_positions``.
+            truncated, but ``encodings`` are not. A limit above the model's ``max_positions`` is reduced to
+            ``max_positions``. None: no truncation, so the inputs must not be longer than ``max_positions``.
         output_special_tokens: True adds the special tokens of the tokenizer's template to the outputs. Use True if the
             targets of the training had these tokens.
 
@@ -96,9 +100,9 @@ def attention_maps(
         TypeError: the model cannot record attention weights, or ``texts`` is a single string or has an element that is
             not a string.
         ValueError: there are no texts; ``outputs`` is missing for an encoder-decoder, is given for another family, or
-            has a different length than ``texts``; ``pairs`` has a different length than ``texts``; a text has no tokens
-            or more tokens than the model has positions; or the tokenizer returns an id or a token type that the model
-            does not have.
+            has a different length than ``texts``; ``pairs`` or ``encodings`` has a different length than ``texts``; an
+            encoding has a second text, and ``pairs`` is missing; a text has no tokens or more tokens than the model has
+            positions; or an encoding has an id or a token type that the model does not have.
     """
     check_texts(texts)
     if model.reads_source != (outputs is not None):
@@ -109,9 +113,15 @@ def attention_maps(
         raise ValueError(f"{len(texts)} texts and {len(outputs)} outputs: give one output for each text")
     if max_tokens is not None and model.max_positions is not None:
         max_tokens = min(max_tokens, model.max_positions)
-    encoded = tokenizer.encode_inputs_batch(list(texts), pairs, max_length=max_tokens)
+    encoded = encodings
+    if encoded is None:
+        encoded = tokenizer.encode_inputs_batch(list(texts), pairs, max_length=max_tokens)
+    if len(encoded) != len(texts):
+        raise ValueError(f"{len(texts)} texts and {len(encoded)} encodings: give one encoding for each text")
     for number, encoding in enumerate(encoded):
         check_encoding(model, encoding, f"text {number}")
+        if pairs is None and encoding.sequence_ids.max() > 0:
+            raise ValueError(f"encoding {number} is that of a pair: pass the second texts as pairs")
     longest = max(encoding.ids.size for encoding in encoded)
     tokens, segment_ids = pad_rows([encoding.ids for encoding in encoded], longest)
     inputs = list(zip(texts, strict=True) if pairs is None else zip(texts, pairs, strict=True))

@@ -10,10 +10,12 @@ Shapes: W windows, B batch rows, T time, D model width.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -35,10 +37,15 @@ from jaxlm.objectives import span_qa
 from jaxlm.objectives.batch import Batch
 from jaxlm.sharding import Sharding, active
 from jaxlm.spec import Params
+from jaxlm.tasks.attention_maps import write_attention_maps
 from jaxlm.tasks.predict import BATCH_SIZE, check_texts, check_token_types, input_batches
+from jaxlm.training.report import write_samples
 
 MAX_LENGTH = 384
 """Default maximum number of tokens of a window, as in Devlin et al. (2019)."""
+
+MAP_TOKENS = 60
+"""Maximum number of tokens, including special tokens, in the attention map of a question and its context."""
 
 
 # ------------------------------------------------------------------------------------------------- training
@@ -274,15 +281,36 @@ def scores(answers: Sequence[Answer], references: Sequence[Sequence[str]]) -> li
     return [exact_match(texts, references), token_f1(texts, references)]
 
 
-def samples(examples: Sequence[Mapping[str, Any]], answers: Sequence[Answer]) -> list[dict[str, str]]:
-    """The rows for ``jaxlm.training.report.write_samples``: question, accepted answers, answer, score and context."""
-    return [
+def write_test(
+    run: Path, model: Model, params: Params, tokenizer: Tokenizer, examples: Examples, answers: Sequence[Answer]
+) -> None:
+    """Write ``samples.jsonl`` of a run with the first 40 questions, and the attention maps of the first four questions.
+
+    A map has the question and the beginning of its context, at most :data:`MAP_TOKENS` tokens, in the order in which
+    the model reads them. A question that leaves no token for the context has no map. For families without attention,
+    no map is written.
+
+    Args:
+        run: the directory of the run.
+        examples: as for :func:`training_windows`; the model can read them (:func:`check_questions`).
+        answers: the answer to each question.
+    """
+    rows = [
         {
             "source": example["question"], "reference": " | ".join(dict.fromkeys(example["answers"])),
             "output": item.text, "score": f"{item.score:.2f}", "context": example["context"],
         }
-        for example, item in zip(examples, answers, strict=True)
+        for example, item in zip(examples[:40], answers[:40], strict=True)
     ]  # fmt: skip
+    write_samples(run, rows)
+    length = MAP_TOKENS if model.max_positions is None else min(MAP_TOKENS, model.max_positions)
+    shown: list[tuple[str, str, Encoding]] = []
+    for example in examples[:4]:
+        texts = example["question"], example["context"]
+        with contextlib.suppress(ValueError):  # the question leaves no token for the context
+            shown.append((*texts, tokenizer.encode_windows(*texts, max_length=length, stride=0)[0]))
+    questions, contexts, windows = zip(*shown, strict=True) if shown else ((), (), ())
+    write_attention_maps(run, model, params, tokenizer, questions, pairs=contexts, encodings=windows)
 
 
 def best_no_answer_threshold(answers: Sequence[Answer], references: Sequence[Sequence[str]]) -> float:

@@ -69,6 +69,17 @@ def test_invalid_arguments_raise_errors():
         attention_maps(model, params, tokenizer, ["sun", "a" * (limit + 1)], max_tokens=None)
 
 
+def test_ready_encodings_are_not_encoded_again():
+    model, params, tokenizer = model_params_tokenizer("bert-tiny")
+    window = tokenizer.encode_windows("who", "a house in the sun", max_length=8, stride=0)[1]
+    [item] = attention_maps(model, params, tokenizer, ["who"], pairs=["a house in the sun"], encodings=[window])
+    assert "".join(item.columns) == "who" + "se in"
+    with pytest.raises(ValueError, match="1 texts and 2 encodings: give one encoding for each text"):
+        attention_maps(model, params, tokenizer, ["who"], pairs=["a house in the sun"], encodings=[window] * 2)
+    with pytest.raises(ValueError, match="encoding 0 is that of a pair: pass the second texts as pairs"):
+        attention_maps(model, params, tokenizer, ["who"], encodings=[window])
+
+
 def test_long_texts_are_truncated():
     model, params, tokenizer = model_params_tokenizer("gpt2-tiny")
     [item] = attention_maps(model, params, tokenizer, ["a house in the sun"], max_tokens=7)

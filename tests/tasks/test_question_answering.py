@@ -16,10 +16,19 @@ import pytest
 from jaxlm.data import ByteTokenizer, CharTokenizer, train_tokenizer
 from jaxlm.data.buckets import Bucketed
 from jaxlm.data.encodings import Encoding
+from jaxlm.data.examples import Examples
 from jaxlm.decoding import NotFiniteError
 from jaxlm.tasks import question_answering
-from jaxlm.tasks.question_answering import Answer, answer, best_no_answer_threshold, to_batch, training_windows
+from jaxlm.tasks.question_answering import (
+    Answer,
+    answer,
+    best_no_answer_threshold,
+    to_batch,
+    training_windows,
+    write_test,
+)
 from jaxlm.testing.helpers import add_noise, initial_params, tiny_model
+from jaxlm.training.report import read_attention, read_samples
 
 BYTES = ByteTokenizer()
 CONTEXTS = (
@@ -362,3 +371,25 @@ def test_windows_and_targets_equal_those_of_transformers(template: str, tmp_path
                 # the last one of the first character and the first one of the last character.
                 expected = (offsets[first][0], offsets[last][1])
             assert actual == expected
+
+
+# ------------------------------------------------------------------------------------------ files of a test
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize(("name", "kind"), [("xlnet-tiny", "word sep_cls"), ("bert-tiny", "word cls_sep")])
+def test_an_attention_map_has_the_tokens_in_the_order_that_the_model_reads(
+    tmp_path: Path, name: str, kind: str
+) -> None:
+    model, params = model_and_params(name)
+    rows = [EXAMPLES[0], EXAMPLES[8], {**EXAMPLES[0], "question": "What is it? " * 20}]
+    write_test(tmp_path, model, params, tokenizer(kind), Examples(rows), [Answer("in 1998", 1.0, 0, 7)] * 3)
+    assert len(read_samples(tmp_path)) == 3
+    maps = read_attention(tmp_path)
+    assert len(maps) == 2, "a question of 60 tokens has no map, because it leaves no token for its context"
+    for item, row in zip(maps, rows, strict=False):
+        (window, *_) = tokenizer(kind).encode_windows(row["question"], row["context"], max_length=60, stride=0)
+        assert len(item.columns) == len(window.ids) <= 60
+        words = [item.columns[position] for position in np.flatnonzero(window.sequence_ids >= 0)]
+        question, context = row["question"].split(), row["context"].split()[: len(words) - 3]
+        assert words == (question + context if name == "bert-tiny" else context + question)
