@@ -33,6 +33,11 @@ class Encoding(NamedTuple):
     offsets: np.ndarray
     sequence_ids: np.ndarray
 
+    @property
+    def has_text(self) -> bool:
+        """Whether there is a token of a text. False: there are no tokens, or only special tokens of the template."""
+        return bool(np.any(self.sequence_ids != SPECIAL_TOKEN))
+
 
 def concatenate_texts(parts: list[tuple[np.ndarray, np.ndarray]]) -> Encoding:
     """The encoding of concatenated texts, without special tokens.

@@ -15,7 +15,6 @@ import jax
 import numpy as np
 
 from jaxlm.config import check_min
-from jaxlm.data.encodings import SPECIAL_TOKEN
 from jaxlm.data.tokenizers import Tokenizer
 from jaxlm.data.tokens import check_tokens
 from jaxlm.decoding.batches import length_batches
@@ -294,7 +293,7 @@ class _TextGenerator:
         if strings and self._model.reads_source:
             encodings = self._tokenizer.encode_inputs_batch(strings)
             rows = [encoding.ids for encoding in encodings]
-            is_empty = [bool(np.all(encoding.sequence_ids == SPECIAL_TOKEN)) for encoding in encodings]
+            is_empty = [not encoding.has_text for encoding in encodings]
         elif strings:
             rows = [self._tokenizer.encode(text) for text in strings]
             is_empty = [ids.size == 0 for ids in rows]

@@ -37,9 +37,9 @@ def encode(
 
     Raises:
         ValueError: There are no examples, fewer than two labels, or another number of labels than the model has. An
-            example lacks a field or has an unknown label. A text has no tokens, more tokens than the model has
-            positions, or an id that the model does not have. ``max_length`` is too small for the special tokens and one
-            token of each text.
+            example lacks a field or has an unknown label. A text (or both texts of a pair) has no tokens. A text or
+            pair has more tokens than the model has positions, or an id that the model does not have. ``max_length`` is
+            too small for the special tokens and one token of each text.
     """
     if len(labels) < 2:
         raise ValueError(f"the labels of {examples.name} are {list(labels)}: a classifier needs at least two labels")
@@ -56,12 +56,16 @@ def encode(
     limit = model.max_positions
     encoded: list[Encoded] = []
     encodings = encode_truncated(tokenizer, texts, pairs, max_length, f"texts of {examples.name}")
-    for text, encoding, label in zip(texts, encodings, label_numbers, strict=True):
-        if encoding.ids.size == 0 or (limit is not None and encoding.ids.size > limit):
-            allowed = "at least 1" if limit is None else f"from 1 to {limit}"
+    for number, (text, encoding, label) in enumerate(zip(texts, encodings, label_numbers, strict=True)):
+        if not encoding.has_text:
             raise ValueError(
-                f"the text {text[:60]!r} of {examples.name} has {encoding.ids.size} tokens: it must have {allowed}. "
-                "Truncate long texts with max_length, or use a model with more positions"
+                f"example {number} of {examples.name} has the text {text!r}, which has no tokens: leave the example "
+                "out, or use a tokenizer that has tokens for it"
+            )
+        if limit is not None and encoding.ids.size > limit:
+            raise ValueError(
+                f"the text {text[:60]!r} of {examples.name} has {encoding.ids.size} tokens: it must have from 1 to "
+                f"{limit}. Truncate long texts with max_length, or use a model with more positions"
             )
         check_tokens(encoding.ids, model.config.vocab_size, name=f"the text {text[:60]!r} of {examples.name}")
         types = {"token_types": encoding.token_types} if model.reads_token_types else {}

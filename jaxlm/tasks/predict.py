@@ -413,7 +413,7 @@ def _encode(
     encodings = tokenizer.encode_inputs_batch(texts, pairs)
     for number, encoding in enumerate(encodings):
         what = f"{name} {number}"
-        if np.all(encoding.sequence_ids == SPECIAL_TOKEN):
+        if not encoding.has_text:
             raise ValueError(
                 f"{what} is {texts[number]!r}, which has no tokens: pass a text that is not only white space"
             )

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from jaxlm.data.buckets import BucketBatch, Bucketed, Encoded
-from jaxlm.data.encodings import SPECIAL_TOKEN
 from jaxlm.data.examples import Examples
 from jaxlm.data.tokenizers import Tokenizer, encode_truncated
 from jaxlm.data.tokens import check_tokens
@@ -65,7 +64,7 @@ def check_sources(examples: Examples, tokenizer: Tokenizer) -> None:
     """
     sources = examples.column("source")
     for number, encoding in enumerate(tokenizer.encode_inputs_batch(sources)):
-        if np.all(encoding.sequence_ids == SPECIAL_TOKEN):
+        if not encoding.has_text:
             raise ValueError(
                 f"example {number} of {examples.name} has the source {sources[number]!r}, which has no tokens: leave "
                 "the example out, or use a tokenizer that has tokens for it"

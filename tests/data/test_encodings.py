@@ -44,6 +44,15 @@ def test_byte_and_char_encodings_have_no_special_tokens():
     assert (ByteTokenizer().special_ids, CharTokenizer("a").special_ids) == (SpecialIds(eos=256), SpecialIds())
 
 
+@pytest.mark.parametrize("template", ["none", "eos", "cls_sep"])
+def test_special_tokens_are_not_text(template):
+    tokenizer = word_tokenizer(template)
+    texts, pairs = ["who", "who", "", " ", " "], ["", "it", "it", "", "\t"]
+    assert [encoding.has_text for encoding in tokenizer.encode_inputs_batch(texts)] == [True, True, False, False, False]
+    has_text = [encoding.has_text for encoding in tokenizer.encode_inputs_batch(texts, pairs)]
+    assert has_text == [True, True, True, False, False]
+
+
 @pytest.mark.parametrize(
     ("template", "expected", "types"),
     [

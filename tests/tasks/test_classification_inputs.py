@@ -163,6 +163,21 @@ def test_errors_name_bad_examples(caplog):
         classification.encode(long[:0], tokenizer(), LABELS, model)
 
 
+@pytest.mark.parametrize("template", ["none", "cls_sep"])
+def test_training_and_classify_refuse_texts_without_tokens(template):
+    model = tiny_model("bert-tiny", task="classification", num_labels=2)
+    tokens = tokenizer(template)
+    row = {"text": "red", "label": "colour"}
+    with pytest.raises(
+        ValueError, match="example 1 of a.tsv has the text '\\\\t', which has no tokens: leave the example"
+    ):
+        classification.encode(Examples([row, {**row, "text": "\t"}], "a.tsv"), tokens, LABELS, model)
+    with pytest.raises(ValueError, match="text 1 is '\\\\t', which has no tokens"):
+        classify(model, None, tokens, ["red", "\t"])
+    pairs = Examples([{**row, "text": "", "pair": "red"}, {**row, "pair": ""}])
+    assert len(classification.encode(pairs, tokens, LABELS, model)) == 2, "one of both texts may have no tokens"
+
+
 def test_convolutions_get_the_length_of_the_longest_input():
     texts = ["red", "blue " * 70]
     fields = functools.partial(classification.convolution_fields, tokenizer=tokenizer(), texts=texts)
