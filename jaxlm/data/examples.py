@@ -19,6 +19,7 @@ import csv
 import dataclasses
 import itertools
 import math
+import numbers
 import sys
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -259,11 +260,12 @@ class Examples(Sequence[Example]):
         The labels are sorted as numbers if all of them consist of digits, and alphabetically otherwise.
 
         Raises:
-            ValueError: there are no declared class names, and an example does not have the field.
+            ValueError: there are no declared class names, and an example does not have the field, or has a label that
+                is neither a string nor an integer.
         """
         if field in self.class_names:
             return self.class_names[field]
-        names = {str(value) for value in self.column(field)}
+        names = set(_label_texts(self.column(field), self.name, field))
         if all(name.isdecimal() for name in names):
             return tuple(sorted(names, key=lambda name: (int(name), name)))
         return tuple(sorted(names))
@@ -336,17 +338,41 @@ def _class_name(number: Any, names: Sequence[str], column: str, example: int) ->
 
 
 def label_ids(labels: Sequence[Any], names: Sequence[Any], name: str = "the examples") -> np.ndarray:
-    """The index of each label in ``names``, int32 [N]. Labels and names are converted with ``str``.
+    """The index of each label in ``names``, int32 [N]. Integers are converted with ``str``.
 
     Raises:
-        ValueError: a label is not in ``names``.
+        ValueError: a label is not in ``names``, or is neither a string nor an integer.
     """
     names = [str(name) for name in names]
     index = {label: number for number, label in enumerate(names)}
-    for number, label in enumerate(labels):
-        if str(label) not in index:
+    texts = _label_texts(labels, name)
+    for number, (label, text) in enumerate(zip(labels, texts, strict=True)):
+        if text not in index:
             raise ValueError(f"example {number} of {name} has the label {label!r}: known labels are {', '.join(names)}")
-    return np.asarray([index[str(label)] for label in labels], np.int32)
+    return np.asarray([index[text] for text in texts], np.int32)
+
+
+def _label_texts(labels: Sequence[Any], name: str, field: str = "label") -> list[str]:
+    """The labels as strings. Raises ``ValueError`` if a label is neither a string nor an integer.
+
+    Args:
+        name: the name of the examples, for messages.
+        field: the field of the labels, for messages.
+    """
+    for number, label in enumerate(labels):
+        try:
+            _check_label(label, field)
+        except ValueError as error:
+            raise ValueError(
+                f"example {number} of {name}: {error}; convert the labels, or leave the example out"
+            ) from error
+    return [str(label) for label in labels]
+
+
+def _check_label(label: Any, field: str) -> None:
+    """Raise ``ValueError`` if a label is neither a string nor an integer, for example None, True or 1.0."""
+    if not isinstance(label, str | numbers.Integral) or isinstance(label, bool):
+        raise ValueError(f"{field}={label!r} must be a string or a whole number")
 
 
 # --------------------------------------------------------------------------------------------------- readers
@@ -567,8 +593,7 @@ def read_jsonl(
             if not isinstance(example[name], str):
                 raise ValueError(f"{name}={example[name]!r} must be a string")
         for name in labels:
-            if not isinstance(example[name], str | int) or isinstance(example[name], bool):
-                raise ValueError(f"{name}={example[name]!r} must be a string or a whole number")
+            _check_label(example[name], name)
         return example
 
     lines = ((number, line) for number, line in read_lines(path, encoding) if line.strip())

@@ -3,6 +3,7 @@
 import csv
 import gzip
 import json
+import re
 
 import numpy as np
 import pytest
@@ -227,6 +228,20 @@ def test_labels_are_sorted_numerically():
         label_ids(["x"], ["a", "b"])
     with pytest.raises(ValueError, match="example 1 of the examples has no field 'label'"):
         Examples([{"label": 1}, {}]).column("label")
+
+
+@pytest.mark.parametrize("label", [None, 1.0, float("nan"), True, np.bool_(False), np.float32(1), ["1"]])
+def test_other_labels_than_strings_and_integers_are_refused(label):
+    examples = Examples([{"text": "a", "label": "1"}, {"text": "b", "label": label}], "a.tsv")
+    message = "must be a string or a whole number; convert the labels, or leave the example out"
+    message = re.escape(f"example 1 of a.tsv: label={label!r} {message}")
+    with pytest.raises(ValueError, match=message):
+        examples.label_names()
+    with pytest.raises(ValueError, match=message):
+        label_ids(examples.column("label"), ("1", str(label)), "a.tsv")
+    examples = Examples([{"label": label} for label in (np.int64(2), np.str_("1"), 2)])
+    assert examples.label_names() == ("1", "2")
+    assert label_ids(examples.column("label"), ("1", "2")).tolist() == [1, 0, 1]
 
 
 def test_included_examples():
