@@ -105,6 +105,7 @@ class ExperimentOptions(Generic[T]):
         config: the config of the experiment: ``initial``, with the fields that other options change.
         initial: the default config, or the config that ``--preset`` or ``--resume`` selects. ``--recipe`` replaces its
             optimizer.
+        preset: the value of ``--preset``, or None.
         recipe: the value of ``--recipe``, or None.
         resume: the value of ``--resume`` (a run directory), or None.
         given: the names of the other options on the command line, such as ``--model.set``.
@@ -112,6 +113,7 @@ class ExperimentOptions(Generic[T]):
 
     config: T
     initial: T
+    preset: str | None
     recipe: str | None
     resume: Path | None
     given: frozenset[str]
@@ -172,7 +174,7 @@ def parse_experiment(
     options = "".join(f"  {' '.join(a.option_strings)} {a.metavar}: {a.help}\n" for a in parser._actions)
     config = parse(type(default), rest, program=program, description=f"{description}\n\n{options}", default=initial)
     given = frozenset(word.partition("=")[0] for word in rest if word.startswith("--"))
-    return ExperimentOptions(config, initial, known.recipe, known.resume, given)
+    return ExperimentOptions(config, initial, known.preset, known.recipe, known.resume, given)
 
 
 class Parser(argparse.ArgumentParser):

@@ -51,17 +51,24 @@ NONZERO_FRACTIONS = {"validation_fraction", "data.validation_fraction", "data.te
 """Dotted names of fractions that must be above 0, because the split with this fraction must not be empty."""
 
 
-def check_settings(experiment: Any, initial: Any) -> None:
+PRETRAINED_PRESETS = {"minilm": "a directory with the files of a MiniLM"}
+"""Presets with settings for fine-tuning: name of the preset -> the value that ``--model.pretrained`` must have."""
+
+
+def check_settings(experiment: Any, initial: Any, preset: str | None = None) -> None:
     """Check the settings of an experiment without reading its data.
 
     Args:
         initial: the configuration before the command-line options changed it (``ExperimentOptions.initial``): the
             preset, or the configuration of the resumed run.
+        preset: the name of the preset; None if there is none.
 
     Raises:
-        ValueError: a number is out of its range, or an option changed a setting that has no effect
-            (:data:`NO_EFFECT_RULES`).
+        ValueError: a number is out of its range, an option changed a setting that has no effect
+            (:data:`NO_EFFECT_RULES`), or the preset needs pretrained weights (:data:`PRETRAINED_PRESETS`).
     """
+    if preset in PRETRAINED_PRESETS and experiment.model.pretrained is None:
+        raise ValueError(f"--preset {preset} needs --model.pretrained: {PRETRAINED_PRESETS[preset]}")
     for name, value in numbers_of(experiment):
         field = name.rpartition(".")[2].partition("[")[0]
         if name.startswith(("training.", "optimizer.")):
