@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import itertools
 import math
+import shlex
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import scipy.stats
@@ -48,37 +49,103 @@ def best_runs(experiment: Experiment, results: Iterable[Result]) -> dict[Group, 
     return {group: max(rates.values(), key=preference) for group, rates in groups.items()}
 
 
-def mean_and_interval(values: Sequence[float]) -> str:
-    """The mean as text. With several values, also the half width of its 95 % interval (Student's t)."""
-    mean = statistics.mean(values)
-    if len(values) == 1:
-        return f"{mean:.3f}"
-    quantile = scipy.stats.t.ppf(0.975, len(values) - 1)
-    return f"{mean:.3f} ± {quantile * statistics.stdev(values) / math.sqrt(len(values)):.3f}"
+def minutes_of_groups(experiment: Experiment, results: Iterable[Result]) -> dict[Group, float]:
+    """For each case, model and width, the minutes of all its runs, including those that select the learning rate.
 
-
-def agreement(claim: Claim, runs: Mapping[Group, Sequence[Result]]) -> tuple[str, str]:
-    """The range of the measured accuracies, and whether all of them agree with the claim, as texts.
-
-    An accuracy is the mean over the runs of one case, model and width. The second text is yes, no or "not measured".
+    This is the median duration times the number of runs, because a run may have been suspended.
     """
-    means = {}
-    for (case, model, width), group_runs in runs.items():
-        if claim.covers(case, model, width):
-            means[model, case, width] = statistics.mean(run.accuracy[claim.test] for run in group_runs)
-    if not means:
-        return "", "not measured"
-    low, high = min(means.values()), max(means.values())
+    seconds: dict[Group, list[float]] = defaultdict(list)
+    for result in results_of_plan(experiment, results):
+        seconds[result.case, result.model, result.width].append(result.seconds)
+    return {group: len(values) * statistics.median(values) / 60 for group, values in seconds.items()}
+
+
+def half_width(values: Sequence[float]) -> float | None:
+    """The half width of the 95 % interval of the mean (Student's t); None for a single value."""
+    if len(values) == 1:
+        return None
+    quantile = scipy.stats.t.ppf(0.975, len(values) - 1)
+    return float(quantile * statistics.stdev(values) / math.sqrt(len(values)))
+
+
+def mean_and_interval(values: Sequence[float]) -> str:
+    """The mean as text. With several values, also the half width of its 95 % interval."""
+    width = half_width(values)
+    return f"{statistics.mean(values):.3f}" + ("" if width is None else f" ± {width:.3f}")
+
+
+def agreement(claim: Claim, runs: Mapping[Group, Sequence[Result]]) -> tuple[str, str, str]:
+    """The range of the measured accuracies, its intervals, and whether all accuracies agree with the claim, as texts.
+
+    An accuracy is the mean over the runs of one case, model and width. The intervals are those of the smallest and of
+    the largest accuracy. The last text is yes, no or "not measured".
+    """
+    accuracies = [
+        [run.accuracy[claim.test] for run in group_runs] for group, group_runs in runs.items() if claim.covers(*group)
+    ]
+    if not accuracies:
+        return "", "", "not measured"
+    accuracies.sort(key=statistics.mean)
+    ends = accuracies[:1] if len(accuracies) == 1 else [accuracies[0], accuracies[-1]]
+    low, high = statistics.mean(ends[0]), statistics.mean(ends[-1])
+    widths = [half_width(values) for values in ends]
+    intervals = ", ".join("one seed" if width is None else f"± {width:.2f}" for width in widths)
     agrees = (claim.minimum is None or low >= claim.minimum) and (claim.maximum is None or high <= claim.maximum)
-    return f"{low:.2f}" if low == high else f"{low:.2f} to {high:.2f}", "yes" if agrees else "no"
+    return f"{low:.2f}" if low == high else f"{low:.2f} to {high:.2f}", intervals, "yes" if agrees else "no"
 
 
-def section(name: str, experiment: Experiment, runs: Mapping[Group, Sequence[Result]], picture: str | None) -> str:
-    """The section of an experiment as Markdown.
+def claim_command(name: str, experiment: Experiment, groups: Collection[Group]) -> str:
+    """The arguments of ``python -m experiments.laboratory`` that run these cases, models and widths.
+
+    Args:
+        name: name of the experiment on the command line.
+    """
+    arguments, plan = [name], experiment.plan
+    all_values = {"model": experiment.models, "case": experiment.cases, "width": plan.widths}
+    for option, position in (("model", 1), ("case", 0), ("width", 2)):
+        chosen = [value for value in all_values[option] if any(group[position] == value for group in groups)]
+        if len(chosen) < len(all_values[option]):
+            arguments += [f"--{option}", *map(str, chosen)]
+    return shlex.join(arguments)
+
+
+def claims_table(
+    name: str, experiment: Experiment, runs: Mapping[Group, Sequence[Result]], minutes: Mapping[Group, float]
+) -> list[str]:
+    """The lines of the Markdown table of the claims.
 
     Args:
         name: name of the experiment on the command line.
         runs: the result of :func:`best_runs`.
+        minutes: the result of :func:`minutes_of_groups`.
+    """
+    lines = [
+        "| claim | source | published | ours | interval | agrees | command | minutes |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for claim in experiment.claims:
+        ours, intervals, agrees = agreement(claim, runs)
+        limit = f"{claim.test} ≥ {claim.minimum}" if claim.minimum is not None else f"{claim.test} ≤ {claim.maximum}"
+        covered = itertools.product(experiment.cases, experiment.models, experiment.plan.widths)
+        groups = [group for group in covered if claim.covers(*group)]
+        measured = [group for group in groups if group in runs]
+        missing = "" if len(measured) in (0, len(groups)) else f"; {len(measured)} of {len(groups)} rows measured"
+        # If nothing is measured, the command runs all rows of the claim.
+        command = claim_command(name, experiment, measured or groups)
+        duration = f"{sum(minutes[group] for group in measured):.1f}" if measured else ""
+        lines.append(
+            f"| {claim.text} | {claim.source} | {claim.published or 'no number'} | {ours} | {intervals} | "
+            f"{agrees} ({limit}){missing} | `{command}` | {duration} |"
+        )
+    return lines
+
+
+def section(name: str, experiment: Experiment, results: Iterable[Result], picture: str | None) -> str:
+    """The section of an experiment as Markdown.
+
+    Args:
+        name: name of the experiment on the command line.
+        results: the results of the experiment.
         picture: path of the picture, relative to the page; None: no picture.
     """
     command = f"python -m experiments.laboratory {name}"
@@ -92,22 +159,9 @@ def section(name: str, experiment: Experiment, runs: Mapping[Group, Sequence[Res
         "means over the seeds with 95 % intervals (Student's t). If a row has fewer seeds, some of its runs are "
         "missing, and its learning rate may not be the best one. Minutes are the median duration of a run.",
     ]
+    runs = best_runs(experiment, results)
     if experiment.claims:
-        lines += [
-            "",
-            "| published | source | models | accuracy that agrees | ours | agrees |",
-            "|---|---|---|---|---|---|",
-        ]
-    for claim in experiment.claims:
-        limit = f"at least {claim.minimum}" if claim.minimum is not None else f"at most {claim.maximum}"
-        ours, agrees = agreement(claim, runs)
-        covered = itertools.product(experiment.cases, experiment.models, plan.widths)
-        missing = sorted({key[1] for key in covered if claim.covers(*key) and key not in runs})
-        if missing and ours:
-            agrees += f" (some or all cases and widths of {', '.join(missing)} are not measured)"
-        restrictions = [*(claim.cases or ()), *(f"width {width}" for width in claim.widths or ())]
-        models = ", ".join(claim.models) + (f" ({', '.join(restrictions)})" if restrictions else "")
-        lines.append(f"| {claim.text} | {claim.source} | {models} | {limit}, {claim.test} | {ours} | {agrees} |")
+        lines += ["", *claims_table(name, experiment, runs, minutes_of_groups(experiment, results))]
     if picture is not None:
         lines += ["", f"![{experiment.title}]({picture})"]
     if experiment.chart == "scaling":
@@ -231,8 +285,14 @@ def write(
         "# Laboratory\n\nThis page compares models of many families on the tasks of published experiments.\n"
         "All results are in `docs/laboratory/`.\n"
         "`python -m experiments.laboratory --output docs/laboratory --page` writes this page; do not edit it.\n\n"
-        '"ours" is the smallest and the largest accuracy that we measured. A claim of the form "at most"\n'
-        'also agrees if a model has not learned the training lengths; see the column "validation".\n'
+        "A table of claims compares published statements with our runs:\n\n"
+        '- published: the number in the source, as an accuracy. "no number": the source has only the statement.\n'
+        "- ours: the smallest and the largest accuracy (mean over the seeds) of the rows of the claim.\n"
+        "- interval: the 95 % intervals (Student's t) of these two accuracies.\n"
+        "- agrees: whether all rows keep the limit in parentheses. We chose the limits. A claim with ≤ also agrees\n"
+        '  if a model has not learned the training lengths; see "validation" in the second table.\n'
+        "- command: the arguments after `python -m experiments.laboratory` that run the measured rows of the claim.\n"
+        "- minutes: the duration of all runs of these rows, including those that select the learning rate.\n\n"
         "The models have no dropout. They are trained with AdamW,\n"
         "a warm-up of 5 % of the steps and a cosine schedule. The batches of a seed are the same for all models.\n"
         "`griffin` alternates recurrent layers and local attention. `hawk` has only recurrent layers.\n"
@@ -253,7 +313,7 @@ def write(
             scaling.draw(experiment.title, runs.values(), path)
         else:  # no model has runs of two widths, so there is no power law
             picture = None
-        parts.append(section(name, experiment, runs, picture))
+        parts.append(section(name, experiment, results[name], picture))
     page = directory / "laboratory.md"
     page.write_text("\n".join(parts), encoding="utf-8")
     return page

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import shlex
 
 import jax
 import numpy as np
@@ -170,14 +171,40 @@ def test_page_selects_rates_and_judges_claims(tmp_path):
     assert [run.seed for run in chosen["64 tokens, 4 pairs", "gpt", 64]] == [0, 1, 2]
     assert page.mean_and_interval([0.90, 0.91, 0.92]) == "0.910 ± 0.025"  # 4.30 * 0.01 / sqrt(3)
     judged = [page.agreement(claim, chosen) for claim in experiment.claims]
-    assert judged == [("0.91", "no"), ("0.30", "yes")]
+    assert judged == [("0.91", "± 0.02", "no"), ("0.30", "one seed", "yes")]
     other = Claim("", "", ("lstm",), "validation", minimum=0.5)
-    assert page.agreement(other, chosen) == ("", "not measured")
+    assert page.agreement(other, chosen) == ("", "", "not measured")
     path = page.write({"recall": measured}, tmp_path)
     text = path.read_text()
+    assert (
+        "| Attention solves the task at all lengths and widths | Arora et al. 2024 (Zoology), figure 2 | 1.00 | 0.91 | "
+        "± 0.02 | no (test ≥ 0.95); 1 of 8 rows measured | "
+        "`recall --model gpt --case '64 tokens, 4 pairs' --width 64` | 4.0 |"  # four runs of a minute
+    ) in text
     assert "| 64 tokens, 4 pairs | gpt | 64 | 1,000 | 0.910 ± 0.025 | 0.910 ± 0.025 | 0.001 | 3 | 1.0 |" in text
     assert "Formal languages" not in text
     assert (tmp_path / "pictures/laboratory_recall.png").stat().st_size > 5000
+
+
+def test_the_intervals_of_a_claim_are_those_of_its_smallest_and_largest_accuracy():
+    measured = [result(model="gpt", seed=seed, accuracy=0.9 + seed / 100) for seed in range(3)]
+    measured += [result(model="llama", seed=seed, accuracy=0.2 + seed / 10) for seed in range(2)]
+    chosen = page.best_runs(EXPERIMENTS["recall"], measured)
+    claim = EXPERIMENTS["recall"].claims[0]
+    assert page.agreement(claim, chosen) == ("0.25 to 0.91", "± 0.64, ± 0.02", "no")  # 12.7 * 0.0707 / sqrt(2)
+
+
+@pytest.mark.parametrize("name", [name for name, experiment in EXPERIMENTS.items() if experiment.claims])
+def test_the_command_of_a_claim_runs_its_measured_rows(name, monkeypatch):
+    experiment, ran = EXPERIMENTS[name], []
+    measured = page.best_runs(experiment, runs.Results(ROOT / "docs/laboratory" / f"{name}.jsonl"))
+    monkeypatch.setattr(command, "run_model", lambda *arguments: ran.append((arguments[1], *arguments[4:6])))
+    monkeypatch.setattr(command, "check_output", lambda *arguments, **options: None)
+    for claim in experiment.claims:
+        ran.clear()
+        groups = [group for group in measured if claim.covers(*group)]
+        assert command.main(shlex.split(page.claim_command(name, experiment, groups))) == 0
+        assert set(ran) == set(groups)
 
 
 def test_page_draws_accuracy_against_learning_rate(tmp_path):
