@@ -19,7 +19,8 @@ the targets. docs/families/index.md has the results.
 
 Each family uses its published optimizer (``jaxlm.training.recipes``). All families except t5 have another learning rate
 and warm-up, for a small model and a minute of training. If the published optimizer needs many more updates, the family
-uses AdamW.
+uses AdamW. A family that is not in the table above, such as a family of another package, trains its first tiny variant
+with AdamW and the objective of the variant's task.
 
 A run directory has ``table.md``, ``results.json`` and ``losses.png``, and for each family a directory with
 ``metrics.jsonl`` and the trained model (``model/``).
@@ -38,12 +39,13 @@ from typing import Any
 import numpy as np
 
 import jaxlm
+from experiments.variants import default_variant
 from jaxlm import config as config_lib
 from jaxlm import host
 from jaxlm.command_line import Parser, end_process, exit_status, split_debug
 from jaxlm.data import Batches, CharTokenizer, ContiguousStreams, RandomWindows, Source, TokenBatch, shakespeare
 from jaxlm.data.corpora import PLAYS
-from jaxlm.models import FAMILIES, Model, family_names, get_model, variant_names
+from jaxlm.models import FAMILIES, Model, family_names, get_model
 from jaxlm.objectives import classification, masked, objective, permutation, span_corruption
 from jaxlm.objectives.batch import Batch
 from jaxlm.tasks import text_generation
@@ -206,25 +208,46 @@ RECIPES = {
 }  # fmt: skip
 
 
+LENGTHS = {"causal": 96, "masked": 32, "permutation": 2 * XLNET_PART_LENGTH - 3, "span_corruption": 96,
+           "classification": 256}  # fmt: skip
+"""Characters per row of each objective, in recipes of families that are not in :data:`RECIPES`."""
+
+
+def objective_of(model: Model) -> str:
+    """The name of the objective that trains a model on a text without annotations, or its task if there is none."""
+    return "span_corruption" if model.reads_source else model.task
+
+
 def recipe_of(name: str) -> Recipe:
     """The recipe of a family.
 
-    A causal family that is not in ``RECIPES`` trains its first tiny variant (or its first variant) with AdamW.
+    A family that is not in ``RECIPES`` trains a small variant (``default_variant``) with AdamW and the objective of the
+    variant's task.
 
     Raises:
-        ValueError: the family is not in ``RECIPES``, and it is not causal, is an encoder-decoder or must read whole
-            texts.
+        ValueError: the family is not in ``RECIPES``, and it has no variant for an objective of :data:`LENGTHS`, or must
+            read whole texts.
     """
     if name in RECIPES:
         return RECIPES[name]
-    variants = [variant for variant, family in variant_names().items() if family == name]
-    variant = min(variants, key=lambda variant: not variant.endswith("-tiny"), default=name)
+    variant = default_variant(name, lambda model: objective_of(model) in LENGTHS)
+    if variant is None:
+        raise ValueError(
+            f"family {name!r} has no variant that experiments.families can train: add a variant to its VARIANTS with "
+            "one of the tasks causal, masked, permutation and classification, or an encoder-decoder"
+        )
     model = get_model(variant)
-    if model.task != "causal" or model.reads_source or model.needs_whole_text:
-        raise ValueError(f"family {name!r} has no recipe in experiments.families: add it to RECIPES")
+    if model.needs_whole_text:
+        raise ValueError(
+            f"family {name!r} must read a text from its first token, but experiments.families trains on windows of a "
+            "long text: choose another family"
+        )
+    chosen = objective_of(model)
+    changes = {"num_labels": len(PLAYS)} if chosen == "classification" else {"decoder_start_id": START}
     return Recipe(
-        variant, {}, "causal", 1000, length=min(Recipe.length, model.max_positions or Recipe.length),
-        state_length=model.carried_state_length, optimizer_changes=adamw(3e-3),
+        variant, {field: value for field, value in changes.items() if hasattr(model.config, field)}, chosen, 1000,
+        length=min(LENGTHS[chosen], model.max_positions or LENGTHS[chosen]), state_length=model.carried_state_length,
+        optimizer_changes=adamw(3e-3),
     )  # fmt: skip
 
 

@@ -12,11 +12,12 @@ import pytest
 
 import jaxlm
 from experiments import families
+from experiments.laboratory import __main__ as laboratory
 from jaxlm.cli import main
 from jaxlm.data import CharTokenizer
 from jaxlm.decoding import GenerationConfig, SpeculativeModels, generate, generate_text, speculative_generate
 from jaxlm.interop import formats
-from jaxlm.models import family_names, registry, variant_names
+from jaxlm.models import bert, family_names, registry, variant_names
 from jaxlm.nn.scan import linear_scan
 from jaxlm.nn.segments import segment_boundaries
 from jaxlm.spec import ArraySpec, Normal
@@ -60,6 +61,30 @@ def test_experiments_train_a_registered_family(tmp_path):
     assert families.main(["--family", "mingru", "--steps", "3", "--output", str(tmp_path / "run")]) == 0
     model, _ = jaxlm.load_pretrained(tmp_path / "run" / "mingru" / "model")
     assert model.family == "mingru"
+
+
+def test_the_laboratory_trains_a_registered_family_and_puts_it_on_the_page(tmp_path, monkeypatch):
+    monkeypatch.setattr(laboratory, "QUICK_STEPS", 2)
+    output = ["--quick", "--output", str(tmp_path)]
+    assert laboratory.main(["state_tracking", *output, "--model", "mingru", "--case", "parity"]) == 0
+    assert laboratory.main(["--page", str(tmp_path / "docs"), *output]) == 0
+    assert "| parity | mingru | 64 |" in (tmp_path / "docs" / "laboratory.md").read_text(encoding="utf-8")
+
+
+def test_the_laboratory_names_a_field_that_a_registered_family_lacks(capsys, average):
+    with pytest.raises(SystemExit):
+        laboratory.main(["state_tracking", "--model", "average"])
+    assert "family 'average' has no config field 'embed_dim'" in capsys.readouterr().err
+
+
+@pytest.mark.thorough
+def test_experiments_train_a_registered_family_with_another_objective(tmp_path, monkeypatch):
+    monkeypatch.setattr(registry, "_registered", dict(registry._registered))
+    functions = {name: getattr(bert, name) for name in ("Config", "specs", "apply", "logits")}
+    variants = {"masker-tiny": bert.VARIANTS["bert-tiny"]}
+    jaxlm.register_family("masker", types.SimpleNamespace(**functions, VARIANTS=variants))
+    assert families.main(["--family", "masker", "--steps", "3", "--output", str(tmp_path / "run")]) == 0
+    assert "| masker | masked | adamw |" in (tmp_path / "run" / "table.md").read_text()
 
 
 def test_an_installed_package_lists_families_as_entry_points(monkeypatch):

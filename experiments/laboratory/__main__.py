@@ -1,7 +1,7 @@
 """Repeat published experiments with models of many families, and compare the results with published claims.
 
     python -m experiments.laboratory state_tracking               one experiment, all models: 3 hours of one CPU core
-    python -m experiments.laboratory recall --model gpt mamba2    some models
+    python -m experiments.laboratory recall --model gpt mamba2    some models, or other families by name
     python -m experiments.laboratory formal_languages --case parity
     python -m experiments.laboratory --quick                      all experiments with 30 steps, about 10 minutes
     python -m experiments.laboratory --page                       train nothing; write docs/laboratory.md
@@ -24,9 +24,10 @@ from pathlib import Path
 from experiments.laboratory import page
 from experiments.laboratory.catalogue import EXPERIMENTS, Experiment
 from experiments.laboratory.models import ENCODER_DECODERS, MODELS
-from experiments.laboratory.runs import Result, Results, run_model
+from experiments.laboratory.runs import Result, Results, model_of_case, run_model
 from jaxlm import host
 from jaxlm.command_line import Parser, end_process, exit_status, split_debug
+from jaxlm.models import family_names
 from jaxlm.training.checks import check_output
 
 DOCS = Path("docs")
@@ -43,26 +44,43 @@ def quick(experiment: Experiment) -> Experiment:
     return dataclasses.replace(experiment, plan=plan)
 
 
-def choose(experiment: Experiment, cases: list[str] | None, widths: list[int] | None) -> Experiment:
-    """The experiment with only these cases and widths; None: all.
+def choose(
+    experiment: Experiment, models: list[str] | None, cases: list[str] | None, widths: list[int] | None
+) -> Experiment:
+    """The experiment with only these models, cases and widths; None: all.
 
-    With ``Plan.share_learning_rate``, the first width is added to the chosen widths, because the other widths use its
-    learning rate. If the experiment has none of the chosen widths, the result has no widths.
+    Names of families that are not in :data:`ALL_MODELS` are added to its models. With ``Plan.share_learning_rate``, the
+    first width is added to the chosen widths, because the other widths use its learning rate. The result has no models,
+    cases or widths if the experiment has none of those that were chosen.
+
+    Raises:
+        ValueError: a family has no model for the experiment.
+        ImportError: the package of a family cannot be loaded.
     """
     plan = experiment.plan
     chosen_widths = tuple(width for width in plan.widths if widths is None or width in widths)
     if plan.share_learning_rate and chosen_widths:
         chosen_widths = tuple(dict.fromkeys((plan.widths[0], *chosen_widths)))
+    plan = dataclasses.replace(plan, widths=chosen_widths)
     chosen_cases = {name: case for name, case in experiment.cases.items() if cases is None or name in cases}
-    return dataclasses.replace(experiment, plan=dataclasses.replace(plan, widths=chosen_widths), cases=chosen_cases)
+    chosen_models = [name for name in experiment.models if models is None or name in models]
+    chosen_models += [name for name in models or () if name not in ALL_MODELS and _fits(name, experiment)]
+    return dataclasses.replace(experiment, plan=plan, cases=chosen_cases, models=tuple(chosen_models))
 
 
-def run(experiments: dict[str, Experiment], models: list[str], directory: Path) -> None:
-    """Run the experiments with these models, and append the results to ``directory/EXPERIMENT.jsonl``."""
+def _fits(family: str, experiment: Experiment) -> bool:
+    """Whether the experiment can train a family. An encoder-decoder needs batches with a source."""
+    plan = experiment.plan
+    built = [model_of_case(family, case, plan, width) for case in experiment.cases.values() for width in plan.widths]
+    return not built[0].reads_source or not set(experiment.models).isdisjoint(ENCODER_DECODERS)
+
+
+def run(experiments: dict[str, Experiment], directory: Path) -> None:
+    """Run the experiments, and append the results to ``directory/EXPERIMENT.jsonl``."""
     check_output(directory, resume=True)  # report an unusable directory before the first run
     for name, experiment in experiments.items():
         results = Results(directory / f"{name}.jsonl")
-        for model in (model for model in experiment.models if model in models):
+        for model in experiment.models:
             for case_name, case in experiment.cases.items():
                 plan = experiment.plan
                 for width in plan.widths:
@@ -90,9 +108,10 @@ def make_parser() -> Parser:
         "experiment", nargs="*", choices=[*EXPERIMENTS, []], metavar="EXPERIMENT",
         help=f"experiments: {', '.join(EXPERIMENTS)} (default: all)",
     )  # fmt: skip
+    others = [name for name in family_names() if name not in ALL_MODELS]
     parser.add_argument(
-        "--model", nargs="+", choices=ALL_MODELS, metavar="MODEL",
-        help=f"models: {', '.join(map(repr, ALL_MODELS))} (default: all)",
+        "--model", nargs="+", choices=[*ALL_MODELS, *others], metavar="MODEL",
+        help=f"models: {', '.join(map(repr, ALL_MODELS))} (default: all of these), or the name of another family",
     )  # fmt: skip
     all_cases = list(dict.fromkeys(case for experiment in EXPERIMENTS.values() for case in experiment.cases))
     parser.add_argument(
@@ -124,15 +143,18 @@ def main(arguments: list[str] | None = None) -> int:
     parsed = parser.parse_args(arguments)
     if parsed.page is not None and (parsed.experiment or parsed.model or parsed.case or parsed.width):
         parser.error("--page writes all results: omit the experiments, --model, --case and --width")
-    names, models = parsed.experiment or list(EXPERIMENTS), parsed.model or ALL_MODELS
+    names = parsed.experiment or list(EXPERIMENTS)
     directory = parsed.output / "quick" if parsed.quick else parsed.output
     experiments = {name: quick(experiment) for name, experiment in EXPERIMENTS.items()} if parsed.quick else EXPERIMENTS
 
-    chosen = {name: choose(experiments[name], parsed.case, parsed.width) for name in names}
+    try:
+        chosen = {name: choose(experiments[name], parsed.model, parsed.case, parsed.width) for name in names}
+    except (ValueError, ImportError) as error:
+        parser.error(str(error))
     chosen = {
         name: experiment
         for name, experiment in chosen.items()
-        if experiment.cases and experiment.plan.widths and not set(experiment.models).isdisjoint(models)
+        if experiment.models and experiment.cases and experiment.plan.widths
     }
     if not chosen:
         parser.error(f"{', '.join(names)}: no experiment has the cases, widths and models that you chose")
@@ -141,7 +163,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     def command() -> int:
         if parsed.page is None:
-            run(chosen, models, directory)
+            run(chosen, directory)
             return 0
         results = {name: Results(directory / f"{name}.jsonl") for name in EXPERIMENTS}
         if not any(page.results_of_plan(experiment, results[name]) for name, experiment in experiments.items()):

@@ -21,7 +21,7 @@ Group = tuple[str, str, int]
 
 
 def results_of_plan(experiment: Experiment, results: Iterable[Result]) -> list[Result]:
-    """The results with a case and a model of the experiment, and with the widths, layers and steps of its plan."""
+    """The results with a case of the experiment, and with the widths, layers and steps of its plan."""
     plan = experiment.plan
     return [
         result
@@ -29,7 +29,6 @@ def results_of_plan(experiment: Experiment, results: Iterable[Result]) -> list[R
         if (result.layers, result.planned_steps) == (plan.layers, plan.steps)
         and result.width in plan.widths
         and result.case in experiment.cases
-        and result.model in experiment.models
     ]
 
 
@@ -47,6 +46,12 @@ def best_runs(experiment: Experiment, results: Iterable[Result]) -> dict[Group, 
         return len(runs), max(run.accuracy[VALIDATION] for run in runs)
 
     return {group: max(rates.values(), key=preference) for group, rates in groups.items()}
+
+
+def models_of(experiment: Experiment, groups: Iterable[Group]) -> list[str]:
+    """The names of the models of the groups: first those of the experiment, then others, such as families by name."""
+    names = {group[1] for group in groups}
+    return [*(name for name in experiment.models if name in names), *sorted(names.difference(experiment.models))]
 
 
 def minutes_of_groups(experiment: Experiment, results: Iterable[Result]) -> dict[Group, float]:
@@ -173,7 +178,7 @@ def section(name: str, experiment: Experiment, results: Iterable[Result], pictur
         "|" + "---|" * (len(tests) + 7),
     ]
     for case in experiment.cases:
-        for model in experiment.models:
+        for model in models_of(experiment, runs):
             for width in plan.widths:
                 group_runs = runs.get((case, model, width))
                 if group_runs is None:
@@ -205,7 +210,7 @@ def draw(experiment: Experiment, runs: Mapping[Group, Sequence[Result]], path: P
     columns = [(case, width, test) for case in experiment.cases for width in plan.widths for test in tests]
     measured = {(case, width) for case, _, width in runs}
     columns = [column for column in columns if column[:2] in measured]
-    models = [model for model in experiment.models if any(group[1] == model for group in runs)]
+    models = models_of(experiment, runs)
 
     def accuracy(model: str, column: tuple[str, int, str]) -> float:
         case, width, test = column
@@ -244,7 +249,7 @@ def draw_learning_rates(experiment: Experiment, results: Iterable[Result], path:
     for result in results_of_plan(experiment, results):
         if result.seed == 0:
             curves[result.case, result.model, result.width][result.learning_rate] = result.accuracy[VALIDATION]
-    models = [model for model in experiment.models if any(group[1] == model for group in curves)]
+    models = models_of(experiment, curves)
     cases = [case for case in experiment.cases if any(group[0] == case for group in curves)]
     figure = Figure(figsize=(3.6 * len(cases), 2.7 * len(models)), layout="constrained")
     panels = figure.subplots(len(models), len(cases), squeeze=False, sharex=True, sharey="row")

@@ -133,6 +133,12 @@ class Result:
         )  # fmt: skip
 
 
+def model_of_case(name: str, case: Case, plan: Plan, width: int) -> Model:
+    """The model of an experiment with this name, case and width. For errors, see ``models.model_of``."""
+    model = model_of(name, vocab_size=case.vocab_size, width=width, layers=plan.layers, max_length=case.max_length)
+    return model.with_known_fields(**case.fields)
+
+
 class Training:
     """Trains a model of one width on one case. All learning rates and seeds share the compiled functions.
 
@@ -145,12 +151,9 @@ class Training:
     def __init__(self, experiment: str, case_name: str, case: Case, plan: Plan, model_name: str, width: int) -> None:
         self._names, self._case, self._plan, self._width = (experiment, case_name, model_name), case, plan, width
 
-        def model_at(width: int) -> Model:
-            sizes = {"vocab_size": case.vocab_size, "layers": plan.layers, "max_length": case.max_length}
-            return model_of(model_name, width=width, **sizes).with_known_fields(**case.fields)
-
-        self._model = model_at(width)
-        scaled = None if case.base_width is None else mup(self._model, model_at(case.base_width))
+        self._model = model_of_case(model_name, case, plan, width)
+        base = None if case.base_width is None else model_of_case(model_name, case, plan, case.base_width)
+        scaled = None if base is None else mup(self._model, base)
         self._init = jax.jit(self._model.init if scaled is None else scaled.init)
         schedule = OptimizerConfig(
             learning_rate=1.0, warmup_steps=max(1, plan.steps // 20), final_fraction=0.02, weight_decay=0.1

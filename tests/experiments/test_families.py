@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 import numpy as np
@@ -12,9 +14,11 @@ import pytest
 
 import jaxlm
 from experiments import families
-from jaxlm.models import FAMILIES
+from jaxlm.models import FAMILIES, bert, get_model
 from jaxlm.objectives.batch import Batch
 from jaxlm.training.recipes import recipe
+
+NO_HEAD = get_model("bert-tiny", task="none")
 
 
 @pytest.fixture(scope="module")
@@ -22,8 +26,11 @@ def data() -> families.Data:
     return families.Data.load()
 
 
-def test_every_family_has_a_recipe() -> None:
-    assert tuple(families.RECIPES) == FAMILIES
+@pytest.fixture(params=["with an entry", "without an entry"])
+def recipe_of(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], families.Recipe]:
+    if request.param == "without an entry":
+        monkeypatch.setattr(families, "RECIPES", {})
+    return families.recipe_of
 
 
 def test_the_rows_of_a_family_without_a_recipe_fit_its_model(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -32,13 +39,26 @@ def test_the_rows_of_a_family_without_a_recipe_fit_its_model(monkeypatch: pytest
     assert recipe_without_entry.length == recipe_without_entry.build().max_positions == 64
 
 
-def test_a_missing_recipe_is_an_error_before_the_first_training(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"NEEDS_WHOLE_TEXT": True}, "family 'bert' must read a text from its first token"),
+        (
+            {"VARIANTS": {"bert-tiny": NO_HEAD.config}, "Config": lambda: NO_HEAD.config},
+            "family 'bert' has no variant that experiments.families can train: add a variant",
+        ),
+    ],
+)
+def test_a_family_that_cannot_be_trained_is_an_error_before_the_first_training(
+    changes: dict[str, Any], reason: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
     monkeypatch.delitem(families.RECIPES, "bert")
+    for name, value in changes.items():
+        monkeypatch.setattr(bert, name, value, raising=False)
     monkeypatch.setattr(families, "train_family", lambda *_: pytest.fail("the training started"))
     assert families.main(["--family", "lstm", "bert", "--output", str(tmp_path / "run")]) == 2
-    assert "family 'bert' has no recipe in experiments.families" in capsys.readouterr().err
+    assert reason in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -75,7 +95,7 @@ def test_the_table_has_the_tokens_per_second() -> None:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_optimizer_is_the_published_one_or_adamw(name: str) -> None:
-    config, published = families.RECIPES[name].optimizer(1000), recipe(name)
+    config, published = families.recipe_of(name).optimizer(1000), recipe(name)
     assert config.name in (published.name, "adamw")
     if config.name == published.name:
         assert (config.beta1, config.beta2, config.weight_decay) == (
@@ -83,17 +103,19 @@ def test_the_optimizer_is_the_published_one_or_adamw(name: str) -> None:
             published.beta2,
             published.weight_decay,
         )
-    assert families.RECIPES[name].optimizer(2).warmup_steps <= 1, "the warm-up is shorter than a run of two steps"
+    assert families.recipe_of(name).optimizer(2).warmup_steps <= 1, "the warm-up is shorter than a run of two steps"
 
 
 def test_t5_uses_the_published_adafactor_recipe() -> None:
-    assert families.RECIPES["t5"].optimizer(1200) == recipe("t5")
+    assert families.recipe_of("t5").optimizer(1200) == recipe("t5")
     assert recipe("t5").name == "adafactor"
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_batch_fits_the_model_and_is_reproducible(name: str, data: families.Data) -> None:
-    recipe = families.RECIPES[name]
+def test_a_batch_fits_the_model_and_is_reproducible(
+    name: str, data: families.Data, recipe_of: Callable[[str], families.Recipe]
+) -> None:
+    recipe = recipe_of(name)
     model, make_batch = recipe.build(), families.to_batch(recipe)
     source = families.source(data, recipe, "training", 0)
     window = source.batch(3, range(recipe.batch_size))
@@ -134,6 +156,6 @@ def test_a_run_writes_a_table_a_plot_and_the_models(tmp_path: Path, capsys: pyte
     assert all(3.0 < row["loss"] < 5.5 and 3.3 < row["entropy"] < 3.4 for row in rows)
     assert (run / "table.md").read_text() in capsys.readouterr().out
     model, _ = jaxlm.load_pretrained(run / "lstm" / "model")
-    assert model == families.RECIPES["lstm"].build()
+    assert model == families.recipe_of("lstm").build()
     assert families.main(["--family", "lstm", "--steps", "3", "--output", str(run)]) == 2
     assert "is not empty: choose another --output" in capsys.readouterr().err

@@ -14,7 +14,7 @@ from experiments.laboratory.catalogue import EXPERIMENTS, Claim
 from experiments.laboratory.models import ENCODER_DECODERS, MODELS, model_of
 from jaxlm import spec
 from jaxlm.decoding import generate
-from jaxlm.models import FAMILIES, get_model
+from jaxlm.models import FAMILIES, get_model, registry
 from jaxlm.objectives import seq2seq
 from jaxlm.testing.helpers import initial_params
 from tests.pages import ROOT
@@ -29,11 +29,18 @@ def result(case="64 tokens, 4 pairs", model="gpt", width=64, rate=1e-3, seed=0, 
     )
 
 
-def test_every_causal_family_has_a_model():
-    families = {model_of(name, vocab_size=8, width=32, layers=1, max_length=8).family for name in MODELS}
-    causal = {name for name in FAMILIES if get_model(name).task == "causal" and not get_model(name).reads_source}
-    # These two are left out (see the docstring of the module models).
-    assert causal - families <= {"transformer_xl", "alexnet"}
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_causal_family_and_encoder_decoder_has_a_model_with_its_name(name):
+    sizes = {"vocab_size": 32, "layers": 2, "max_length": 12}
+    variants = [get_model(variant) for variant in (name, *registry.family(name).VARIANTS)]
+    if not any(model.task == "causal" or model.reads_source for model in variants):
+        with pytest.raises(ValueError, match=f"family '{name}' has no causal variant and no encoder-decoder"):
+            model_of(name, width=64, **sizes)
+        return
+    narrow, wide = (model_of(name, width=width, **sizes) for width in (64, 128))
+    assert (narrow.family, narrow.config.vocab_size, wide.config.embed_dim) == (name, 32, 128)
+    # Weights of most matrices grow in both dimensions.
+    assert 3.0 < wide.num_parameters / narrow.num_parameters < 4.1
 
 
 @pytest.mark.parametrize("name", [*MODELS, *ENCODER_DECODERS])
@@ -347,6 +354,9 @@ def test_unknown_names_are_refused(capsys):
     with pytest.raises(SystemExit):
         command.main(["recall", "--model", "t5"])
     assert "recall: no experiment has the cases, widths and models that you" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        command.main(["recall", "--model", "bert"])
+    assert "family 'bert' has no causal variant and no encoder-decoder" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         command.main(["--quick", "--page"])
     assert "--quick --page needs another directory" in capsys.readouterr().err
