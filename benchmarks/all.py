@@ -54,9 +54,9 @@ def _jobs() -> tuple[Job, ...]:
     decoders = {"gpt2": 22, "t5-small": 14, "lstm-zaremba-medium": 6}
     lengths = ("--prompt", "32,512", "--batch", "1,8")
     return (
-        Job("attention", ("attention",), 13),
+        Job("attention", ("attention",), 21),
         Job("attention_decode", ("attention", "--variants", "decode", "--lengths", "128,1024,4096"), 2),
-        Job("recurrence", ("recurrence",), 5),
+        Job("recurrence", ("recurrence",), 8),
         Job("scans", ("scans",), 8),
         *(Job(f"training_{name}", ("training", "--model", name), minutes) for name, minutes in models.items()),
         *(

@@ -1,4 +1,5 @@
-"""Speed of causal attention in float32: jaxlm and torch's scaled_dot_product_attention with the same random inputs.
+"""Speed of causal attention in float32: jaxlm, jax.nn.dot_product_attention ("jax.nn") and torch's
+scaled_dot_product_attention ("torch") with the same random inputs.
 
     python -m benchmarks.attention                                 1024 and 4096 tokens; variants plain, bias, relative
     python -m benchmarks.attention --variants plain --lengths 1024 --json attention.json
@@ -7,9 +8,9 @@
 
 ``plain`` adds no bias to the scores. ``bias`` adds T5's bias of bucketed distances (Raffel et al. 2020, section 2.1).
 ``relative`` adds the product of the query and a vector for the distance (Dai et al. 2019, section 3.3). The backward
-pass also computes the gradients of the table of biases or vectors. scaled_dot_product_attention accepts a bias only as
-a dense array for all query-key pairs. torch computes this array in each repetition. Before the measurement, the outputs
-and all gradients of jaxlm and torch are compared and must agree.
+pass also computes the gradients of the table of biases or vectors. The baselines accept a bias only as a dense array
+for all query-key pairs. They compute this array in each repetition. Before the measurement, the outputs and all
+gradients are compared and must agree.
 """
 
 from __future__ import annotations
@@ -20,19 +21,23 @@ from collections.abc import Sequence
 
 from benchmarks import harness, shapes
 
-IMPLEMENTATIONS = {"jaxlm": "benchmarks.attention_baselines:Jaxlm", "torch": "benchmarks.attention_baselines:Torch"}
+IMPLEMENTATIONS = {
+    "jaxlm": "benchmarks.attention_baselines:Jaxlm",
+    "jax.nn": "benchmarks.attention_baselines:JaxNN",
+    "torch": "benchmarks.attention_baselines:Torch",
+}
 VARIANTS = ("plain", "bias", "relative", "decode")
 PASSES = ("forward", "both")
 TOLERANCE = 1e-4
-"""Maximum difference between jaxlm and torch, for 64 random elements of each result, relative to the largest of these
-elements."""
+"""Maximum difference between jaxlm and a baseline, for 64 random elements of each result, relative to the largest of
+these elements."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Attention(harness.Options):
     """Measure attention."""
 
-    against: str = "torch"
+    against: str = "torch,jax.nn"
     """Baselines, separated by commas; empty: only jaxlm is measured."""
     rounds: int = 11
     """Measured repetitions of each implementation."""

@@ -187,6 +187,8 @@ def torch_wait() -> None:
 class TorchImplementation(Implementation):
     """Base class of implementations in torch."""
 
+    packages = ("torch", "transformers")
+
     def facts(self) -> dict[str, Any]:
         import torch
 

@@ -47,6 +47,8 @@ class Jaxlm(JaxImplementation):
 class Flax(JaxImplementation):
     """``generate`` of the Flax class of transformers, in one compiled function."""
 
+    packages = ("transformers",)
+
     def __init__(self, directory: str, family: str, batch: int, prompt: int, tokens: int) -> None:
         jax = jax_exact()
 

@@ -139,7 +139,7 @@ def run(options: Fidelity) -> None:
             f"--batch {options.batch} must be at least 2, and --length {options.length} must be at least 8: the rows "
             "are also compared with padding on both sides"
         )
-    harness.check_packages("torch")
+    harness.check_packages("torch", "benchmarks.baselines:TorchImplementation")
     with harness.session(options.model) as session:
         tokens = shapes.random_tokens(session.model["vocab_size"], options.batch, options.length + 1)
         full, padded = np.ones((2, *tokens.shape), np.int32)

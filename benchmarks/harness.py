@@ -25,15 +25,10 @@ import numpy as np
 
 from benchmarks import complete_models
 from benchmarks.shapes import Work
+from benchmarks.worker import find
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("jaxlm", "jax", "jaxlib", "flax", "optax", "torch", "transformers", "numpy")
-REQUIRED_PACKAGES = {
-    "torch": ("torch", "transformers"),
-    "torch-compile": ("torch", "transformers"),
-    "flax": ("transformers",),
-}
-"""Packages that a baseline needs, by baseline. Packages that jaxlm itself depends on are not listed."""
 JAXLM = "jaxlm"
 WARM_UP_SECONDS = 0.3
 """Minimum number of seconds that an implementation runs before each measured repetition. An idle processor needs 0.1 s
@@ -246,17 +241,18 @@ def choose_implementations(against: str, implementations: dict[str, str]) -> dic
         if name not in implementations:
             baselines = [baseline for baseline in implementations if baseline != JAXLM]
             raise UserError(f"unknown baseline {name!r}: choose from {', '.join(baselines)}")
-        check_packages(name, f", or leave {name} out of --against")
+        check_packages(name, implementations[name], f", or leave {name} out of --against")
     return {name: implementations[name] for name in (JAXLM, *names)}
 
 
-def check_packages(baseline: str, alternative: str = "") -> None:
+def check_packages(baseline: str, target: str, alternative: str = "") -> None:
     """Raise ``UserError`` if a package that a baseline needs is not installed.
 
     Args:
+        target: ``module:class`` of the baseline.
         alternative: end of the error message, for a benchmark that can also run without this baseline.
     """
-    missing = [package for package in REQUIRED_PACKAGES.get(baseline, ()) if importlib.util.find_spec(package) is None]
+    missing = [package for package in find(target).packages if importlib.util.find_spec(package) is None]
     if missing:
         from jaxlm import extras  # imported here, because jaxlm imports jax
 

@@ -1,12 +1,12 @@
-"""Speed of LSTM and GRU layers: jaxlm and torch (oneDNN on a CPU) with the same random weights and inputs, float32.
+"""Speed of LSTM and GRU layers: jaxlm, torch (oneDNN on a CPU) and Flax with the same weights and inputs, float32.
 
     python -m benchmarks.recurrence            three sizes; passes forward and both (forward and backward)
     python -m benchmarks.recurrence --layers lstm --sizes 512x1x650 --json recurrence.json
     python -m benchmarks.recurrence --quick    a short test that the benchmark works
 
-``gru`` applies the reset gate after the product of the state and its weights, as torch does. ``gru-before`` applies it
-before this product (Cho et al. 2014). It has no baseline, because torch has no such layer. Before the measurement, the
-outputs, last states and all gradients of jaxlm and torch are compared and must agree.
+``gru`` applies the reset gate after the product of the state and its weights, as torch and Flax do. ``gru-before``
+applies it before this product (Cho et al. 2014). It has no baseline, because torch and Flax have no such layer. Before
+the measurement, the outputs, last states and all gradients are compared and must agree.
 """
 
 from __future__ import annotations
@@ -20,21 +20,20 @@ from benchmarks import harness, shapes
 IMPLEMENTATIONS = {
     "jaxlm": "benchmarks.recurrence_baselines:JaxlmRecurrence",
     "torch": "benchmarks.recurrence_baselines:TorchRecurrence",
+    "flax": "benchmarks.recurrence_baselines:FlaxRecurrence",
 }
 WITHOUT_BASELINE = ("gru-before",)
-"""Layers that torch does not have."""
+"""Layers that torch and Flax do not have."""
 PASSES = ("forward", "both")
 TOLERANCE = 1e-4
-"""Maximum difference between jaxlm and torch, for 64 random elements of each result, relative to the largest of these
-elements."""
+"""Maximum difference between jaxlm and a baseline, for 64 random elements of each result, relative to the largest of
+these elements."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Recurrence(harness.Options):
     """Measure recurrent layers."""
 
-    against: str = "torch"
-    """Baselines, separated by commas; empty: only jaxlm is measured."""
     rounds: int = 11
     """Measured repetitions of each implementation."""
     layers: str = ",".join(shapes.NUM_GATES)

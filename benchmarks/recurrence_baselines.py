@@ -1,11 +1,13 @@
-"""The implementations that ``benchmarks.recurrence`` compares: one recurrent layer in jaxlm and in torch.
+"""The implementations that ``benchmarks.recurrence`` compares: one recurrent layer in jaxlm, Flax and torch.
 
-Both have the same random weights and inputs. H: width of input and state.
+All have the same random weights and inputs. H: width of input and state.
 """
 
 from __future__ import annotations
 
 from typing import Any
+
+import numpy as np
 
 from benchmarks import shapes
 from benchmarks.baselines import JaxSampled, Sampled, TorchImplementation, jax_exact, torch_device, torch_wait
@@ -43,6 +45,67 @@ class JaxlmRecurrence(JaxSampled):
     def name_results(self, results: Any) -> dict[str, Any]:
         output, state, *gradients = results
         return {"output": output, **state, **(gradients[0] if gradients else {})}
+
+
+class FlaxRecurrence(JaxSampled):
+    """``flax.linen.RNN`` with an ``OptimizedLSTMCell`` or a ``GRUCell``, in one jitted function."""
+
+    def __init__(self, directory: str, layer: str, pass_name: str, **sizes: int) -> None:
+        jax = jax_exact()
+        from flax import linen
+
+        arrays = shapes.recurrence_arrays(shapes.Recurrence(**sizes), layer)
+        x, doutput = (jax.device_put(arrays.pop(name)) for name in ("input", "doutput"))
+        self.is_lstm, width = layer == "lstm", sizes["width"]
+        params = jax.device_put({"params": {"cell": self._to_flax(arrays)}})
+        rnn = linen.RNN((linen.OptimizedLSTMCell if self.is_lstm else linen.GRUCell)(width), return_carry=True)
+
+        def forward(params: Any, x: Any) -> Any:
+            state, output = rnn.apply(params, x)
+            return output, state
+
+        def both(params: Any, x: Any, doutput: Any) -> Any:
+            output, vjp, state = jax.vjp(forward, params, x, has_aux=True)
+            return output, state, *vjp(doutput)
+
+        self.arguments = (params, x) if pass_name == "forward" else (params, x, doutput)
+        self.jitted = jax.jit(forward if pass_name == "forward" else both)
+
+    def _biased(self) -> str:
+        """The products to which Flax adds the bias of the gates: with the input (i) or with the state (h)."""
+        return "h" if self.is_lstm else "i"
+
+    def _to_flax(self, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
+        """The parameters of Flax's cell: one kernel for each product and gate, such as ``hf``."""
+        gates, cell = "ifgo" if self.is_lstm else "rzn", {}
+        for product, weight in (("i", "weight_input"), ("h", "weight_hidden")):
+            for index, gate in enumerate(gates):
+                bias = {"bias": arrays["bias"][index]} if product == self._biased() else {}
+                cell[product + gate] = {"kernel": arrays[weight][:, index], **bias}
+        if not self.is_lstm:
+            cell["hn"]["bias"] = arrays["bias_hidden"]
+        return cell
+
+    def _from_flax(self, cell: dict[str, Any]) -> dict[str, np.ndarray]:
+        """The arrays from which :meth:`_to_flax` makes these parameters."""
+        gates = "ifgo" if self.is_lstm else "rzn"
+
+        def stacked(product: str, name: str) -> np.ndarray:
+            return np.stack([cell[product + gate][name] for gate in gates], axis=-2)
+
+        arrays = {"weight_input": stacked("i", "kernel"), "weight_hidden": stacked("h", "kernel")}
+        arrays["bias"] = stacked(self._biased(), "bias")
+        return arrays | ({} if self.is_lstm else {"bias_hidden": np.asarray(cell["hn"]["bias"])})
+
+    def name_results(self, results: Any) -> dict[str, Any]:
+        output, state, *gradients = results
+        named = {"output": output} | ({"cell": state[0], "hidden": state[1]} if self.is_lstm else {"hidden": state})
+        return named | ({"params": gradients[0]["params"]["cell"], "input": gradients[1]} if gradients else {})
+
+    def read(self, result: dict[str, Any]) -> dict[str, list[float]]:
+        """Also converts the gradients to jaxlm's layout, outside of the measured time."""
+        result = dict(result)
+        return super().read(result | self._from_flax(result.pop("params")) if "params" in result else result)
 
 
 class TorchRecurrence(Sampled, TorchImplementation):

@@ -227,6 +227,7 @@ COLORS = {
     "torch": "C1",
     "flax": "C2",
     "torch-compile": "C3",
+    "jax.nn": "C7",
     "lax.scan": "C4",
     "lax.conv": "C5",
     "associative_scan": "C6",

@@ -143,7 +143,7 @@ def run(options: Texts) -> None:
         translation: _check_files(translation, options.translator, options.sources),
         "classification": _check_files("classification", options.classifier, options.texts),
     }
-    harness.check_packages("torch")
+    harness.check_packages("torch", CLASSIFIERS["torch"])
     description = harness.describe_machine()
     for name, value in description.items():
         print(f"{name:10} {value}")

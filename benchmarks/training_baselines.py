@@ -81,6 +81,8 @@ class Jaxlm(JaxTraining):
 class Flax(JaxTraining):
     """The Flax class of transformers: a jitted step with donated state, or only the jitted loss."""
 
+    packages = ("transformers",)
+
     def __init__(self, directory: str, family: str, pass_name: str) -> None:
         jax = jax_exact()
         import jax.numpy as jnp

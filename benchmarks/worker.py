@@ -27,6 +27,9 @@ from typing import Any
 class Implementation(abc.ABC):
     """Base class of the implementations that are measured. The constructor gets the arguments of ``setup``."""
 
+    packages: tuple[str, ...] = ()
+    """Packages that the implementation needs. Packages that jaxlm itself depends on are not listed."""
+
     is_freed_memory_kept = False
     """Whether the process keeps freed memory. If True, the worker calls ``jaxlm.host.keep_freed_memory`` before it
     creates the implementation."""
@@ -48,6 +51,12 @@ class Implementation(abc.ABC):
         return {}
 
 
+def find(target: str) -> type[Implementation]:
+    """The class of an implementation, from ``module:class``."""
+    module, name = target.split(":")
+    return getattr(importlib.import_module(module), name)
+
+
 def serve(target: str) -> None:
     """Answer requests until stdin ends.
 
@@ -63,8 +72,7 @@ def serve(target: str) -> None:
         call = arguments.pop("call")
         try:
             if call == "setup":
-                module, name = target.split(":")
-                kind = getattr(importlib.import_module(module), name)
+                kind = find(target)
                 if kind.is_freed_memory_kept:
                     importlib.import_module("jaxlm.host").keep_freed_memory()
                 implementation = kind(**arguments)

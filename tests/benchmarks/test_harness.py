@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
-import importlib
 import io
 import json
 import os
@@ -34,7 +33,7 @@ from benchmarks import (
 )
 from benchmarks.baselines import JaxSampled, Sampled
 from benchmarks.harness import Failure, Row, UserError, Worker
-from benchmarks.worker import Implementation
+from benchmarks.worker import Implementation, find
 from jaxlm import get_model
 from jaxlm.plan import flops
 
@@ -230,6 +229,10 @@ def test_choose_selects_implementations_and_reports_missing_packages(monkeypatch
     assert list(harness.choose_implementations("flax, jaxlm", decoding.IMPLEMENTATIONS)) == ["jaxlm", "flax"]
     with pytest.raises(Failure, match=r"torch needs torch: pip install -e '\.\[reference\]' in"):
         harness.choose_implementations("torch", decoding.IMPLEMENTATIONS)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "transformers" else object())
+    assert list(harness.choose_implementations("flax", recurrence.IMPLEMENTATIONS)) == ["jaxlm", "flax"]
+    with pytest.raises(Failure, match="flax needs transformers"):
+        harness.choose_implementations("flax", decoding.IMPLEMENTATIONS)
 
 
 def test_repeated_values_of_an_option_are_rejected() -> None:
@@ -529,9 +532,29 @@ def test_the_backward_pass_of_a_convolution_also_computes_its_output(case: Any) 
     assert np.allclose(both["result 2"], forward["result 0"], atol=1e-6)
 
 
+def check_agreement(program: Any, pass_name: str, **sizes: Any) -> None:
+    """Compare the results of a baseline in JAX with those of jaxlm, as the benchmark does before it measures."""
+    values = {}
+    for name in {"jaxlm", "jax.nn", "flax"} & set(program.IMPLEMENTATIONS):
+        measured = find(program.IMPLEMENTATIONS[name])(directory="", pass_name=pass_name, **sizes)
+        values[name] = [measured.read(measured.run())]
+    assert len(values) == 2
+    harness.check_samples(values, program.TOLERANCE)
+
+
+@pytest.mark.parametrize("variant", attention.VARIANTS)
+def test_attention_of_jax_agrees(variant: str) -> None:
+    pass_name = "forward" if variant == "decode" else "both"
+    check_agreement(attention, pass_name, variant=variant, length=150, capacity=160, heads=2, width=4)
+
+
+@pytest.mark.parametrize("layer", ["lstm", "gru"])
+def test_recurrent_layers_of_flax_agree(layer: str) -> None:
+    check_agreement(recurrence, "both", layer=layer, length=3, batch=2, width=5)
+
+
 def test_every_implementation_has_a_class():
     programs = (attention, decoding, recurrence, scans, training)
     implementations = [program.IMPLEMENTATIONS for program in programs] + [texts.TRANSLATORS, texts.CLASSIFIERS]
     for target in [target for targets in implementations for target in targets.values()]:
-        module, _, kind = target.partition(":")
-        assert issubclass(getattr(importlib.import_module(module), kind), Implementation)
+        assert issubclass(find(target), Implementation)
