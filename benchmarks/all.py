@@ -41,8 +41,8 @@ class Job:
 
     @property
     def implementations(self) -> dict[str, str]:
-        """All implementations of the benchmark: ``{name: "module:class"}``."""
-        return importlib.import_module(f"benchmarks.{self.arguments[0]}").IMPLEMENTATIONS
+        """All implementations of the benchmark: ``{name: "module:class"}``. Empty: it has no option ``--against``."""
+        return getattr(importlib.import_module(f"benchmarks.{self.arguments[0]}"), "IMPLEMENTATIONS", {})
 
 
 def _jobs() -> tuple[Job, ...]:
@@ -64,6 +64,7 @@ def _jobs() -> tuple[Job, ...]:
             for name, minutes in decoders.items()
         ),
         Job("decoding_xlnet-base-cased", ("decoding", "--model", "xlnet-base-cased", "--tokens", "16"), 4),
+        Job("speculative", ("speculative",), 8),
     )
 
 
@@ -177,7 +178,7 @@ def _run_job(job: Job, directory: Path, options: All) -> bool:
     command = [sys.executable, "-m", f"benchmarks.{job.arguments[0]}", *job.arguments[1:]]
     if options.quick:
         command.append("--quick")
-    if options.against is not None:
+    if options.against is not None and job.implementations:
         known = [name for name in options.against.replace(" ", "").split(",") if name in job.implementations]
         command += ["--against", ",".join(known)]
     with (directory / f"{job.name}.log").open("w") as log:

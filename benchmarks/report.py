@@ -36,12 +36,16 @@ TITLES_FILE = "processors.json"
 SECTIONS = {
     "training": "Training steps of whole models",
     "decoding": "Decoding of whole models",
+    "speculative": "Speculative decoding",
     "texts": "Texts",
     "attention": "Attention",
     "recurrence": "Recurrent layers",
     "scans": "Linear recurrences and convolution",
 }
 """Headings of the page in their order, by the name of a benchmark. Results of other benchmarks are ignored."""
+
+GENERATE = "generate"
+"""The baseline of speculative decoding: ``jaxlm.decoding.generate``. It is not a comparison with another library."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,6 +138,15 @@ def _row_measurements(row: dict[str, Any], common: dict[str, Any]) -> Iterable[M
                 ratio=ratio, peak_percent=None, gigabytes=None, **common,
             )  # fmt: skip
         return
+    if common["program"] == "speculative":  # one row for each number of proposals, and one for decoding without them
+        if row["accepted"] is not None:
+            operation = f"{row['implementation']}, {row['accepted']:.0%} accepted"
+            for name, seconds, ratio in ((JAXLM, row["median"], 1.0), (GENERATE, row["plain_median"], row["ratio"])):
+                yield Measurement(
+                    operation=operation, shape=row["shape"], implementation=name, seconds=seconds, ratio=ratio,
+                    peak_percent=None, gigabytes=None, **common,
+                )  # fmt: skip
+        return
     memory = row.get("facts", {}).get("peak_process_bytes")
     yield Measurement(
         operation=row["op"], shape=row["shape"], implementation=row["implementation"], seconds=row["median"],
@@ -155,7 +168,7 @@ def section(name: str, title: str, measurements: Sequence[Measurement], pictures
         measurements: all measurements of the processor.
         pictures: directory of the charts.
     """
-    baselines = [row for row in measurements if row.implementation != JAXLM]
+    baselines = [row for row in measurements if row.implementation not in (JAXLM, GENERATE)]
     slower = sorted((row for row in baselines if row.ratio < 1.0), key=lambda row: row.ratio)
     parts = [f"### {title}", _summary(baselines, slower)]
     for program, heading in SECTIONS.items():

@@ -1,10 +1,13 @@
 """Compare the speed of speculative decoding and of ``generate`` for the same target model, in one process.
 
+    python -m benchmarks.speculative                          trains both models first: some minutes on two cores
     python -m benchmarks.speculative --target runs/large --draft runs/small --prompt "ROMEO:"
+    python -m benchmarks.speculative --quick                  a short test that the benchmark works
 
 ``--target`` and ``--draft`` are run directories, or directories in Hugging Face layout with a tokenizer. The draft
 model proposes tokens, and the target model accepts or rejects them. Use trained models, because the speed depends on
-how many of these tokens are accepted.
+how many of these tokens are accepted. Without the two options, the benchmark trains a large and a small GPT on the
+included plays (``experiments.text_generation``), measures them and deletes them.
 """
 
 from __future__ import annotations
@@ -12,7 +15,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,17 +27,21 @@ from benchmarks import harness
 
 PLAIN = "plain"
 """Name of decoding without a draft model, with ``generate``."""
+TRAINED = {"target": ("num_layers=6 num_heads=6 embed_dim=384", 500, 1e-3), "draft": ("num_layers=2", 1000, 3e-3)}
+"""By option: fields of the model that is trained without this option, training steps, and learning rate."""
+QUICK = ("num_layers=1 num_heads=2 embed_dim=16", 2, 3e-3)
+"""The same for ``--quick``."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Speculative:
     """Measure speculative and plain decoding."""
 
-    target: Path
-    """Run directory or model directory of the target model."""
-    draft: Path
+    target: Path | None = None
+    """Run directory or model directory of the target model. None: a model is trained."""
+    draft: Path | None = None
     """Run directory or model directory of the draft model. Its tokenizer must be the same as that of the
-    target model."""
+    target model. None: a model is trained."""
     prompt: str = "ROMEO:"
     """The prompt of every row."""
     batch: int = 1
@@ -48,6 +57,8 @@ class Speculative:
     """Number of measured calls of each kind of decoding, after one call that compiles."""
     json: Path | None = None
     """Also write all results to this JSON file."""
+    quick: bool = False
+    """Train tiny models in two steps, to test that the benchmark works; the measured times have no meaning."""
 
 
 def run(options: Speculative) -> None:
@@ -55,7 +66,14 @@ def run(options: Speculative) -> None:
     proposed = harness.parse_numbers("num-proposed", options.num_proposed)
     if options.tokens < 2:
         raise harness.UserError(f"--tokens {options.tokens} must be at least 2")
-    functions = _functions(options, proposed)
+    if (options.target is None) != (options.draft is None):
+        raise harness.UserError("give both --target and --draft, or neither of them to train both models")
+    if options.quick and options.target is not None:
+        raise harness.UserError(f"--quick trains tiny models: leave out --target {options.target} and --draft")
+    with tempfile.TemporaryDirectory() as temporary:
+        target = options.target or _train("target", Path(temporary), options)
+        draft = options.draft or _train("draft", Path(temporary), options)
+        shape, functions = _functions(options, target, draft, proposed)
     description = harness.describe_machine()
     for name, value in description.items():
         print(f"{name:10} {value}")
@@ -66,7 +84,7 @@ def run(options: Speculative) -> None:
             start = time.perf_counter()
             functions[name]()
             seconds[name].append(time.perf_counter() - start)
-    records = [_record(options, name, seconds, results) for name in functions]
+    records = [{"shape": shape, **_record(options, name, seconds, results)} for name in functions]
     columns = ("tokens_per_second", "median", "ratio", "accepted", "tokens_per_round", "equal")
     cells = [
         [record["implementation"], *("n/a" if record[name] is None else f"{record[name]:,.2f}" for name in columns)]
@@ -77,8 +95,29 @@ def run(options: Speculative) -> None:
     harness.write_json(options.json, "speculative", options, description, records)
 
 
-def _functions(options: Speculative, proposed: Sequence[int]) -> dict[str, Callable[[], Any]]:
-    """The functions to measure, by name: plain decoding, then speculative decoding for each number of proposals.
+def _train(name: str, directory: Path, options: Speculative) -> Path:
+    """The directory of the new run of a model of :data:`TRAINED`, in ``directory``. Raises ``Failure`` if it fails."""
+    fields, steps, learning_rate = QUICK if options.quick else TRAINED[name]
+    # The number of positions of the model. The last proposals can be after the last new token.
+    length = len(options.prompt) + options.tokens + max(harness.parse_numbers("num-proposed", options.num_proposed))
+    arguments: dict[str, Any] = {
+        "--training.steps": steps, "--training.batch-size": 4, "--training.sequence-length": length,
+        "--training.checkpoint-every": None, "--optimizer.learning-rate": learning_rate,
+        "--optimizer.warmup-steps": steps // 10, "--validation-fraction": 0.01, "--sample-tokens": 1,
+        "--output": directory / name,
+    }  # fmt: skip
+    words = [str(word) for argument in arguments.items() for word in argument]
+    command = [sys.executable, "-m", "experiments.text_generation", *words, "--model.set", *fields.split()]
+    if subprocess.run(command, cwd=harness.ROOT).returncode:
+        raise harness.Failure(f"the training of the {name} model failed: see its error above")
+    return directory / name
+
+
+def _functions(
+    options: Speculative, target_directory: Path, draft_directory: Path, proposed: Sequence[int]
+) -> tuple[str, dict[str, Callable[[], Any]]]:
+    """The sizes as text, and the functions to measure, by name: plain decoding, then speculative decoding for each
+    number of proposals.
 
     Each function waits for its result and returns it.
     """
@@ -89,8 +128,8 @@ def _functions(options: Speculative, proposed: Sequence[int]) -> dict[str, Calla
     from jaxlm.decoding import Sampling, SpeculativeModels, generate, speculative_generate
     from jaxlm.tasks.loading import load
 
-    target, target_params, tokenizer = load(options.target, None)
-    draft, draft_params = load_draft(options.draft, None, tokenizer, [options.prompt])
+    target, target_params, tokenizer = load(target_directory, None)
+    draft, draft_params = load_draft(draft_directory, None, tokenizer, [options.prompt])
     ids = tokenizer.encode(options.prompt)
     print(f"target {target.num_parameters:,} parameters, draft {draft.num_parameters:,}")
     prompts = np.tile(ids[None], (options.batch, 1))
@@ -108,7 +147,10 @@ def _functions(options: Speculative, proposed: Sequence[int]) -> dict[str, Calla
         models = SpeculativeModels(target, target_params, draft, draft_params, number)
         return jax.block_until_ready(speculative_generate(models, prompts, **arguments))
 
-    return {PLAIN: plain, **{f"{number} proposals": functools.partial(speculative, number) for number in proposed}}
+    sizes = [f"{model.num_parameters / 1e6:.3g}M" for model in (target, draft)]
+    shape = f"{sizes[0]} parameters, draft {sizes[1]}, B{options.batch} {options.tokens} tokens"
+    proposals = {f"{number} proposals": functools.partial(speculative, number) for number in proposed}
+    return shape, {PLAIN: plain, **proposals}
 
 
 def _record(
@@ -116,11 +158,12 @@ def _record(
 ) -> dict[str, Any]:
     """The result of one function as a dict: one line of the table, and the times of all measured calls.
 
-    ``ratio`` is the speed / the speed of plain decoding. ``accepted`` is the fraction of the proposed tokens that
-    became part of the text. ``tokens_per_round`` is the number of new tokens per row and call of the target model. The
-    call for the prompt and the token that it generates do not count. ``equal`` is the fraction of tokens that are equal
-    to those of plain decoding. With greedy decoding, it is below 1 only if rounding errors change which logit is the
-    largest. For plain decoding, ``accepted`` is None, and the last two values are 1.
+    ``ratio`` is the speed / the speed of plain decoding, whose median time is ``plain_median``. ``accepted`` is the
+    fraction of the proposed tokens that became part of the text. ``tokens_per_round`` is the number of new tokens per
+    row and call of the target model. The call for the prompt and the token that it generates do not count. ``equal`` is
+    the fraction of tokens that are equal to those of plain decoding. With greedy decoding, it is below 1 only if
+    rounding errors change which logit is the largest. For plain decoding, ``accepted`` is None, and the last two values
+    are 1.
 
     Args:
         name: a key of ``seconds`` and ``results``.
@@ -130,6 +173,7 @@ def _record(
     median = statistics.median(seconds[name])
     record: dict[str, Any] = {
         "implementation": name, "seconds": seconds[name], "median": median,
+        "plain_median": statistics.median(seconds[PLAIN]),
         "tokens_per_second": options.batch * options.tokens / median,
         "ratio": harness.paired_ratio(seconds[PLAIN], seconds[name]),
         "accepted": None, "tokens_per_round": 1.0, "equal": 1.0,
