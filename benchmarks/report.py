@@ -24,7 +24,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import harness
+from benchmarks import harness, shapes
 from benchmarks.harness import JAXLM, UserError
 
 BEGIN = "<!-- measured: python -m benchmarks.report writes the lines below -->"
@@ -44,6 +44,10 @@ SECTIONS = {
 }
 """Headings of the page in their order, by the name of a benchmark. Results of other benchmarks are ignored."""
 
+ROOFLINES = ("attention", "recurrence", "scans")
+"""Benchmarks that have roofline charts: ``shapes.work_of`` knows the FLOPs and the bytes of their operations."""
+PEAKS = {"FLOP": r"([\d,.]+) GFLOP/s float32 GEMM", "B": r"([\d,.]+) GB/s copy"}
+"""By unit of work: the peak in the description of the machine, measured at the start of the run."""
 GENERATE = "generate"
 """The baseline of speculative decoding: ``jaxlm.decoding.generate``. It is not a comparison with another library."""
 
@@ -75,6 +79,8 @@ class Measurement:
     """Speed in percent of the peak of the machine, which was measured in the same rounds. None: not measured."""
     gigabytes: float | None
     """Peak memory of the process. None: not measured."""
+    peaks: dict[str, float]
+    """Measured peaks of the machine in the same run, by unit of work: units per second."""
     file: str
     """Name of the result file."""
     machine: dict[str, Any]
@@ -135,7 +141,7 @@ def _row_measurements(row: dict[str, Any], common: dict[str, Any]) -> Iterable[M
             shape = f"{row['sentences']} sentences"
             yield Measurement(
                 operation=row["task"], shape=shape, implementation=name, seconds=statistics.median(seconds),
-                ratio=ratio, peak_percent=None, gigabytes=None, **common,
+                ratio=ratio, peak_percent=None, gigabytes=None, peaks={}, **common,
             )  # fmt: skip
         return
     if common["program"] == "speculative":  # one row for each number of proposals, and one for decoding without them
@@ -144,14 +150,22 @@ def _row_measurements(row: dict[str, Any], common: dict[str, Any]) -> Iterable[M
             for name, seconds, ratio in ((JAXLM, row["median"], 1.0), (GENERATE, row["plain_median"], row["ratio"])):
                 yield Measurement(
                     operation=operation, shape=row["shape"], implementation=name, seconds=seconds, ratio=ratio,
-                    peak_percent=None, gigabytes=None, **common,
+                    peak_percent=None, gigabytes=None, peaks={}, **common,
                 )  # fmt: skip
         return
     memory = row.get("facts", {}).get("peak_process_bytes")
     yield Measurement(
         operation=row["op"], shape=row["shape"], implementation=row["implementation"], seconds=row["median"],
-        ratio=row["ratio"], peak_percent=row["peak_percent"], gigabytes=memory and memory / 1e9, **common,
+        ratio=row["ratio"], peak_percent=row["peak_percent"], gigabytes=memory and memory / 1e9,
+        peaks=_peaks(row, common["machine"]), **common,
     )  # fmt: skip
+
+
+def _peaks(row: dict[str, Any], machine: dict[str, Any]) -> dict[str, float]:
+    """The peaks at the start of the run. The peak of the row's own unit is that of the rounds of the row."""
+    found = {unit: re.search(pattern, str(machine.get("peaks"))) for unit, pattern in PEAKS.items()}
+    peaks = {unit: 1e9 * float(match[1].replace(",", "")) for unit, match in found.items() if match}
+    return peaks | ({row["work"]["unit"]: row["peak"]} if "peak" in row else {})
 
 
 # ------------------------------------------------------------------------------------------------------- page
@@ -179,6 +193,9 @@ def section(name: str, title: str, measurements: Sequence[Measurement], pictures
         if any(row.implementation != JAXLM for row in rows):
             draw(rows).savefig(pictures / f"{name}_{program}.svg", metadata={"Date": None})
             parts.append(f"![{heading}: speed and share of the limit]({PICTURES}/{name}_{program}.svg)")
+        if program in ROOFLINES and (points := [row for row in rows if PEAKS.keys() <= row.peaks.keys()]):
+            draw_rooflines(points).savefig(pictures / f"{name}_{program}_roofline.svg", metadata={"Date": None})
+            parts.append(f"![{heading}: roofline]({PICTURES}/{name}_{program}_roofline.svg)")
         parts.append(_details("All numbers", _table(rows)))
     if groups := curves(measurements):
         draw_curves(groups).savefig(pictures / f"{name}_lengths.svg", metadata={"Date": None})
@@ -372,6 +389,71 @@ def draw_curves(groups: dict[str, Lines]) -> Any:
         axes.minorticks_off()
         axes.legend(frameon=False, fontsize=8)
     return figure
+
+
+def draw_rooflines(rows: Sequence[Measurement]) -> Any:
+    """A figure with one roofline chart (Williams et al. 2009) for each operation of a benchmark.
+
+    x: FLOPs / bytes of the operation (``shapes.Work``). y: FLOPs / measured time. Each run has a line, the roof: the
+    smaller of its peak FLOP/s, and x times the bandwidth of its copy. Both are measured.
+
+    Args:
+        rows: measurements of one of :data:`ROOFLINES` with both peaks.
+    """
+    operations: dict[str, list[Measurement]] = {}
+    for row in rows:
+        operations.setdefault(re.split("[ ,]", row.operation)[0], []).append(row)
+    num_rows = -(-len(operations) // 2)
+    figure, all_axes = _new_figure(3.9 * num_rows, num_rows, 2)
+    for axes in all_axes[len(operations) :]:
+        axes.remove()
+    drawn: dict[str, Any] = {}
+    for axes, (operation, points) in zip(all_axes, operations.items()):
+        drawn |= _draw_roofline(axes, operation, points)
+    figure.legend(drawn.values(), drawn, frameon=False, fontsize=8, loc="outside upper left", ncols=5)
+    return figure
+
+
+def _draw_roofline(axes: Any, operation: str, points: Sequence[Measurement]) -> dict[str, Any]:
+    """Draw the roofs and the points of an operation, and return one point of each implementation."""
+    numbers = {label: number for number, label in enumerate(dict.fromkeys(row.label for row in points), 1)}
+    drawn: dict[str, Any] = {}
+    corners = ((4, 1), (-8, 1), (4, -6), (-8, -6))  # of numbers beside a point; some points are at the same place
+    xs, ys = [], []
+    for row in points:
+        work = shapes.work_of(row.program, row.operation, row.shape)
+        assert work.flops is not None
+        assert work.bytes is not None
+        x, y = work.flops / work.bytes, work.flops / row.seconds / 1e9
+        xs.append(x)
+        ys.append(y)
+        number, color = numbers[row.label], COLORS.get(row.implementation, "C9")
+        (drawn[row.implementation],) = axes.plot(x, y, "o", markersize=4, color=color)
+        offset = corners[(number - 1) % 4]
+        axes.annotate(str(number), (x, y), offset, textcoords="offset points", fontsize=7, color=color)
+    runs: dict[str, list[dict[str, float]]] = {}
+    for row in points:
+        runs.setdefault(row.file, []).append(row.peaks)
+    roofs = [[statistics.median(peaks[unit] for peaks in run) / 1e9 for unit in PEAKS] for run in runs.values()]
+    low, high = _limits([*xs, *(flops / bandwidth for flops, bandwidth in roofs)])
+    for flops, bandwidth in roofs:
+        corner = [low * bandwidth, flops, flops]
+        axes.plot([low, flops / bandwidth, high], corner, color="#888", linewidth=0.8, zorder=0)
+    limits = {"xlim": (low, high), "ylim": _limits([*ys, *(flops for flops, _ in roofs)])}
+    axes.set(xscale="log", yscale="log", xlabel="FLOP per byte", ylabel="GFLOP/s", **limits)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.get_major_locator().set_params(subs=(1, 2, 5), numticks=99)
+        axis.set_major_formatter("{x:g}")
+    axes.minorticks_off()
+    axes.tick_params(labelsize=7)
+    names = [f"{number}  {label.removeprefix(operation).lstrip(', ')}" for label, number in numbers.items()]
+    axes.set_title("\n".join([operation, *names]), fontsize=7, loc="left")
+    return drawn
+
+
+def _limits(values: Sequence[float]) -> tuple[float, float]:
+    """The limits of a logarithmic axis with space around the values."""
+    return min(values) / 2, 2 * max(values)
 
 
 def _new_figure(height: float, num_rows: int = 1, num_columns: int = 1) -> tuple[Any, list[Any]]:

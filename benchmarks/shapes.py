@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import Any
 
 import numpy as np
@@ -144,12 +145,16 @@ class Work:
             of a copy), or "B read" for bytes that are only read (the peak is that of a read). Result files contain
             these strings.
         formula: text that explains ``amount``.
+        flops: FLOPs. None: not counted.
+        bytes: bytes, if each input is read once and each result is written once. None: not counted.
     """
 
     tokens: int
     amount: float
     unit: str
     formula: str
+    flops: float | None = None
+    bytes: float | None = None
 
 
 def training_work(pass_name: str, model: dict[str, Any]) -> Work:
@@ -190,20 +195,34 @@ def scan_work(shape: Scan, backward: bool) -> Work:
     """
     sizes = dict(shape.sizes)
     tokens = sizes["B"] * sizes["T"]
+    inputs, output = _scan_elements(shape.op, sizes)
+    num_bytes = 4 * tokens * (inputs + output + (2 * inputs + output if backward else 0))
     if shape.op in STATE_PRODUCTS:
         factor = 2 * STATE_PRODUCTS[shape.op]
-        amount = factor * tokens * sizes["H"] * sizes["K"] ** 2
+        flops = factor * tokens * sizes["H"] * sizes["K"] ** 2 * (3 if backward else 1)
         formula = (
             f"{factor}*B*T*H*K*V for the forward pass of the sequential recurrence (V = K), 3 times that with backward"
         )
-        return Work(tokens, amount * (3 if backward else 1), "FLOP", formula)
+        return Work(tokens, flops, "FLOP", formula, flops, num_bytes)
     if shape.op == "linear_scan":
-        elements, num_arrays = tokens * sizes["D"], 8 if backward else 3
+        flops = (5 if backward else 2) * tokens * sizes["D"]
         formula = "3*B*T*D*4 bytes forward (decay, input, state), 5 more backward (decay, state, three gradients)"
     else:
-        elements, num_arrays = tokens * sizes["C"], 5 if backward else 2
+        flops = (3 if backward else 1) * 2 * tokens * sizes["C"] * sizes["taps"]
         formula = "2*B*T*C*4 bytes forward (input, output), 3 more backward (input, gradients of output and input)"
-    return Work(tokens, 4 * elements * num_arrays, "B", formula)
+    return Work(tokens, num_bytes, "B", formula, flops, num_bytes)
+
+
+def _scan_elements(op: str, sizes: dict[str, int]) -> tuple[int, int]:
+    """The number of elements per token of the inputs, and of the output. The weight of a convolution does not count."""
+    if op == "linear_scan":
+        return 2 * sizes["D"], sizes["D"]
+    if op == "depthwise_convolution":
+        return sizes["C"], sizes["C"]
+    H, width = sizes["H"], sizes["H"] * sizes["K"]
+    if op == "generalized_delta_rule":
+        return 6 * width, width
+    return 3 * width + H * (sizes["decays"] if op == "linear_attention" else 2), width
 
 
 def attention_work(shape: Attention, pass_name: str) -> Work:
@@ -215,10 +234,13 @@ def attention_work(shape: Attention, pass_name: str) -> Work:
     H, K = shape.heads, shape.width
     if shape.variant == "decode":
         formula = "bytes of the cached keys and values; the peak is the bandwidth of a copy"
-        return Work(1, 2 * 4 * H * K * shape.length, "B", formula)
-    amount = 2.0 * shape.length**2 * H * K * (1 if pass_name == "forward" else 3.5)
+        num_bytes = 2 * 4 * H * K * shape.length
+        return Work(1, num_bytes, "B", formula, 4.0 * H * K * shape.length, num_bytes)
+    flops = 2.0 * shape.length**2 * H * K * (1 if pass_name == "forward" else 3.5)
+    # Forward: query, key, value, output; backward: these, and four gradients.
+    num_bytes = 4 * shape.length * H * K * (4 if pass_name == "forward" else 12)
     formula = "2*T*T*H*K forward, 3.5 times that with backward; the peak is the FLOP/s of a GEMM"
-    return Work(shape.length, amount, "FLOP", formula)
+    return Work(shape.length, flops, "FLOP", formula, flops, num_bytes)
 
 
 def random_tokens(vocab_size: int, batch: int, length: int) -> np.ndarray:
@@ -244,10 +266,30 @@ def recurrence_work(shape: Recurrence, layer: str, pass_name: str) -> Work:
         layer: a key of :data:`NUM_GATES`.
         pass_name: "forward" or "both" (forward and backward).
     """
-    tokens, forward = shape.length * shape.batch, 2 * NUM_GATES[layer] * 2 * shape.width**2
-    if pass_name == "forward":
-        return Work(tokens, forward * tokens, "FLOP", "2*G*H*(D+H)*tokens, D = H: products of G gates")
-    return Work(tokens, 3 * forward * tokens, "FLOP", "6*G*H*(D+H)*tokens, D = H: products of G gates, three times")
+    tokens, H, gates = shape.length * shape.batch, shape.width, NUM_GATES[layer]
+    flops = 2 * gates * 2 * H**2 * tokens
+    if pass_name == "forward":  # reads the input and the weights, writes the output
+        num_bytes = 4 * (2 * tokens * H + 2 * gates * H**2)
+        return Work(tokens, flops, "FLOP", "2*G*H*(D+H)*tokens, D = H: products of G gates", flops, num_bytes)
+    # Backward: input, output and weights again, the gradients of input and output, and those of the weights.
+    num_bytes = 4 * (6 * tokens * H + 3 * 2 * gates * H**2)
+    formula = "6*G*H*(D+H)*tokens, D = H: products of G gates, three times"
+    return Work(tokens, 3 * flops, "FLOP", formula, 3 * flops, num_bytes)
+
+
+def work_of(program: str, op: str, shape: str) -> Work:
+    """The work of a row of a result file, from its texts ``op`` and ``shape``.
+
+    Args:
+        program: attention, recurrence or scans.
+    """
+    sizes = {name: int(size) for name, size in re.findall(r"([A-Za-z]+)=?(\d+)", shape)}
+    name, _, passes = op.replace(",", "").partition(" ")
+    if program == "attention":
+        return attention_work(Attention(name, sizes["T"], sizes["T"], sizes["H"], sizes["K"]), passes)
+    if program == "recurrence":
+        return recurrence_work(Recurrence(sizes["T"], sizes["B"], sizes["H"]), name, passes)
+    return scan_work(Scan(name, tuple(sizes.items())), "backward" in passes)
 
 
 def recurrence_arrays(shape: Recurrence, layer: str) -> dict[str, np.ndarray]:

@@ -372,6 +372,28 @@ def test_recurrence_work_counts_the_matrix_products() -> None:
     assert shapes.recurrence_work(shapes.Recurrence(10, 2, 8), "gru", "both").amount == 3 * work.amount
 
 
+def test_work_counts_the_flops_and_the_bytes_of_each_array() -> None:
+    def numbers(program: str, op: str, shape: str) -> tuple[float | None, float | None]:
+        work = shapes.work_of(program, op, shape)
+        return work.flops, work.bytes
+
+    array = 4 * 10 * 2 * 3  # bytes of [10, 2, 3]
+    assert numbers("attention", "plain forward", "B1 T10 H2 K3") == (2 * 10**2 * 2 * 3, 4 * array)
+    assert numbers("attention", "bias both", "B1 T10 H2 K3") == (7 * 10**2 * 2 * 3, 12 * array)
+    assert numbers("attention", "decode forward", "B1 T10 of 40 H2 K3") == (4 * 10 * 2 * 3, 2 * array)
+    array, weights = 4 * 10 * 2 * 8, 4 * 2 * 3 * 8 * 8
+    assert numbers("recurrence", "gru forward", "T10 B2 H8")[1] == 2 * array + weights
+    assert numbers("recurrence", "gru both", "T10 B2 H8")[1] == 6 * array + 3 * weights
+    array = 4 * 5 * 10 * 2 * 3
+    for op, num_inputs in (("linear_attention", 4), ("generalized_delta_rule", 6)):
+        shape = "B5 T10 H2 K3 decays=3"
+        assert numbers("scans", f"{op}, forward", shape)[1] == (num_inputs + 1) * array
+        assert numbers("scans", f"{op}, forward and backward", shape)[1] == (3 * num_inputs + 2) * array
+    assert numbers("scans", "gated_delta_rule, forward", "B5 T10 H2 K3")[1] == 4 * array + 2 * array / 3
+    assert numbers("scans", "linear_scan, forward and backward", "B5 T10 D6") == (5 * 300, 8 * array)
+    assert numbers("scans", "depthwise_convolution, forward", "B5 T10 C6 taps=4") == (8 * 300, 2 * array)
+
+
 def test_training_work_of_gpt2_124m() -> None:
     counted = flops.training_flops(get_model("gpt2"), 2, 512)
     assert counted is not None

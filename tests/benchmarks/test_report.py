@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks import harness, report
+from benchmarks import harness, report, shapes
 
 PAGE = f"# Benchmarks\n\n{report.BEGIN}\nold text\n{report.END}\n\nMore text.\n"
 
@@ -16,9 +16,9 @@ def row(op="lstm forward", shape="T128 B32 H512", implementation="jaxlm", median
     }  # fmt: skip
 
 
-def write_results(directory, rows, name="a.json", program="recurrence", time="2026-01-02"):
+def write_results(directory, rows, name="a.json", program="recurrence", time="2026-01-02", peaks="9 GFLOP/s"):
     directory.mkdir(parents=True, exist_ok=True)
-    machine = {"time": time, "load": "0.1", "versions": "jax 1", "commit": 40 * "a", "peaks": "9 GFLOP/s"}
+    machine = {"time": time, "load": "0.1", "versions": "jax 1", "commit": 40 * "a", "peaks": peaks}
     (directory / name).write_text(json.dumps({"program": program, "machine": machine, "rows": rows}))
 
 
@@ -115,6 +115,37 @@ def test_each_curve_has_measurements_that_differ_only_in_the_length(tmp_path):
             "torch": [(128, pytest.approx(200.0)), (512, pytest.approx(400.0))],
         }
     }
+
+
+def test_a_roofline_has_a_point_per_row_and_a_roof_per_run(tmp_path):
+    rows = [dict(item, peak=5e9, work={"unit": "FLOP"}) for item in ROWS[:4]]
+    write_results(tmp_path, rows[:2], "a.json", peaks="9 GFLOP/s float32 GEMM, 2.0 GB/s copy, 1.0 GB/s read")
+    write_results(tmp_path, rows[2:], "b.json", peaks="8 GFLOP/s float32 GEMM, 1.0 GB/s copy, 1.0 GB/s read")
+    measured = report.read(tmp_path)
+    assert measured[0].peaks == {"FLOP": 5e9, "B": 2e9}
+    (axes,) = report.draw_rooflines(measured).axes
+    *points, first_roof, second_roof = axes.get_lines()
+    work = shapes.work_of("recurrence", "lstm forward", "T128 B32 H512")
+    assert (points[1].get_xdata()[0], points[1].get_ydata()[0]) == (work.flops / work.bytes, work.flops / 0.2 / 1e9)
+    assert len(points) == 4
+    assert [number.get_text() for number in axes.texts] == ["1", "1", "2", "2"]
+    assert (first_roof.get_xdata()[1], first_roof.get_ydata()[1]) == (2.5, 5.0)
+    assert (second_roof.get_xdata()[1], second_roof.get_ydata()[1]) == (5.0, 5.0)
+    report.section("cpu", "A processor", measured, tmp_path)
+    assert (tmp_path / "cpu_recurrence_roofline.svg").exists()
+
+
+def test_the_work_of_stored_rows_follows_from_their_texts():
+    checked = 0
+    for file in (harness.ROOT / "benchmarks" / "results").glob("*/*.json"):
+        record = json.loads(file.read_text())
+        if record.get("program") in report.ROOFLINES:
+            for stored in record["rows"]:
+                work = shapes.work_of(record["program"], stored["op"], stored["shape"])
+                assert (work.amount, work.unit) == (stored["work"]["amount"], stored["work"]["unit"])
+                assert work.amount == (work.flops if work.unit == "FLOP" else work.bytes)
+                checked += 1
+    assert checked > 100
 
 
 def test_rows_of_the_benchmark_of_texts_are_read(tmp_path):
