@@ -23,8 +23,8 @@ from benchmarks import harness, shapes
 
 IMPLEMENTATIONS = {
     "jaxlm": "benchmarks.attention_baselines:Jaxlm",
-    "jax.nn": "benchmarks.attention_baselines:JaxNN",
     "torch": "benchmarks.attention_baselines:Torch",
+    "jax.nn": "benchmarks.attention_baselines:JaxNN",
 }
 VARIANTS = ("plain", "bias", "relative", "decode")
 PASSES = ("forward", "both")
