@@ -7,6 +7,11 @@ section for each directory PROCESSOR. If several files of a processor contain th
 shows the results of the newest file. The command replaces only the measured part of the page, which is between two
 comment lines of the page.
 
+The page also gets one section for each file ``benchmarks/estimates/PROCESSOR.json``, between two other comment lines.
+Such a file has no measurements, but estimates of a compiler: a ``title``, and ``runs`` with the fields ``command``,
+``time``, ``commit``, ``versions`` and ``plans``. ``plans`` has the dicts that ``jaxlm plan --json`` writes, or only the
+fields of them that the section shows.
+
 The bar charts show the speed of jaxlm / the speed of a baseline. In each round, the time of the baseline is divided by
 the time of jaxlm; the charts show the median of these ratios. Above 1, jaxlm is faster. Some charts also show the speed
 of jaxlm in percent of the peak of the machine. In charts and tables of the page, this percentage is called "% of the
@@ -29,6 +34,8 @@ from benchmarks.harness import JAXLM, UserError
 
 BEGIN = "<!-- measured: python -m benchmarks.report writes the lines below -->"
 END = "<!-- end of measured -->"
+BEGIN_ESTIMATES = "<!-- estimated: python -m benchmarks.report writes the lines below -->"
+END_ESTIMATES = "<!-- end of estimated -->"
 PICTURES = "pictures/benchmarks"
 """Directory of the charts, relative to the page."""
 TITLES_FILE = "processors.json"
@@ -58,8 +65,11 @@ class Report:
 
     results: Path = Path("benchmarks/results")
     """Directory that contains one directory of result files for each processor."""
+    estimates: Path = Path("benchmarks/estimates")
+    """Directory that contains one JSON file of estimates for each processor."""
     page: Path = Path("docs/benchmarks.md")
-    """Page whose measured part is replaced. The charts are written to pictures/benchmarks in its directory."""
+    """Page whose measured part is replaced, and its estimated part, if it has one. The charts are written to
+    pictures/benchmarks in its directory."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -248,6 +258,53 @@ def _markdown_table(lines: Sequence[Sequence[str]], num_text_columns: int) -> st
     width = len(lines[0])
     rule = ["---"] * num_text_columns + ["---:"] * (width - num_text_columns)
     return "\n".join(f"| {' | '.join(line)} |" for line in [lines[0], rule, *lines[1:]])
+
+
+def estimate_section(file: Path, pictures: Path) -> str:
+    """The section of a processor whose steps a compiler estimated, as Markdown. Writes its chart.
+
+    Args:
+        file: the estimates.
+        pictures: directory of the chart.
+
+    Raises:
+        UserError: the file does not have the expected fields.
+    """
+    header = ["model", "devices", "mesh", "rows x tokens", "memory of a device, GiB", "step, ms", "MFU, %"]
+    lines = [[*header, "MFU, communication does not overlap, %"]]
+    conditions = [["models", "command", "time", "versions", "commit"]]
+    bars: Bars = {"MFU": {}, "MFU, communication does not overlap": {}}
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+        title = record["title"]
+        for run in record["runs"]:
+            for plan in run["plans"]:
+                shares = [100 * plan["mfu"], 100 * plan["mfu_with_communication"]]
+                memory = f"{plan['memory']['total'] / 2**30:.2f}" + ("" if plan["fits"] else " (does not fit)")
+                rows = f"{plan['batch']} x {plan['sequence']:,}"
+                cells = [plan["model"], plan["topology"], plan["mesh"], rows, memory, f"{1e3 * plan['seconds']:,.0f}"]
+                lines.append([*cells, *(f"{share:.1f}" for share in shares)])
+                for values, share in zip(bars.values(), shares, strict=True):
+                    values[f"{plan['model']}, {plan['topology']}"] = share
+            models = ", ".join(plan["model"] for plan in run["plans"])
+            conditions.append([models, f"`{run['command']}`", run["time"], run["versions"], run["commit"]])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file} is not a file of estimates: {error!r}") from error
+    groups = list(bars["MFU"])
+    figure, (axes,) = _new_figure(0.68 * len(groups) + 1.3)
+    _draw_bars(axes, groups, bars, "%.1f")
+    xlabel = f"% of the peak of a {title}, estimated by the compiler, not measured"
+    axes.set(xscale="linear", xlim=(0, 100), xlabel=xlabel)
+    picture = f"{file.stem}_estimates.svg"
+    figure.savefig(pictures / picture, metadata={"Date": None})
+    return "\n\n".join(
+        [
+            f"### {title}: estimated by the compiler, not measured",
+            f"![{title}: MFU of training steps, estimated by the compiler, not measured]({PICTURES}/{picture})",
+            _details("All estimates", _markdown_table(lines, num_text_columns=4)),
+            _details("Conditions of the estimates", _markdown_table(conditions, num_text_columns=5)),
+        ]
+    )
 
 
 # ----------------------------------------------------------------------------------------------------- charts
@@ -518,8 +575,13 @@ def run(options: Report) -> None:
     if training := {title: rows for title, rows in training.items() if rows}:
         draw_processors(training).savefig(pictures / "training.svg", metadata={"Date": None})
     sections = [section(name, titles.get(name, name), measured[name], pictures) for name in newest_first]
-    text = "\n\n".join([BEGIN, *sections, END])
-    options.page.write_text(before + text + after, encoding="utf-8")
+    text = before + "\n\n".join([BEGIN, *sections, END]) + after
+    start, begin, rest = text.partition(BEGIN_ESTIMATES)
+    _, end, rest = rest.partition(END_ESTIMATES)
+    if begin and end:
+        estimated = [estimate_section(file, pictures) for file in sorted(options.estimates.glob("*.json"))]
+        text = start + "\n\n".join([begin, *estimated, end]) + rest
+    options.page.write_text(text, encoding="utf-8")
     print(f"wrote {options.page} and the charts in {pictures}")
 
 

@@ -87,8 +87,8 @@ def test_the_committed_page_is_up_to_date(tmp_path):
     (tmp_path / "docs").mkdir()
     page = tmp_path / "docs" / "benchmarks.md"
     page.write_text(committed.read_text())
-    results = harness.ROOT / "benchmarks" / "results"
-    assert report.main(["--results", str(results), "--page", str(page)]) == 0
+    options = [f"--{name}={harness.ROOT / 'benchmarks' / name}" for name in ("results", "estimates")]
+    assert report.main([*options, "--page", str(page)]) == 0
     assert page.read_text() == committed.read_text()
     written, pictures = (
         {path.name for path in (folder / report.PICTURES).iterdir()} for folder in (page.parent, committed.parent)
@@ -164,6 +164,45 @@ def test_rows_of_the_benchmark_of_texts_are_read(tmp_path):
         "classification, 7 sentences",
     )
     assert (torch.implementation, torch.ratio) == ("torch", 0.5)
+
+
+ESTIMATES = f"{report.BEGIN_ESTIMATES}\nold estimates\n{report.END_ESTIMATES}\n"
+ESTIMATED = {
+    "model": "GPT", "topology": "v9:2x2", "mesh": "data=4", "batch": 8, "sequence": 1024, "fits": False,
+    "memory": {"total": 3 * 2**29}, "seconds": 0.1234, "mfu": 0.255, "mfu_with_communication": 0.25,
+}  # fmt: skip
+
+
+def write_estimates(directory, plan):
+    """Run the command on measurements and on one plan, and return its exit status and the page."""
+    write_results(directory / "results" / "cpu", ROWS[:2])
+    (directory / "estimates").mkdir(exist_ok=True)
+    run = {"command": "jaxlm plan", "time": "2026-01-02", "commit": "abc", "versions": "jax 1", "plans": [plan]}
+    (directory / "estimates" / "v9.json").write_text(json.dumps({"title": "TPU v9", "runs": [run]}))
+    page = directory / "page.md"
+    page.write_text(PAGE + ESTIMATES)
+    options = ["--results", str(directory / "results"), "--estimates", str(directory / "estimates")]
+    return report.main([*options, "--page", str(page)]), page.read_text()
+
+
+def test_estimates_have_sections_of_their_own(tmp_path):
+    status, page = write_estimates(tmp_path, ESTIMATED)
+    assert status == 0
+    measured, estimates = page.split(report.END)
+    assert "TPU v9" not in measured
+    assert "old estimates" not in page
+    assert "### TPU v9: estimated by the compiler, not measured" in estimates
+    assert "| GPT | v9:2x2 | data=4 | 8 x 1,024 | 1.50 (does not fit) | 123 | 25.5 | 25.0 |" in estimates
+    assert "| GPT | `jaxlm plan` | 2026-01-02 | jax 1 | abc |" in estimates
+    picture = (tmp_path / report.PICTURES / "v9_estimates.svg").read_text()
+    assert "estimated by the compiler, not measured" in picture
+
+
+def test_an_estimate_without_a_field_is_an_error(tmp_path, capsys):
+    status, page = write_estimates(tmp_path, {name: ESTIMATED[name] for name in ESTIMATED if name != "mfu"})
+    assert status == 2
+    assert "v9.json is not a file of estimates: KeyError('mfu')" in capsys.readouterr().err
+    assert "old text" in page
 
 
 def test_wrong_files_print_an_error(tmp_path, capsys):
