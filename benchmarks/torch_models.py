@@ -15,9 +15,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from safetensors.numpy import load_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -25,22 +24,19 @@ from torch.nn import functional
 class LSTM(nn.Module):
     """The language model of Zaremba et al. 2014 without dropout: embedding, ``nn.LSTM``, and an untied head."""
 
-    def __init__(self, config: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
+    def __init__(self, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         super().__init__()
         if config["tie_embeddings"] or config["direction"] != "forward":
             raise ValueError("the torch LSTM needs tie_embeddings=False and direction='forward': choose such a model")
         V, D, H, layers = (config[name] for name in ("vocab_size", "embed_dim", "hidden_dim", "num_layers"))
         self.embedding, self.head = nn.Embedding(V, D), nn.Linear(H, V)
         self.layers = nn.LSTM(D, H, layers, batch_first=True)
-        state = {"embedding.weight": arrays["token_embedding"]}
-        state |= {"head.weight": arrays["head.weight"], "head.bias": arrays["head.bias"]}
+        state = {"embedding.weight": tensors["token_embedding"]}
+        state |= {f"head.{name}": tensors[f"head.{name}"] for name in ("weight", "bias")}
         for layer in range(layers):
-            weights = {name: arrays[f"layer_{layer}.{name}"] for name in ("weight_input", "weight_hidden", "bias")}
-            for name, weight in (("ih", weights["weight_input"]), ("hh", weights["weight_hidden"])):
-                state[f"layers.weight_{name}_l{layer}"] = weight.reshape(len(weight), -1).T
-            state[f"layers.bias_ih_l{layer}"] = weights["bias"].ravel()
-            state[f"layers.bias_hh_l{layer}"] = np.zeros(weights["bias"].size, np.float32)
-        _load(self, state)
+            weights = {name: tensors[f"layer_{layer}.{name}"] for name in ("weight_input", "weight_hidden", "bias")}
+            state |= {f"layers.{name}_l{layer}": x for name, x in recurrent_state(weights).items()}
+        self.load_state_dict(state)
 
     def forward(self, tokens: Tensor, state: Any = None) -> tuple[Tensor, Any]:
         """Logits [B, T, V] for tokens [B, T], and the state of ``nn.LSTM``. ``state=None`` is a state of zeros."""
@@ -48,65 +44,119 @@ class LSTM(nn.Module):
         return self.head(hidden), state
 
 
-class VDCNN(nn.Module):
-    """The VDCNN of Conneau et al. 2017 without shortcuts, from torch layers, for unpadded texts."""
+def recurrent_state(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The parameters of a layer of ``nn.LSTM`` or ``nn.GRU``, from those of jaxlm. The gate order is the same."""
+    bias = weights["bias"].flatten()
+    hidden_bias = torch.zeros_like(bias)
+    if "bias_hidden" in weights:  # of a GRU: the bias of its candidate
+        hidden_bias = torch.cat([hidden_bias[: -len(weights["bias_hidden"])], weights["bias_hidden"]])
+    return {
+        "weight_ih": weights["weight_input"].flatten(1).T,
+        "weight_hh": weights["weight_hidden"].flatten(1).T,
+        "bias_ih": bias,
+        "bias_hh": hidden_bias,
+    }
 
-    def __init__(self, config: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
+
+class VDCNN(nn.Module):
+    """The VDCNN of Conneau et al. 2017 from torch layers, for unpadded texts."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
         super().__init__()
-        if config["shortcut"] or config["downsample"] != "max_pool":
-            raise ValueError("the torch VDCNN needs shortcut=False and downsample='max_pool': choose such a model")
-        self.k_max, self.embedding = config["k_max"], nn.Embedding(config["vocab_size"], config["embed_dim"])
-        state = {"embedding.weight": arrays["token_embedding"]}
-        width = config["channels"]
-        self.input = nn.Conv1d(config["embed_dim"], width, 3, padding=1)
-        state |= {"input.weight": arrays["input.weight"].transpose(2, 1, 0), "input.bias": arrays["input.bias"]}
-        stages: list[nn.Module] = []
-        for group, blocks in enumerate(config["blocks"]):
-            if group:
-                stages.append(nn.MaxPool1d(3, stride=2, padding=1))
-            for _ in range(blocks):
-                layer = sum(isinstance(stage, nn.Sequential) for stage in stages)
-                out_width = config["channels"] * 2**group
-                modules: list[nn.Module] = []
-                for number in (1, 2):
-                    name, prefix = f"layer_{layer}", f"stages.{len(stages)}"
-                    convolution = nn.Conv1d(width, out_width, 3, padding=1, bias=False)
-                    norm = nn.BatchNorm1d(out_width, config["norm_epsilon"], config["norm_momentum"])
-                    weight = arrays[f"{name}.convolution_{number}.weight"]
-                    state[f"{prefix}.{len(modules)}.weight"] = weight.transpose(2, 1, 0)
-                    norm_prefix = f"{prefix}.{len(modules) + 1}"
-                    state[f"{norm_prefix}.weight"] = arrays[f"{name}.norm_{number}.scale"]
-                    state[f"{norm_prefix}.bias"] = arrays[f"{name}.norm_{number}.bias"]
-                    for ours, theirs in (("mean", "running_mean"), ("variance", "running_var")):
-                        state[f"{norm_prefix}.{theirs}"] = arrays[f"statistics.{name}.norm_{number}.{ours}"]
-                    state[f"{norm_prefix}.num_batches_tracked"] = np.zeros((), np.int64)
-                    modules += [convolution, norm, nn.ReLU(inplace=True)]
-                    width = out_width
-                stages.append(nn.Sequential(*modules))
-        self.stages = nn.ModuleList(stages)
-        F = config["fc_dim"]
-        self.fc_1, self.fc_2 = nn.Linear(width * self.k_max, F), nn.Linear(F, F)
-        self.classifier = nn.Linear(F, config["num_labels"])
-        for name in ("fc_1", "fc_2", "classifier"):
-            state |= {f"{name}.weight": arrays[f"{name}.weight"].T, f"{name}.bias": arrays[f"{name}.bias"]}
-        _load(self, state)
+        self.embedding = nn.Embedding(config["vocab_size"], config["embed_dim"])
+        self.body, self.head = _Body(config), _Head(config)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits [B, labels] for tokens [B, T]."""
-        x = self.input(self.embedding(tokens).mT)
-        for stage in self.stages:
-            x = stage(x)
-        # Many entries are equal, because a ReLU makes them 0. jaxlm selects the earliest of equal entries, and topk may
-        # select any of them. So make earlier zeros slightly larger.
-        decreasing = x.detach() - 1e-12 * torch.arange(x.shape[-1], device=x.device)
-        positions = decreasing.topk(self.k_max, dim=-1).indices.sort(dim=-1).values
-        x = x.gather(-1, positions).mT.flatten(1)
+        return self.head(self.body(self.embedding(tokens).mT))
+
+
+class _Body(nn.Module):
+    """All blocks of a VDCNN: token vectors [B, D, T] to features [B, C, S]."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        super().__init__()
+        width = config["channels"]
+        self.input = nn.Conv1d(config["embed_dim"], width, 3, padding=1)
+        for group, blocks in enumerate(config["blocks"]):
+            for block in range(blocks):
+                out_width = config["channels"] * 2**group
+                layer = sum(config["blocks"][:group]) + block
+                self.add_module(f"layer_{layer}", _Block(config, width, out_width, halve=group > 0 and block == 0))
+                width = out_width
+
+    def forward(self, x: Tensor) -> Tensor:
+        for module in self.children():
+            x = module(x)
+        return x
+
+
+class _Block(nn.Module):
+    """Two convolutions, and a shortcut if the config has shortcuts."""
+
+    def __init__(self, config: dict[str, Any], width: int, out_width: int, *, halve: bool) -> None:
+        super().__init__()
+        self.downsample, self.has_shortcut = config["downsample"] if halve else None, config["shortcut"]
+        stride = 2 if self.downsample == "convolution" else 1
+
+        def norm() -> nn.BatchNorm1d:
+            return nn.BatchNorm1d(out_width, config["norm_epsilon"], config["norm_momentum"])
+
+        self.convolution_1 = nn.Conv1d(width, out_width, 3, stride, padding=1, bias=False)
+        self.norm_1, self.norm_2 = norm(), norm()
+        self.convolution_2 = nn.Conv1d(out_width, out_width, 3, padding=1, bias=False)
+        if self.has_shortcut:
+            self.shortcut = nn.Identity() if width == out_width else nn.Conv1d(width, out_width, 1, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.downsample == "max_pool":
+            x = functional.max_pool1d(x, 3, stride=2, padding=1)
+        elif self.downsample == "k_max_pool":
+            x = k_max(x, x.shape[-1] // 2)
+        y = functional.relu(self.norm_1(self.convolution_1(x)), inplace=True)
+        y = self.norm_2(self.convolution_2(y))
+        return functional.relu(y + self.shortcut(x) if self.has_shortcut else y, inplace=True)
+
+
+class _Head(nn.Module):
+    """The classifier of a VDCNN: features [B, C, S] to logits [B, labels]."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        super().__init__()
+        self.k_max, F = config["k_max"], config["fc_dim"]
+        width = config["channels"] * 2 ** (len(config["blocks"]) - 1)
+        self.fc_1, self.fc_2 = nn.Linear(width * self.k_max, F), nn.Linear(F, F)
+        self.classifier = nn.Linear(F, config["num_labels"])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = k_max(x, self.k_max).mT.flatten(1)
         return self.classifier(functional.relu(self.fc_2(functional.relu(self.fc_1(x)))))
 
 
-def _load(module: nn.Module, state: dict[str, np.ndarray]) -> None:
-    """Load arrays into a module. Their names must be the names of its ``state_dict``."""
-    module.load_state_dict({name: torch.from_numpy(np.ascontiguousarray(x)) for name, x in state.items()})
+def k_max(x: Tensor, k: int) -> Tensor:
+    """The k largest values along the last axis, in their original order. The earliest of several zeros are selected."""
+    # Many entries are equal, because a ReLU makes them 0. jaxlm selects the earliest of equal entries, and topk may
+    # select any of them. So make earlier zeros slightly larger.
+    decreasing = x.detach() - 1e-12 * torch.arange(x.shape[-1], device=x.device)
+    positions = decreasing.topk(k, dim=-1).indices.sort(dim=-1).values
+    return x.gather(-1, positions)
+
+
+def vdcnn_state(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The parameters and buffers of :class:`VDCNN`, from the tensors of jaxlm. Running statistics are not copied."""
+    state = {"embedding.weight": tensors["token_embedding"]}
+    buffers = {"mean": "running_mean", "variance": "running_var"}
+    for path, x in tensors.items():
+        module, _, name = path.rpartition(".")
+        if module.startswith("statistics."):
+            norm = f"body.{module.removeprefix('statistics.')}"
+            state[f"{norm}.{buffers[name]}"] = x
+            state[f"{norm}.num_batches_tracked"] = torch.zeros((), dtype=torch.int64)
+        elif module.startswith(("input", "layer_")):
+            state[f"body.{module}.{'weight' if name == 'scale' else name}"] = x.permute(2, 1, 0) if x.ndim == 3 else x
+        elif module:
+            state[f"head.{path}"] = x.T if x.ndim == 2 else x
+    return state
 
 
 @functools.cache
@@ -170,8 +220,12 @@ def read(directory: str, family: str) -> nn.Module:
     if family == "transformer_xl":
         return TransformerXL(directory)
     config = json.loads((Path(directory) / "config.json").read_text(encoding="utf-8"))["config"]
-    arrays = load_file(Path(directory) / "model.safetensors")
-    return {"lstm": LSTM, "resnet": VDCNN}[family](config, arrays)
+    tensors = load_file(Path(directory) / "model.safetensors")
+    if family == "lstm":
+        return LSTM(config, tensors)
+    model = VDCNN(config)
+    model.load_state_dict(vdcnn_state(tensors))
+    return model
 
 
 def forget_states(model: nn.Module) -> None:

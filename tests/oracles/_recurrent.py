@@ -60,16 +60,11 @@ def reference(
 
 
 def torch_layer(kind: str, params: dict[str, Any], x: Any) -> Any:
-    """Hidden states of ``torch.nn.LSTM`` or ``torch.nn.GRU`` with jaxlm's parameters. The gate order is the same."""
+    """Hidden states of ``torch.nn.LSTM`` or ``torch.nn.GRU`` with jaxlm's parameters."""
     import torch
 
-    weights = {f"weight_{part}_l0": params[f"weight_{name}"].flatten(1).T for part, name in _PARTS.items()}
-    bias = params["bias"].flatten()
-    hidden = torch.zeros_like(bias)
-    if kind == "GRU":
-        hidden = torch.cat([hidden[: -len(params["bias_hidden"])], params["bias_hidden"]])
+    from benchmarks.torch_models import recurrent_state
+
+    state = {f"{name}_l0": weights for name, weights in recurrent_state(params).items()}
     module = getattr(torch.nn, kind)(x.shape[-1], params["weight_hidden"].shape[0])
-    return torch.func.functional_call(module, {**weights, "bias_ih_l0": bias, "bias_hh_l0": hidden}, (x,))[0]
-
-
-_PARTS = {"ih": "input", "hh": "hidden"}
+    return torch.func.functional_call(module, state, (x,))[0]

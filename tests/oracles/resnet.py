@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -55,53 +56,27 @@ def features(
 ) -> tuple[Any, dict[str, Any]]:
     """Features [B, S, C], and the running statistics, which torch updates in place if ``training``."""
     import torch
-    from torch.nn import functional
 
     statistics = {path: x.detach().clone() for path, x in tensors.items() if path.startswith("statistics")}
-
-    def conv(name: str, x: Any, stride: int = 1) -> Any:
-        weight = tensors[f"{name}/weight"].permute(2, 1, 0)
-        pad = weight.shape[-1] // 2
-        return functional.conv1d(x, weight, tensors.get(f"{name}/bias"), stride=stride, padding=pad)
-
-    def norm(name: str, x: Any) -> Any:
-        mean, variance = (statistics[f"statistics/{name}/{part}"] for part in ("mean", "variance"))
-        scale, bias = (tensors[f"{name}/{part}"] for part in ("scale", "bias"))
-        return functional.batch_norm(x, mean, variance, scale, bias, training, cfg.norm_momentum, cfg.norm_epsilon)
-
     x = torch.zeros(len(tokens), cfg.max_positions, cfg.embed_dim)
     for row in range(len(tokens)):
         text = tokens[row] if segment_ids is None else tokens[row][segment_ids[row] > 0]
         x[row, : len(text)] = tensors["token_embedding"][torch.from_numpy(text).long()]
-    x = conv("input", x.mT)
-    layer = 0
-    for group, blocks in enumerate(cfg.blocks):
-        for block in range(blocks):
-            name, stride = f"layer_{layer}", 1
-            if group and not block:
-                if cfg.downsample == "max_pool":
-                    x = functional.max_pool1d(x, 3, stride=2, padding=1)
-                elif cfg.downsample == "k_max_pool":
-                    x = k_max(x, x.shape[-1] // 2)
-                else:
-                    stride = 2
-            residual = conv(f"{name}/shortcut", x, stride) if f"{name}/shortcut/weight" in tensors else x
-            x = functional.relu(norm(f"{name}/norm_1", conv(f"{name}/convolution_1", x, stride)))
-            x = norm(f"{name}/norm_2", conv(f"{name}/convolution_2", x))
-            x = functional.relu(x + residual if cfg.shortcut else x)
-            layer += 1
-    return x.mT, statistics
-
-
-def k_max(x: Any, k: int) -> Any:
-    """The k largest values along the last axis, in their original order. Among equal values, the first are selected."""
-    positions = x.sort(dim=-1, descending=True, stable=True).indices[..., :k].sort(dim=-1).values
-    return x.gather(-1, positions)
+    return _call(cfg, "body", {**tensors, **statistics}, x.mT, training=training).mT, statistics
 
 
 def labels(cfg: Any, tensors: dict[str, Any], hidden: Any) -> Any:
     """Logits [B, num_labels]."""
-    x = k_max(hidden.mT, cfg.k_max).mT.flatten(1)
-    for name in ("fc_1", "fc_2"):
-        x = (x @ tensors[f"{name}/weight"] + tensors[f"{name}/bias"]).relu()
-    return x @ tensors["classifier/weight"] + tensors["classifier/bias"]
+    return _call(cfg, "head", tensors, hidden.mT, training=False)
+
+
+def _call(cfg: Any, part: str, tensors: dict[str, Any], x: Any, *, training: bool) -> Any:
+    """The output of a part of torch's VDCNN with the tensors of jaxlm."""
+    import torch
+
+    from benchmarks import torch_models
+
+    named = torch_models.vdcnn_state({path.replace("/", "."): tensor for path, tensor in tensors.items()})
+    state = {name.removeprefix(f"{part}."): tensor for name, tensor in named.items() if name.startswith(f"{part}.")}
+    module = getattr(torch_models.VDCNN(dataclasses.asdict(cfg)), part).train(training)
+    return torch.func.functional_call(module, state, (x,))
