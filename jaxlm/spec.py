@@ -456,6 +456,16 @@ def require_same(expected: Tree, actual: Tree, what: str, *, dtypes: bool = True
 # ------------------------------------------------------------------------------- operations on a named axis
 
 
+def require_arrays(**arrays: Any) -> None:
+    """Raise ``TypeError`` unless each value is a JAX array (also a traced one), a NumPy array or None.
+
+    The names of the arguments are the names in the message.
+    """
+    for name, x in arrays.items():
+        if x is not None and not isinstance(x, Array):
+            raise TypeError(f"{name} must be an array, got a {type(x).__name__}: pass jnp.asarray({name})")
+
+
 def map_axis(specs: Tree, axis: str, function: Callable[..., Any], *trees: Tree, optional: bool = False) -> Tree:
     """A tree of ``function(*leaves, dimension)``, where ``leaves`` are the corresponding leaves of ``trees``.
 

@@ -205,10 +205,9 @@ def check_ids(
     """
     vocab_size = model.config.vocab_size if vocab_size is None else vocab_size
     for name, x in ((what, ids_BT), ("segment_ids", segment_ids_BT)):
+        spec.require_arrays(**{name: x})
         if x is None:
             continue
-        if not isinstance(x, jax.Array | np.ndarray):
-            raise TypeError(f"{name} must be an array of integers [batch, time], got a {type(x).__name__}")
         if x.ndim != 2 or not jnp.issubdtype(x.dtype, jnp.integer):
             raise ValueError(f"{name} must be integers of shape [batch, time], got {x.dtype}{list(x.shape)}")
     if 0 in ids_BT.shape:

@@ -15,7 +15,7 @@ from jaxlm.nn import choices
 from jaxlm.nn.attention import cache, tile_scores
 from jaxlm.nn.experts import dropless
 from jaxlm.sharding import constrain
-from jaxlm.spec import Array, ArraySpec, LayerTrees, Params, State
+from jaxlm.spec import Array, ArraySpec, LayerTrees, Params, State, require_arrays
 
 ComputeDtype = Literal["float32", "bfloat16", "float16"]
 Remat = Literal["none", "dots", "full"]
@@ -272,13 +272,14 @@ def check_tokens(
     """Raise ``ValueError`` unless the inputs of ``apply`` are integer arrays of the same shape [B, T].
 
     The error is also raised if a NumPy array has values outside int32, or if T exceeds ``max_positions`` and neither
-    segment ids nor positions are given.
+    segment ids nor positions are given. An input that is not an array raises ``TypeError``.
 
     Args:
         segment_ids, positions: may be None.
         max_positions: the maximum length of a sequence; None: no limit.
         name: the name of ``tokens`` in messages. For ``source``, messages call the segment ids ``source_segment_ids``.
     """
+    require_arrays(**{name: tokens})
     segment_ids_name = "source_segment_ids" if name == "source" else "segment_ids"
     for input_name, x in ((name, tokens), (segment_ids_name, segment_ids), ("positions", positions)):
         if x is not None:
@@ -293,13 +294,15 @@ def check_tokens(
 def check_integers(input_name: str, x: Array, tokens: Array, name: str = "tokens") -> None:
     """Raise ``ValueError`` unless ``x`` is an integer array with the shape [B, T] of ``tokens``.
 
-    The error is also raised if ``x`` is a NumPy array with values outside int32.
+    The error is also raised if ``x`` is a NumPy array with values outside int32. An ``x`` that is not an array
+    raises ``TypeError``.
 
     Args:
         input_name, name: the names of ``x`` and ``tokens`` in messages.
     """
-    if jnp.ndim(x) != 2 or not jnp.issubdtype(x.dtype, jnp.integer):
-        raise ValueError(f"{input_name} must be integers of shape [batch, time], got {x.dtype}{list(jnp.shape(x))}")
+    require_arrays(**{input_name: x})
+    if x.ndim != 2 or not jnp.issubdtype(x.dtype, jnp.integer):
+        raise ValueError(f"{input_name} must be integers of shape [batch, time], got {x.dtype}{list(x.shape)}")
     if x.shape != tokens.shape:
         raise ValueError(f"{input_name} {list(x.shape)} must have the shape of {name} {list(tokens.shape)}")
     if isinstance(x, np.ndarray):
@@ -325,8 +328,9 @@ def check_source(tokens: jax.Array, source: Any, source_segment_ids: Any, state:
     """Raise ``ValueError`` unless exactly one of ``source`` and ``state`` is given.
 
     The error is also raised if ``source`` and ``tokens`` have different numbers of rows, or if ``source_segment_ids``
-    are given with a state.
+    are given with a state. A source that is not an array raises ``TypeError``.
     """
+    require_arrays(source=source)
     if (source is None) == (state is None):
         got = "neither" if source is None else "both"
         raise ValueError(f"apply takes source (to train) or state (to decode, from init_decode_state), got {got}")

@@ -176,9 +176,10 @@ class Model:
         Raises:
             ValueError: the family does not accept the value of an input; the source is empty but the tokens are not; or
                 T is 0 and the hidden states do not belong to tokens, but to whole texts or to ``targets``.
-            TypeError: an input is not an argument of the family's ``apply``.
+            TypeError: an input is not an argument of the family's ``apply``, or is not an array.
         """
-        if 0 in jnp.shape(tokens):
+        spec.require_arrays(tokens=tokens)
+        if 0 in tokens.shape:
             return self._apply_to_empty_batch(params, tokens, inputs)
         self._check_source(inputs.get("source"))
         return self.module.apply(self.config, params, tokens, **inputs)
@@ -204,7 +205,8 @@ class Model:
             raise TypeError(
                 f"this model of family {self.family!r} has no experts (num_experts), so it has no router statistics"
             )
-        if 0 not in jnp.shape(tokens):
+        spec.require_arrays(tokens=tokens)
+        if 0 not in tokens.shape:
             return self.module.apply_with_routing(self.config, params, tokens, **inputs)
         _, _, statistics = self._eval_shape(self.module.apply_with_routing, params, tokens, inputs)
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), statistics)
@@ -254,8 +256,9 @@ class Model:
         return jax.eval_shape(call_function, params, *jax.tree.map(with_nonzero_sizes, (x, arrays)))
 
     def _check_source(self, source: Any) -> None:
-        if source is not None and 0 in jnp.shape(source):
-            raise ValueError(f"source {list(jnp.shape(source))} is empty: give at least one row of at least one token")
+        spec.require_arrays(source=source)
+        if source is not None and 0 in source.shape:
+            raise ValueError(f"source {list(source.shape)} is empty: give at least one row of at least one token")
 
     def logits(self, params: Params, hidden: jax.Array) -> jax.Array:
         """The outputs of the task's head, float32, from the family's ``logits``.
@@ -266,7 +269,9 @@ class Model:
 
         Raises:
             ValueError: the config has ``task="none"``, so there is no head.
+            TypeError: ``hidden`` is not an array.
         """
+        spec.require_arrays(hidden=hidden)
         return self.module.logits(self.config, params, hidden)
 
     def cross_entropy(
@@ -291,7 +296,9 @@ class Model:
 
         Raises:
             ValueError: ``label_smoothing`` is not 0 and the family has its own ``cross_entropy``.
+            TypeError: ``hidden``, ``targets`` or ``weights`` are not arrays.
         """
+        spec.require_arrays(hidden=hidden, targets=targets, weights=weights)
         if hasattr(self.module, "cross_entropy"):
             if label_smoothing:
                 raise ValueError(
@@ -312,11 +319,12 @@ class Model:
             inputs: ``segment_ids`` [B, T], as for :meth:`apply`, and ``key``, a random key for dropout.
 
         Raises:
-            TypeError: the family has no classifier.
+            TypeError: the family has no classifier, or ``hidden`` is not an array.
             ValueError: the hidden states have T = 0, or the task of the model has no pooled output.
         """
         if not hasattr(self.module, "pool"):
             raise TypeError(f"family {self.family!r} has no pooled output, so it cannot classify")
+        spec.require_arrays(hidden=hidden)
         if hidden.shape[1] == 0:
             raise ValueError(f"hidden states {list(hidden.shape)} have no position to classify: give each row a token")
         if hidden.shape[0] == 0:
@@ -345,9 +353,11 @@ class Model:
         Raises:
             NoAttentionWeightsError: the family has no attention that can be recorded.
             ValueError: there are no tokens; or see :meth:`apply`.
+            TypeError: see :meth:`apply`.
         """
-        if 0 in jnp.shape(tokens):
-            raise ValueError(f"tokens {list(jnp.shape(tokens))} are empty: give at least one row of at least one token")
+        spec.require_arrays(tokens=tokens)
+        if 0 in tokens.shape:
+            raise ValueError(f"tokens {list(tokens.shape)} are empty: give at least one row of at least one token")
         if "state" in inputs:
             inputs = {**inputs, "state": spec.unstack(inputs["state"])}
         # Recorded weights are tracers, which may not leave a scan or a rematerialized block.
@@ -403,7 +413,7 @@ class Model:
         """The hidden states of the source of an encoder-decoder, [B, S, D].
 
         Raises:
-            TypeError: the family has no encoder.
+            TypeError: the family has no encoder, or the source is not an array.
             ValueError: the source is empty, or the family does not accept the value of an input.
         """
         self._require_encoder()
@@ -414,7 +424,7 @@ class Model:
         """The decode state of an encoder-decoder for a source [B, S], with room for ``length`` tokens per row.
 
         Raises:
-            TypeError: the family has no encoder.
+            TypeError: the family has no encoder, or the source is not an array.
             ValueError: the source is empty, the model has no decoder, or the family does not accept the value of an
                 input.
         """
@@ -476,6 +486,7 @@ class Model:
 
         Raises:
             ValueError: ``count`` does not have the shape [B].
+            TypeError: ``tokens``, ``count`` or ``segment_ids`` are not arrays.
 
         Example:
             >>> model = get_model("lstm-tiny")
@@ -485,11 +496,10 @@ class Model:
             >>> # the state after the tokens 5 and 6:
             >>> state = model.rollback(params, before, tokens, after, jax.numpy.array([2]))
         """
+        spec.require_arrays(tokens=tokens, count=count, segment_ids=segment_ids)
         B, T = tokens.shape
-        if jnp.shape(count) != (B,):
-            raise ValueError(
-                f"count {list(jnp.shape(count))} must be [batch], {[B]}: one number for each row of tokens"
-            )
+        if count.shape != (B,):
+            raise ValueError(f"count {list(count.shape)} must be [batch], {[B]}: one number for each row of tokens")
         if hasattr(self.module, "rollback"):
             return self.module.rollback(after, T - count)
         is_kept = jnp.arange(T)[None, :] < count[:, None]

@@ -33,7 +33,7 @@ from jaxlm.nn.embedding import embed, round_up, widen_ids
 from jaxlm.nn.linear import add_bias, linear, linear_specs
 from jaxlm.nn.norm import layer_norm, layer_norm_specs
 from jaxlm.sharding import constrain
-from jaxlm.spec import ArraySpec, Normal, Params, State, fold_in_name
+from jaxlm.spec import ArraySpec, Normal, Params, State, fold_in_name, require_arrays
 
 Task = Literal["permutation", "classification", "token_classification", "span_qa", "none"]
 
@@ -264,6 +264,7 @@ def _check_inputs(cfg: Config, tokens: Any, token_types: Any, right_to_left: Any
     for name, x in (("token_types", token_types), ("order", order)):
         if x is not None:
             common.check_integers(name, x, tokens)
+    require_arrays(right_to_left=right_to_left, targets=targets)
     if right_to_left is not None and right_to_left.shape != (B,):
         raise ValueError(f"right_to_left {list(right_to_left.shape)} must have shape [{B}], one entry for each row")
     if (order is None) != (targets is None):

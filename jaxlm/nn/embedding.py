@@ -13,6 +13,7 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxlm.nn import activation, choices
 from jaxlm.nn.linear import linear
 from jaxlm.sharding import constrain, gather_sharding
+from jaxlm.spec import require_arrays
 
 
 def embed(
@@ -54,6 +55,7 @@ def unembed(table_VD: jax.Array, hidden_BTD: jax.Array, vocab_size: int, *, soft
     Args:
         soft_cap: bound c of the logits: each logit becomes ``c * tanh(logit / c)``. None: no bound.
     """
+    require_arrays(table_VD=table_VD, hidden_BTD=hidden_BTD)
     table_VD = table_VD.astype(hidden_BTD.dtype)
     if hidden_BTD.dtype == jnp.float32:
         logits_BTV = _product_with_table(table_VD, hidden_BTD)

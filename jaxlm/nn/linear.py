@@ -13,7 +13,7 @@ from jax import lax
 from jaxlm.devices import SUBLANES
 from jaxlm.nn import choices
 from jaxlm.nn.custom_gradient import custom_vjp
-from jaxlm.spec import ZEROS, ArraySpec, Initializer, Params
+from jaxlm.spec import ZEROS, ArraySpec, Initializer, Params, require_arrays
 
 
 def linear_specs(
@@ -44,6 +44,7 @@ def linear(params: Params, x: jax.Array, *, num_input_axes: int = 1) -> jax.Arra
     The product contracts the last ``num_input_axes`` axes of ``x`` [..., in...]. The parameters are cast to the dtype
     of ``x``, which is also the dtype of the result.
     """
+    require_arrays(x=x)
     weight = params["weight"].astype(x.dtype)
     output_shape = weight.shape[num_input_axes:]
     if choices.merge_head_axes():

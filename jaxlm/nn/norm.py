@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxlm.spec import ONES, ZEROS, ArraySpec, Params
+from jaxlm.spec import ONES, ZEROS, ArraySpec, Params, require_arrays
 
 
 def layer_norm_specs(width: int) -> dict[str, ArraySpec]:
@@ -26,6 +26,7 @@ def layer_norm(params: Params, x: jax.Array, epsilon: float) -> jax.Array:
     If the parameters have several axes, such as [groups, width], then ``x`` must end with the same axes. Each group is
     then normalized separately, as in group normalization (Wu and He 2018), but with separate statistics for each token.
     """
+    require_arrays(x=x)
     x32 = x.astype(jnp.float32)
     mean = jnp.mean(x32, axis=-1, keepdims=True)
     centered = x32 - mean
@@ -76,6 +77,7 @@ def rms_norm(params: Params, x: jax.Array, epsilon: float) -> jax.Array:
     Args:
         params: ``scale``, or ``scale_minus_one`` for the scale ``1 + scale_minus_one`` (:func:`rms_norm_specs`).
     """
+    require_arrays(x=x)
     x32 = x.astype(jnp.float32)
     normalized = x32 * lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + epsilon)
     scale = params["scale"] if "scale" in params else 1.0 + params["scale_minus_one"].astype(jnp.float32)
@@ -87,5 +89,6 @@ def rms_norm(params: Params, x: jax.Array, epsilon: float) -> jax.Array:
 def l2_normalize(x: jax.Array, epsilon: float) -> jax.Array:
     """``x`` divided by its L2 norm over the last axis: ``x / sqrt(sum(x**2) + epsilon)``, in the dtype of ``x``. With
     ``epsilon`` > 0, zeros give zeros."""
+    require_arrays(x=x)
     x32 = x.astype(jnp.float32)
     return (x32 * lax.rsqrt(jnp.sum(jnp.square(x32), axis=-1, keepdims=True) + epsilon)).astype(x.dtype)

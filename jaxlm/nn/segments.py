@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxlm.spec import ArraySpec, State
+from jaxlm.spec import ArraySpec, State, require_arrays
 
 
 def positions_in_segments(
@@ -38,6 +38,7 @@ def positions_in_segments(
     """
     is_first_BT, keep_BT, _ = segment_boundaries(segment_ids_BT, last_segment_B, include_first=True)
     order_BT = jnp.cumsum(keep_BT, axis=1, dtype=jnp.int32) - 1  # the number of earlier real tokens
+    require_arrays(next_position_B=next_position_B)
     start_of_row = 0 if next_position_B is None else -next_position_B[:, None].astype(jnp.int32)
     start_BT = lax.cummax(jnp.where(is_first_BT, order_BT, start_of_row), axis=1)
     return jnp.where(keep_BT, order_BT - start_BT, 0)
@@ -68,6 +69,7 @@ def segment_boundaries(
         >>> reset.astype(int).tolist(), keep.astype(int).tolist(), last.tolist()
         ([[0, 0, 0, 1, 0, 0]], [[0, 1, 1, 1, 0, 1]], [2])
     """
+    require_arrays(segment_ids_BT=segment_ids_BT, last_segment_B=last_segment_B)
     if reverse:
         segment_ids_BT = jnp.flip(segment_ids_BT, axis=1)
     T = segment_ids_BT.shape[1]
@@ -105,7 +107,9 @@ def check_masks(
     Raises:
         ValueError: a mask has another shape or dtype. The message contains ``what``, the name of the array whose first
             two axes have the sizes B and T.
+        TypeError: a mask is not an array.
     """
+    require_arrays(reset_BT=reset_BT, keep_BT=keep_BT)
     for name, mask in (("reset_BT", reset_BT), ("keep_BT", keep_BT)):
         if mask is not None and mask.shape != tuple(shape):
             raise ValueError(f"{name} {list(mask.shape)} must be [batch, time] of the {what}, {list(shape)}")
@@ -122,9 +126,11 @@ def check_state(state: State, batch: int, specs: Mapping[str, ArraySpec]) -> Non
 
     Raises:
         ValueError: an array is missing or has another shape.
+        TypeError: an entry is not an array.
     """
     for name, leaf in specs.items():
         shape = (batch, *leaf.shape[1:])
+        require_arrays(**{name: state.get(name)})
         if name not in state or state[name].shape != shape:
             got = list(state[name].shape) if name in state else "missing"
             raise ValueError(f"{name!r} of the state is {got}: it must be {list(shape)}")

@@ -9,6 +9,7 @@ import numpy as np
 
 from jaxlm.models import Model, common
 from jaxlm.objectives.batch import Batch, Loss, token_loss, token_loss_with_load_balance
+from jaxlm.spec import require_arrays
 
 loss = token_loss
 loss_with_load_balance = token_loss_with_load_balance
@@ -43,8 +44,10 @@ def batch(tokens: np.ndarray, segment_ids: np.ndarray | None = None, reset: np.n
 
     Raises:
         ValueError: ``tokens`` or ``segment_ids`` are not integers of shape [B, T + 1], or T is 0.
+        TypeError: an argument is not an array.
     """
     common.check_tokens(tokens, segment_ids, None, None)
+    require_arrays(reset=reset)
     if tokens.shape[1] < 2:
         raise ValueError(f"tokens {list(tokens.shape)} must have at least two tokens per row")
     inputs, targets = tokens[:, :-1], tokens[:, 1:]

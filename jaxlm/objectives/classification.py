@@ -16,7 +16,7 @@ import numpy as np
 from jaxlm.models import Model, common
 from jaxlm.nn.loss import chunked_cross_entropy
 from jaxlm.objectives.batch import Batch, Loss, hidden_states
-from jaxlm.spec import Params, State
+from jaxlm.spec import Params, State, require_arrays
 
 IGNORED_LABEL = -100
 """The label of ignored targets, as in ``transformers`` and torch."""
@@ -38,8 +38,10 @@ def batch(
 
     Raises:
         ValueError: the shapes do not match, tokens or labels are not integers, or a label is out of range.
+        TypeError: an argument is not an array.
     """
     common.check_tokens(tokens, segment_ids, None, None)
+    require_arrays(labels=labels)
     if labels.shape != tokens.shape[:1]:
         raise ValueError(f"labels {list(labels.shape)} must have one label for each row of tokens {list(tokens.shape)}")
     targets, weights = targets_and_weights(labels, num_labels)

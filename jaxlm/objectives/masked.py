@@ -34,6 +34,7 @@ import numpy as np
 
 from jaxlm.models import common
 from jaxlm.objectives.batch import Batch, token_loss
+from jaxlm.spec import require_arrays
 
 loss = token_loss
 
@@ -110,8 +111,10 @@ def batch(
     Raises:
         ValueError: the shapes do not match, tokens are not integers, an id is outside the vocabulary, or
             ``num_predict`` is not from 1 to T.
+        TypeError: an argument is not an array.
     """
     common.check_tokens(tokens, segment_ids, None, None)
+    require_arrays(word_ids=word_ids)
     if word_ids is not None and word_ids.shape != tokens.shape:
         raise ValueError(f"word_ids {list(word_ids.shape)} must have the shape of tokens {list(tokens.shape)}")
     config.check_ids("tokens", tokens)

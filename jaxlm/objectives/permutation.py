@@ -27,6 +27,7 @@ import numpy as np
 
 from jaxlm.config import check_int32, check_min
 from jaxlm.objectives.batch import Batch, token_loss
+from jaxlm.spec import require_arrays
 
 loss = token_loss
 
@@ -112,8 +113,10 @@ def batch(
         ValueError: the windows are not integers in the range of int32; the shapes do not match;
             :meth:`PermutationConfig.check_window` rejects N; a part has fewer tokens than targets; or
             ``beta`` is not in [1, ``alpha``].
+        TypeError: an argument is not an array.
     """
     _check_arrays(tokens, word_starts, sentences, right_to_left)
+    require_arrays(reset=reset)
     B, N = tokens.shape
     config.check_window(N)
     reuse_length, num_predict, sep_id, cls_id = config.reuse_length, config.num_predict, config.sep_id, config.cls_id
@@ -149,6 +152,7 @@ def batch(
 def _check_arrays(
     tokens: np.ndarray, word_starts: np.ndarray | None, sentences: np.ndarray | None, right_to_left: np.ndarray | None
 ) -> None:
+    require_arrays(tokens=tokens, word_starts=word_starts, sentences=sentences, right_to_left=right_to_left)
     if tokens.ndim != 2 or not len(tokens):
         raise ValueError(f"windows must be [batch, time] with at least one row, got {list(tokens.shape)}")
     check_int32(tokens, "the array of windows")

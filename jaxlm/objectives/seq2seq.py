@@ -12,6 +12,7 @@ import numpy as np
 from jaxlm.config import check_int32
 from jaxlm.models import common
 from jaxlm.objectives.batch import Batch, token_loss
+from jaxlm.spec import require_arrays
 
 loss = token_loss
 
@@ -38,6 +39,7 @@ def batch(
     Raises:
         ValueError: source, targets or their segment ids are not integers [batch, time] with at least one token per row,
             shapes do not match, or a target is outside int32.
+        TypeError: an argument is not an array.
     """
     common.check_tokens(source, source_segment_ids, None, None, name="source")
     common.check_tokens(targets, segment_ids, None, None, name="targets")
@@ -94,6 +96,7 @@ def shift_right(targets: np.ndarray, start_id: int, segment_ids: np.ndarray | No
         >>> shift_right(np.array([[5, 6, 1, 7, 1, 0]]), 0, np.array([[1, 1, 1, 2, 2, 0]])).tolist()
         [[0, 5, 6, 0, 7, 0]]
     """
+    require_arrays(targets=targets, segment_ids=segment_ids)
     check_int32(targets, "the array of targets")
     targets = targets.astype(np.int32)  # ``start_id`` may not fit into a smaller dtype
     shifted = np.concatenate([np.full_like(targets[:, :1], start_id), targets[:, :-1]], axis=1)

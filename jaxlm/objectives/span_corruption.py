@@ -22,6 +22,7 @@ import numpy as np
 from jaxlm.config import check_int32, check_min
 from jaxlm.objectives import seq2seq
 from jaxlm.objectives.batch import Batch, token_loss
+from jaxlm.spec import require_arrays
 
 loss = token_loss
 
@@ -56,10 +57,11 @@ def batch(
         num_sentinels: number of sentinels in the vocabulary.
 
     Raises:
-        TypeError: the texts are not integers.
+        TypeError: the texts are not an array of integers.
         ValueError: there are no texts, an argument is out of range, or a text is too short, needs more than
             ``num_sentinels`` sentinels, or contains a sentinel.
     """
+    require_arrays(tokens=tokens)
     if tokens.ndim != 2 or not len(tokens):
         raise ValueError(f"texts must be [batch, time] with at least one row, got {list(tokens.shape)}")
     pairs = [
@@ -103,10 +105,11 @@ def corrupt(
         first_sentinel, end_id, num_sentinels: as in :func:`batch`.
 
     Raises:
-        TypeError: the text is not integers.
+        TypeError: the text is not an array of integers, or the mask is not an array.
         ValueError: the text is empty or has ids outside int32; the mask does not have the shape of the text or removes
             the first token; there are too few sentinels; sentinels have negative ids; or the text contains a sentinel.
     """
+    require_arrays(tokens=tokens, mask=mask)
     if tokens.dtype.kind in "iu":
         check_int32(tokens, "the text")
     tokens = tokens.astype(np.int32, casting="same_kind")  # sentinels may not fit into a smaller dtype

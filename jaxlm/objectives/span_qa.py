@@ -43,6 +43,7 @@ def batch(
         ValueError: the shapes do not match; tokens or spans are not integers; rows have no tokens; a row has several
             documents; an answer ends before it begins, or begins before position 0; or the first or last token of an
             answer is padding.
+        TypeError: ``tokens`` or ``segment_ids`` are not arrays.
     """
     common.check_tokens(tokens, segment_ids, None, None)
     (B, T), spans = tokens.shape, np.asarray(spans)

@@ -15,6 +15,7 @@ import numpy as np
 from jaxlm.models import common
 from jaxlm.objectives.batch import Batch, token_loss
 from jaxlm.objectives.classification import IGNORED_LABEL, targets_and_weights
+from jaxlm.spec import require_arrays
 
 __all__ = ["IGNORED_LABEL", "batch", "loss"]
 
@@ -38,8 +39,10 @@ def batch(
     Raises:
         ValueError: the shapes do not match, tokens or labels are not integers, or the label of a token that is not
             padding is out of range.
+        TypeError: an argument is not an array.
     """
     common.check_tokens(tokens, segment_ids, None, None)
+    require_arrays(labels=labels)
     if labels.shape != tokens.shape:
         raise ValueError(f"labels {list(labels.shape)} must have the shape of tokens {list(tokens.shape)}")
     if segment_ids is not None:

@@ -485,7 +485,7 @@ def test_a_classifier_generates_no_tokens() -> None:
 
 
 def test_error_for_prompts_that_are_lists(gpt: Pair) -> None:
-    with pytest.raises(TypeError, match=r"prompts must be an array of integers \[batch, time\], got a list"):
+    with pytest.raises(TypeError, match=r"prompts must be an array, got a list: pass jnp.asarray\(prompts\)"):
         generate(*gpt, [[5, 6]], max_new_tokens=2)  # type: ignore[arg-type]
 
 

@@ -20,6 +20,7 @@ from jaxlm.nn.attention.bias import AttentionBias, Dense, check_bias_shapes
 from jaxlm.nn.attention.cache import CacheView
 from jaxlm.nn.attention.mask import Mask
 from jaxlm.nn.weight_record import is_recording
+from jaxlm.spec import require_arrays
 
 Implementation = choices.AttentionImplementation
 
@@ -72,6 +73,7 @@ def attention(
     Raises:
         ValueError: shapes that do not match, an unknown implementation, or an implementation that does not support the
             arguments or the platform.
+        TypeError: an argument is not an array.
     """
     _check_shapes(q_BTHK, k_BSGK, v_BSGK, mask)
     S = k_BSGK.shape[1]
@@ -98,6 +100,8 @@ def attention(
 
 
 def _check_shapes(q_BTHK: jax.Array, k_BSGK: Any, v_BSGK: Any, mask: Mask) -> None:
+    arrays = {"q_BTHK": q_BTHK, "k_BSGK": k_BSGK, "v_BSGK": v_BSGK}
+    require_arrays(**{name: x for name, x in arrays.items() if not isinstance(x, CacheView)})
     if any(len(x.shape) != 4 for x in (q_BTHK, k_BSGK, v_BSGK)) or not q_BTHK.shape[1] or not k_BSGK.shape[1]:
         raise ValueError(
             f"q {q_BTHK.shape}, k {k_BSGK.shape}, v {v_BSGK.shape} must be [batch, time, heads, width], with at "
@@ -107,6 +111,7 @@ def _check_shapes(q_BTHK: jax.Array, k_BSGK: Any, v_BSGK: Any, mask: Mask) -> No
     S, G = k_BSGK.shape[1:3]
     for name, length in (("query_segments", T), ("key_segments", S), ("query_order", T), ("key_order", S)):
         x = getattr(mask, name)
+        require_arrays(**{name: x})
         if x is not None and (x.shape[:1] not in ((1,), (B,)) or x.shape[1:] != (length,)):
             raise ValueError(f"{name} {x.shape} must be [1 or {B}, {length}]")
     if k_BSGK.shape != (B, S, G, K) or v_BSGK.shape[:3] != (B, S, G) or not G or H % G:
@@ -151,5 +156,7 @@ def _attention_biases(bias: Any, q_shape: tuple[int, ...], S: int) -> tuple[Atte
         bias = AttentionBias(Dense(), {"bias": bias})
     biases = () if bias is None else (bias,) if isinstance(bias, AttentionBias) else tuple(bias)
     for attention_bias in biases:
+        if not isinstance(attention_bias, AttentionBias):
+            require_arrays(bias=bias)
         check_bias_shapes(attention_bias, B, H)
     return biases

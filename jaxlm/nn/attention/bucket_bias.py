@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm.sharding import gather_sharding
+from jaxlm.spec import require_arrays
 
 
 def distance_buckets(buckets: int, max_distance: int, *, bidirectional: bool) -> np.ndarray:
@@ -70,6 +71,7 @@ def bias_of_each_distance(table_NH: jax.Array, max_distance: int, *, bidirection
     The result is the argument ``table`` of ``jaxlm.nn.attention.distance_bias.distance_bias`` with
     ``max_distance=max_distance``.
     """
+    require_arrays(table_NH=table_NH)
     buckets = jnp.asarray(distance_buckets(table_NH.shape[0], max_distance, bidirectional=bidirectional))
     # There are few rows: on a CPU, this gather and its gradient are 10 times as fast as a matmul with one-hot vectors.
     return table_NH.astype(jnp.float32).at[buckets].get(mode="promise_in_bounds", out_sharding=gather_sharding(buckets))

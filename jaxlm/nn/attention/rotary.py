@@ -19,6 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxlm.spec import require_arrays
+
 ScalingKind = Literal["linear", "dynamic", "llama3", "yarn"]
 
 
@@ -183,6 +185,7 @@ def rotary_angles(
     All layers with the same base and scaling can use the same angles. See :func:`rotary_frequencies` for the arguments
     and the errors.
     """
+    require_arrays(positions_BT=positions_BT)
     frequencies_P, magnitude = rotary_frequencies(width, base, scaling, max_positions)
     angles_BTP = positions_BT.astype(jnp.float32)[..., None] * frequencies_P[None, None, :]
     return jnp.cos(angles_BTP) * magnitude, jnp.sin(angles_BTP) * magnitude
@@ -200,6 +203,7 @@ def rotate(x_BTHK: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
         >>> bool((rotated[0, 0] == 1).all()), bool((rotated[0, 1] == 1).all())
         (True, False)
     """
+    require_arrays(x_BTHK=x_BTHK)
     cos, sin = (table_BTP[:, :, None, :] for table_BTP in angles)
     pairs = cos.shape[-1]
     first, second, rest = jnp.split(x_BTHK.astype(jnp.float32), (pairs, 2 * pairs), axis=-1)

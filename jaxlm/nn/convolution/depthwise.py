@@ -18,7 +18,7 @@ from jaxlm.nn.convolution.window import Padding, TokenLayout, padding_and_count,
 from jaxlm.nn.custom_gradient import custom_vjp, sum_dtype
 from jaxlm.nn.linear import linear_specs
 from jaxlm.nn.segments import document_numbers
-from jaxlm.spec import ArraySpec, Initializer, Params
+from jaxlm.spec import ArraySpec, Initializer, Params, require_arrays
 
 DepthwiseImplementation = Literal["reference", "shifts"]
 
@@ -68,6 +68,7 @@ def depthwise_convolution(
         ValueError: weights that do not match the input, an unknown padding, an input that is shorter than one window,
             segments for ``reference``, or an unknown implementation.
     """
+    require_arrays(x_BTC=x_BTC, segment_ids=segment_ids)
     reasons = {"reference": None if segment_ids is None else "does not support segment_ids"}
     choices.check_implementation("depthwise_convolution", implementation, DepthwiseImplementation, reasons)
     implementation = implementation or choices.depthwise_convolution(segment_ids)
@@ -114,6 +115,7 @@ def causal_depthwise_convolution(
     If ``tail_BWC`` is None, there are no earlier tokens, and the returned tail is None. See
     ``jaxlm.nn.convolution.window`` for ``layout`` and the tails.
     """
+    require_arrays(x_BTC=x_BTC, tail_BWC=tail_BWC)
     implementation = choices.depthwise_convolution(layout.segment_ids)
     if tail_BWC is None:
         return _convolution(params, x_BTC, "causal", dilation, layout.documents, implementation), None

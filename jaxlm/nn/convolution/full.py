@@ -13,7 +13,7 @@ import jax
 from jaxlm.nn.convolution.window import Padding, TokenLayout, causal_windows, windows
 from jaxlm.nn.linear import linear, linear_specs
 from jaxlm.nn.segments import document_numbers
-from jaxlm.spec import ArraySpec, Initializer, Params
+from jaxlm.spec import ArraySpec, Initializer, Params, require_arrays
 
 
 def convolution_specs(
@@ -54,6 +54,7 @@ def convolution(
         windows_BTKC = windows(x, kernel, padding=padding, stride=stride, dilation=dilation, documents_BT=documents)
         return linear(params, windows_BTKC, num_input_axes=2)
 
+    require_arrays(x_BTC=x_BTC, segment_ids=segment_ids)
     documents_BT = None if segment_ids is None else document_numbers(segment_ids)
     # Remat saves the input for the backward pass instead of its windows, which are K times as large.
     return jax.checkpoint(convolve, prevent_cse=False)(params, x_BTC, documents_BT)
@@ -67,6 +68,8 @@ def causal_convolution(
     If ``tail_BWC`` is None, there are no earlier tokens, and the returned tail is None. See
     ``jaxlm.nn.convolution.window`` for ``layout`` and the tails.
     """
+
+    require_arrays(x_BTC=x_BTC, tail_BWC=tail_BWC)
 
     def convolve(params: Params, layout: TokenLayout, x: jax.Array, tail: Any) -> tuple[jax.Array, Any]:
         windows_BTKC, tail = causal_windows(layout, x, tail, params["weight"].shape[0], dilation=dilation)

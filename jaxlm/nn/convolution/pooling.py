@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxlm.nn.convolution.window import Padding, TokenLayout, causal_windows, windows
+from jaxlm.spec import require_arrays
 
 
 def max_pool(x_BTC: jax.Array, window: int, *, padding: Padding, stride: int = 1, dilation: int = 1) -> jax.Array:
@@ -45,6 +46,7 @@ def k_max_pool(x_BTC: jax.Array, k: int) -> jax.Array:
     Raises:
         ValueError: the input has fewer than ``k`` steps.
     """
+    require_arrays(x_BTC=x_BTC)
     if x_BTC.shape[1] < k:
         raise ValueError(f"{x_BTC.shape[1]} steps are too few for the {k} largest: lengthen the input or lower k")
     _, indices_BCK = lax.top_k(jnp.swapaxes(x_BTC, 1, 2), k)

@@ -21,7 +21,7 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from jaxlm.nn.segments import document_numbers, segment_boundaries
-from jaxlm.spec import ArraySpec
+from jaxlm.spec import ArraySpec, require_arrays
 
 Padding = Literal["same", "valid", "causal"]
 """``same`` and ``causal`` pad the input, so that there is one output per input (with stride 1). ``valid`` does not pad,
@@ -58,6 +58,7 @@ def windows(
     Raises:
         ValueError: an unknown padding, or an input that is shorter than one window.
     """
+    require_arrays(x_BTC=x_BTC, documents_BT=documents_BT)
     before, after, count = padding_and_count(x_BTC.shape[1], kernel, padding=padding, stride=stride, dilation=dilation)
 
     def taps(x: jax.Array, fill: float) -> list[jax.Array]:
@@ -159,6 +160,7 @@ def move_padding_last(
         segment_ids: [B, T], 0 for padding, 1, 2, ... for documents. None: all tokens belong to document 1.
         past_BP: segment ids of the tokens of earlier calls (:func:`past_segment_specs`); None without a state.
     """
+    require_arrays(tokens_BT=tokens_BT, segment_ids=segment_ids, past_BP=past_BP)
     if segment_ids is None and past_BP is None:
         return tokens_BT, TokenLayout(None, None, None, None, None)
     if segment_ids is None:
@@ -205,6 +207,7 @@ def causal_windows(
 
     If ``tail_BWC`` is None, there are no earlier tokens, and the returned tail is None.
     """
+    require_arrays(x_BTC=x_BTC, tail_BWC=tail_BWC)
     if tail_BWC is None:
         documents = layout.documents
         return windows(x_BTC, kernel, padding="causal", dilation=dilation, documents_BT=documents, fill=fill), None

@@ -17,7 +17,7 @@ from jaxlm.nn.experts.reference import reference
 from jaxlm.nn.experts.router import RouterStatistics, route, router_statistics
 from jaxlm.nn.linear import linear, linear_specs
 from jaxlm.nn.swiglu import swiglu, swiglu_specs
-from jaxlm.spec import EXPERT, ArraySpec, Initializer, Params
+from jaxlm.spec import EXPERT, ArraySpec, Initializer, Params, require_arrays
 
 Implementation = choices.ExpertsImplementation
 
@@ -88,6 +88,7 @@ def mixture_of_experts(
         ValueError: ``num_selected`` is not in [1, E], ``implementation`` is unknown, ``capacity_factor`` is not
             positive, or ``capacity_factor`` and ``implementation`` are both given.
     """
+    require_arrays(x_BTD=x_BTD, keep_BT=keep_BT)
     num_experts = params["router"]["weight"].shape[1]
     if not 1 <= num_selected <= num_experts:
         raise ValueError(f"num_selected={num_selected} must be in [1, {num_experts}], the number of experts")

@@ -40,7 +40,7 @@ from jax.typing import DTypeLike
 from jaxlm.nn import embedding
 from jaxlm.nn.loss.chunked import chunked_cross_entropy
 from jaxlm.nn.loss.selected import selected_cross_entropy
-from jaxlm.spec import ArraySpec, Initializer, Params
+from jaxlm.spec import ArraySpec, Initializer, Params, require_arrays
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,6 +173,7 @@ def embed(clusters: Clusters, params: Params, ids_BT: jax.Array, dtype: DTypeLik
 
 def log_probabilities(clusters: Clusters, params: Params, hidden_BTD: jax.Array) -> jax.Array:
     """The log-probabilities of the whole vocabulary, [B, T, V] float32."""
+    require_arrays(hidden_BTD=hidden_BTD)
     head, *tails = map(jax.nn.log_softmax, _logits_of_clusters(clusters, params, hidden_BTD))
     head_words = clusters.ranges[0][1]
     cluster_log_p = jnp.split(head[..., head_words:], len(tails), axis=-1) if tails else []
@@ -190,6 +191,7 @@ def cross_entropy(
     cluster (Grave et al. 2017, section 4). Differentiable in ``params`` and ``hidden``, not in ``weights``. With
     clusters after the first, second derivatives need forward mode over reverse mode (``jax.jvp`` of ``jax.grad``).
     """
+    require_arrays(hidden_BTD=hidden_BTD, targets_BT=targets_BT, weights_BT=weights_BT)
     targets_BT = embedding.widen_ids(targets_BT)
     head, *tails = _softmax_parameters(clusters, params)
     head_words = clusters.ranges[0][1]

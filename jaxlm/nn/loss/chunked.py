@@ -18,7 +18,7 @@ from jaxlm.nn.custom_gradient import custom_vjp
 from jaxlm.nn.embedding import argmax
 from jaxlm.nn.loss.cross_entropy import Head, check_shapes, cross_entropy, loss_and_gradients, scale_gradients
 from jaxlm.nn.time_chunks import join_time, split_time
-from jaxlm.spec import Params
+from jaxlm.spec import Params, require_arrays
 
 
 def chunked_cross_entropy(
@@ -74,6 +74,7 @@ def chunked_argmax(head: Head, params: Params, hidden_BTD: jax.Array) -> jax.Arr
     Among equal logits, the lowest id is chosen. The time axis is split as in :func:`chunked_cross_entropy`. Not
     differentiable.
     """
+    require_arrays(hidden_BTD=hidden_BTD)
     B, T, _ = hidden_BTD.shape
     if hidden_BTD.size == 0:
         return jnp.zeros((B, T), jnp.int32)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from jaxlm.nn.custom_gradient import sum_dtype
 from jaxlm.nn.embedding import widen_ids
-from jaxlm.spec import Params
+from jaxlm.spec import Params, require_arrays
 
 Head = Callable[[Any, jax.Array], jax.Array]
 """The output layer of a model: ``head(params, hidden [B, C, D]) -> logits [B, C, V]``.
@@ -23,7 +23,11 @@ The losses have custom gradients. So all differentiated arrays must be in ``para
 
 
 def check_shapes(hidden_BTD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array) -> None:
-    """Raise ``ValueError`` if the targets or weights do not have the shape [B, T] of the hidden states."""
+    """Raise ``ValueError`` if the targets or weights do not have the shape [B, T] of the hidden states.
+
+    An argument that is not an array raises ``TypeError``.
+    """
+    require_arrays(hidden=hidden_BTD, targets=targets_BT, weights=weights_BT)
     for name, x in (("targets", targets_BT), ("weights", weights_BT)):
         if x.shape != hidden_BTD.shape[:2]:
             raise ValueError(
@@ -38,6 +42,7 @@ def cross_entropy(logits_BTV: jax.Array, targets_BT: jax.Array, label_smoothing:
     2016, section 7). Padding rows of the vocabulary (``jaxlm.nn.embedding.unembed``) have probability 0 in ``uniform``.
     A target that is a padding row, negative, or V or more gives NaN.
     """
+    require_arrays(logits_BTV=logits_BTV, targets_BT=targets_BT)
     logits_BTV = logits_BTV.astype(jnp.float32)
     lse_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
     return lse_BT - _expected_logit(logits_BTV, targets_BT, label_smoothing)

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from jaxlm.nn.linear import linear
 from jaxlm.sharding import constrain
-from jaxlm.spec import ZEROS, ArraySpec, Initializer, Params, State, Uniform
+from jaxlm.spec import ZEROS, ArraySpec, Initializer, Params, State, Uniform, require_arrays
 
 GRUReset = Literal["after", "before"]
 """The array that the reset gate of a GRU multiplies.
@@ -98,6 +98,7 @@ def check_width(params: Params, x: jax.Array) -> None:
     Raises:
         ValueError: the widths differ.
     """
+    require_arrays(x=x)
     width = params["weight_input"].shape[0]
     if x.shape[-1] != width:
         raise ValueError(f"the input has width {x.shape[-1]}, but weight_input needs width {width}")
@@ -111,6 +112,7 @@ def lstm_cell(params: Params, projected_BGH: jax.Array, state: State) -> dict[st
         projected_BGH: the result of :func:`project` for the token.
         state: the state before the token.
     """
+    require_arrays(projected_BGH=projected_BGH)
     weight = params["weight_hidden"].astype(projected_BGH.dtype)
     preactivation_BGH = projected_BGH.astype(jnp.float32) + _hidden_product(state["hidden"], weight)
     i, f, o = (jax.nn.sigmoid(preactivation_BGH[:, gate]) for gate in (0, 1, 3))
@@ -127,6 +129,7 @@ def gru_cell(params: Params, projected_BGH: jax.Array, state: State) -> dict[str
         projected_BGH: the result of :func:`project` for the token.
         state: the state before the token.
     """
+    require_arrays(projected_BGH=projected_BGH)
     weight, hidden_BH = params["weight_hidden"].astype(projected_BGH.dtype), state["hidden"]
     projected_BGH = projected_BGH.astype(jnp.float32)
     gates_BGH = jax.nn.sigmoid(projected_BGH[:, :2] + _hidden_product(hidden_BH, weight[:, :2]))

@@ -27,7 +27,7 @@ from jaxlm.nn.recurrence.cells import (
 )
 from jaxlm.nn.segments import Masks, check_masks, check_state, complete_masks, keep_state, reset_state
 from jaxlm.sharding import constrain
-from jaxlm.spec import ArraySpec, Params, State
+from jaxlm.spec import ArraySpec, Params, State, require_arrays
 
 Implementation = Literal["reference", "chunked", "pallas", "cudnn"]
 """``reference`` is a ``lax.scan`` over ``lstm_cell`` or ``gru_cell``; ``chunked`` is ``jaxlm.nn.recurrence.chunked``;
@@ -141,6 +141,7 @@ _GRU_BEFORE = _Cell("gru", gru_state_specs, gru_cell, chunked.GRU_BEFORE)
 def _check_shapes(
     cell: _Cell, params: Params, x_BTD: jax.Array, state: State | None, reset_BT: Any, keep_BT: Any
 ) -> None:
+    require_arrays(x_BTD=x_BTD)
     if x_BTD.ndim != 3 or not x_BTD.shape[1]:
         raise ValueError(f"the input {list(x_BTD.shape)} must be [batch, time, width], with at least one step")
     check_width(params, x_BTD)

@@ -26,7 +26,7 @@ from jax.typing import DTypeLike
 from jaxlm.nn.scan import linear_scan
 from jaxlm.nn.scan.vector_state import Implementation
 from jaxlm.nn.segments import check_masks
-from jaxlm.spec import ZEROS, ArraySpec, Normal, Params
+from jaxlm.spec import ZEROS, ArraySpec, Normal, Params, require_arrays
 
 DECAY_EXPONENT = 8.0
 """The constant c of the paper: the decay is ``exp(-c * softplus(lambda) * r_t)``."""
@@ -96,6 +96,7 @@ def rg_lru(
         ValueError: shapes that do not match, an input without steps, a mask that is not boolean, or an implementation
             that is unknown or does not support the arguments.
     """
+    require_arrays(x_BTW=x_BTW, state_BW=state_BW)
     W = params["lambda"].shape[0]
     if x_BTW.ndim != 3 or x_BTW.shape[-1] != W:
         raise ValueError(f"x {list(x_BTW.shape)} must be [batch, time, width] with the width {W} of the parameters")

@@ -37,7 +37,7 @@ from jaxlm.nn import choices
 from jaxlm.nn.custom_gradient import custom_vjp
 from jaxlm.nn.segments import Masks, check_masks, check_state, complete_masks, keep_state, reset_state
 from jaxlm.sharding import constrain
-from jaxlm.spec import ZEROS, ArraySpec, Initializer, Params, State
+from jaxlm.spec import ZEROS, ArraySpec, Initializer, Params, State, require_arrays
 
 Implementation = Literal["reference", "chunked"]
 
@@ -122,6 +122,7 @@ def slstm(
 
 
 def _check(params: Params, projected: jax.Array, state: Any, reset: Any, keep: Any) -> None:
+    require_arrays(projected_BTHGP=projected)
     H, P = params["weight_hidden"].shape[:2]
     if projected.ndim != 5 or projected.shape[2:] != (H, 4, P) or not projected.shape[1]:
         raise ValueError(

@@ -45,6 +45,7 @@ from jaxlm.nn.scan.matrix_state import (
 )
 from jaxlm.nn.scan.triangular import solve_unit_lower
 from jaxlm.nn.segments import Masks, reset_state
+from jaxlm.spec import require_arrays
 
 MAX_CHUNK_DECAY = 60.0
 """Maximum absolute sum of the log decays of a chunk for which :func:`_bounded_scores` is used. The largest factor there
@@ -160,7 +161,9 @@ def generalized_delta_rule(
         ([4.0, 10.0, 13.0], [13.0])
     """
     check_inputs(query_BTHK, key_BTHK, value_BTHV, state_BHKV, reset_BT, keep_BT)
-    for name, x in (("log_decay", log_decay_BTHK), ("a", a_BTHK), ("b", b_BTHK)):
+    arrays = {"log_decay": log_decay_BTHK, "a": a_BTHK, "b": b_BTHK}
+    require_arrays(**arrays)
+    for name, x in arrays.items():
         if x.shape != query_BTHK.shape:
             raise ValueError(f"{name} {list(x.shape)} must have the shape of the query, {list(query_BTHK.shape)}")
     if min_log_decay is not None and not min_log_decay <= 0.0:

@@ -24,6 +24,7 @@ from jaxlm.nn import choices
 from jaxlm.nn.scan import head_blocks, matrix_state_pallas
 from jaxlm.nn.scan.chunks import per_head, prepare, product_in, scan_chunks, scan_steps
 from jaxlm.nn.segments import Masks, check_masks, reset_state
+from jaxlm.spec import require_arrays
 
 Implementation = Literal["reference", "chunked", "pallas"]
 
@@ -78,6 +79,7 @@ def linear_attention(
         ([1.0, 1.5, 1.75], [1.75])
     """
     check_inputs(query_BTGK, key_BTGK, value_BTHV, state_BHKV, reset_BT, keep_BT, shared_keys=True)
+    require_arrays(log_decay=log_decay, scale_BTH=scale_BTH)
     (B, T, G, K), H = query_BTGK.shape, value_BTHV.shape[2]
     if H % G:
         raise ValueError(f"the number of heads of query and key, {G}, must divide the number of heads of value, {H}")
@@ -153,7 +155,9 @@ def check_inputs(
 
     Raises:
         ValueError: an array has another shape, or a mask is not boolean.
+        TypeError: an argument is not an array.
     """
+    require_arrays(query=query, key=key, value=value, state=state)
     same = 2 if shared_keys else 3
     if (
         (query.ndim, value.ndim) != (4, 4)
@@ -173,6 +177,7 @@ def check_inputs(
 
 def check_per_head(query_BTHK: jax.Array, **arrays: jax.Array) -> None:
     """Raise ``ValueError`` if one of the named arrays is not [B, T, H]."""
+    require_arrays(**arrays)
     for name, x in arrays.items():
         if x.shape != query_BTHK.shape[:-1]:
             raise ValueError(f"{name} {list(x.shape)} must be [batch, time, heads], {list(query_BTHK.shape[:-1])}")

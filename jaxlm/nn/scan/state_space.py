@@ -26,6 +26,7 @@ from jaxlm.nn.scan.matrix_state import (
     linear_attention,
 )
 from jaxlm.nn.segments import check_masks
+from jaxlm.spec import require_arrays
 
 
 def ssd(
@@ -92,6 +93,7 @@ def ssd(
 
 
 def _check_inputs(x: jax.Array, dt: jax.Array, A: jax.Array, B: jax.Array, C: jax.Array, state: Any) -> None:
+    require_arrays(x=x, dt=dt, A=A, B=B, C=C, state=state)
     if x.ndim != 4 or not x.shape[1] or dt.shape != x.shape[:3] or A.shape != x.shape[2:3]:
         raise ValueError(
             f"x {list(x.shape)} must be [batch, time, heads, width], with at least one step, dt {list(dt.shape)} "

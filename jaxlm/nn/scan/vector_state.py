@@ -34,6 +34,7 @@ from jaxlm.nn import choices
 from jaxlm.nn.custom_gradient import custom_vjp
 from jaxlm.nn.scan import pallas
 from jaxlm.nn.segments import Masks, check_masks, complete_masks
+from jaxlm.spec import require_arrays
 
 Implementation = Literal["reference", "sequential", "chunked", "pallas"]
 
@@ -98,6 +99,7 @@ def _check(
 ) -> tuple[jax.Array, jax.Array] | None:
     """The masks ``(reset_BT, keep_BT)``; None if both are None. Raises the errors of :func:`linear_scan` for shapes and
     dtypes."""
+    require_arrays(decay_BTD=decay_BTD, input_BTD=input_BTD, state_BD=state_BD)
     if input_BTD.ndim != 3 or decay_BTD.shape != input_BTD.shape or not input_BTD.shape[1]:
         raise ValueError(
             f"decay {list(decay_BTD.shape)} and input {list(input_BTD.shape)} must both be [batch, time, channels], "
