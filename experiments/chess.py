@@ -28,7 +28,7 @@ from jaxlm.tasks.chess_players import check_opening_moves, opponents
 from jaxlm.tasks.chess_training import extra_games, game_batches, match_boards, write_test
 from jaxlm.training import experiment as lib
 from jaxlm.training.evaluation import Evaluator, first_epoch
-from jaxlm.training.loop import Result, TrainingConfig, train
+from jaxlm.training.loop import Result, train
 from jaxlm.training.optimizer import OptimizerConfig
 from jaxlm.training.recipes import recipe
 from jaxlm.training.report import Board, write_boards
@@ -62,7 +62,7 @@ class Experiment:
 
     model: lib.ModelConfig = lib.ModelConfig("llama")
     """The model: a causal family with a model state, or an encoder-decoder."""
-    training: TrainingConfig = TrainingConfig()
+    training: lib.ExperimentTraining = lib.ExperimentTraining()
     """The training. Games are packed into rows of sequence_length tokens. The rest of a longer game is not used. For
     encoder-decoders, a source has at most sequence_length tokens."""
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -97,7 +97,7 @@ ADAMW = OptimizerConfig(learning_rate=5e-3, warmup_steps=30, final_fraction=0.02
 
 def preset(name: str, *changes: str, optimizer: OptimizerConfig = MUON, **options: Any) -> Experiment:
     """An experiment with a small, randomly initialized model."""
-    training = TrainingConfig(300, 8, sequence_length=256, evaluate_every=100, checkpoint_every=100)
+    training = lib.ExperimentTraining(300, 8, sequence_length=256, evaluate_every=100, checkpoint_every=100)
     small = Experiment(lib.ModelConfig(name, changes), training, optimizer, TestSizes(50, 1000, 50, 20, 10))
     return dataclasses.replace(small, **options)
 
@@ -122,9 +122,9 @@ PRESETS = {
     ),
     "full": preset(
         "chess_llama", "num_layers=8", "num_heads=4", "embed_dim=128", "mlp_dim=352", "remat=none",
-        training=TrainingConfig(5900, 16, 256, evaluate_every=300, checkpoint_every=300), tests=TestSizes(),
+        training=lib.ExperimentTraining(5900, 16, sequence_length=256, evaluate_every=300, checkpoint_every=300),
         optimizer=dataclasses.replace(MUON, warmup_steps=100), validation_fraction=0.005, test_fraction=0.02,
-        notation="uci",
+        notation="uci", tests=TestSizes(),
     ),
 }  # fmt: skip
 

@@ -398,13 +398,12 @@ def train_family(name: str, data: Data, directory: Path, steps: int | None = Non
     recipe = recipe_of(name)
     model, make_batch = recipe.build(), to_batch(recipe)
     training = TrainingConfig(
-        steps=steps or recipe.steps, batch_size=recipe.batch_size, sequence_length=recipe.length,
-        evaluate_every=200, checkpoint_every=None, log_every=20,
-    )  # fmt: skip
+        steps or recipe.steps, recipe.batch_size, evaluate_every=200, checkpoint_every=None, log_every=20
+    )
     config = recipe.optimizer(training.steps)
     optimizer = make_optimizer(config, model.specs, training.steps)
     validation = Batches(source(data, recipe, "validation", 0))
-    held_out = [make_batch(next(validation)) for _ in range(training.evaluation_batches)]
+    held_out = [make_batch(next(validation)) for _ in range(20)]
     loss = objective(recipe.objective).loss
     carry = None if recipe.state_length is None else (recipe.batch_size, recipe.state_length)
     start_time = time.perf_counter()

@@ -34,7 +34,7 @@ from jaxlm.objectives import span_qa
 from jaxlm.tasks import question_answering as qa
 from jaxlm.training import experiment as lib
 from jaxlm.training.evaluation import Evaluator
-from jaxlm.training.loop import Result, TrainingConfig, train
+from jaxlm.training.loop import Result, train
 from jaxlm.training.optimizer import OptimizerConfig
 
 
@@ -56,7 +56,7 @@ class Experiment:
 
     model: lib.ModelConfig = lib.ModelConfig("bert")
     """The model."""
-    training: TrainingConfig = TrainingConfig()
+    training: lib.ExperimentTraining = lib.ExperimentTraining()
     """The training. sequence_length and evaluation_batches have no effect, so setting them is an error."""
     optimizer: OptimizerConfig = OptimizerConfig()
     """The optimizer."""
@@ -95,7 +95,7 @@ class Experiment:
 SMALL = ("num_layers=3", "num_heads=4", "embed_dim=128", "init_stddev=0.08")
 STORIES = Experiment(
     lib.ModelConfig("bert", (*SMALL, "max_positions=384", "hidden_dropout=0.0", "attention_dropout=0.0")),
-    TrainingConfig(
+    lib.ExperimentTraining(
         batch_size=32, evaluate_every=250, checkpoint_every=250, restore_best=True, best_metric="f1", best_mode="max",
     ),
     OptimizerConfig(learning_rate=1e-3, warmup_steps=100, weight_decay=0.01),
@@ -110,7 +110,7 @@ PRESETS = {
     ),
     "minilm": Experiment(
         lib.ModelConfig("bert"),
-        TrainingConfig(
+        lib.ExperimentTraining(
             batch_size=16, evaluate_every=300, checkpoint_every=300, restore_best=True, best_metric="f1",
             best_mode="max",
         ),

@@ -40,7 +40,7 @@ from jaxlm.objectives import classification as objective
 from jaxlm.tasks import attention_maps, classification
 from jaxlm.training import experiment as lib
 from jaxlm.training.evaluation import Evaluator
-from jaxlm.training.loop import Result, TrainingConfig, train
+from jaxlm.training.loop import Result, train
 from jaxlm.training.optimizer import OptimizerConfig
 
 
@@ -72,7 +72,7 @@ class Experiment:
 
     model: lib.ModelConfig = lib.ModelConfig()
     """The model."""
-    training: TrainingConfig = TrainingConfig()
+    training: lib.ExperimentTraining = lib.ExperimentTraining()
     """The training. sequence_length and evaluation_batches have no effect, so setting them is an error."""
     optimizer: OptimizerConfig = OptimizerConfig()
     """The optimizer."""
@@ -100,7 +100,7 @@ class Experiment:
 
 def scratch(name: str, *changes: str, **options: Any) -> Experiment:
     """An experiment with a small, randomly initialized model."""
-    training = TrainingConfig(
+    training = lib.ExperimentTraining(
         batch_size=50, evaluate_every=200, checkpoint_every=200, restore_best=True, best_metric="accuracy",
         best_mode="max",
     )  # fmt: skip
@@ -127,7 +127,7 @@ PRESETS = {
     "xlnet": scratch("xlnet", *ENCODER[:3], "mlp_dim=512", template="sep_cls"),
     "minilm": Experiment(
         lib.ModelConfig("bert"),
-        TrainingConfig(batch_size=64, evaluate_every=500, checkpoint_every=500),
+        lib.ExperimentTraining(batch_size=64, evaluate_every=500, checkpoint_every=500),
         OptimizerConfig(
             learning_rate=1e-4, schedule="linear", warmup_steps=300, final_fraction=0.0, beta2=0.999, weight_decay=0.01
         ),

@@ -36,7 +36,7 @@ from jaxlm.objectives.batch import smoothed_token_loss
 from jaxlm.tasks import seq2seq
 from jaxlm.training import experiment as lib
 from jaxlm.training.evaluation import Evaluator
-from jaxlm.training.loop import Result, TrainingConfig, train
+from jaxlm.training.loop import Result, train
 from jaxlm.training.optimizer import OptimizerConfig
 from jaxlm.training.recipes import RECIPES
 
@@ -64,7 +64,7 @@ class Experiment:
 
     model: lib.ModelConfig = lib.ModelConfig("attention_rnn")
     """The model: attention_rnn or t5."""
-    training: TrainingConfig = TrainingConfig()
+    training: lib.ExperimentTraining = lib.ExperimentTraining()
     """The training. A batch of the longest bucket has batch_size pairs. Batches of shorter buckets may have more."""
     optimizer: OptimizerConfig = OptimizerConfig()
     """The optimizer."""
@@ -92,7 +92,7 @@ class Experiment:
 
 def preset(name: str, *changes: str, learning_rate: float = 2e-3, warmup: int = 400, **options: Any) -> Experiment:
     """An experiment with a randomly initialized model."""
-    training = TrainingConfig(batch_size=64, evaluate_every=250, checkpoint_every=1000, restore_best=True)
+    training = lib.ExperimentTraining(batch_size=64, evaluate_every=250, checkpoint_every=1000, restore_best=True)
     optimizer = OptimizerConfig(
         "adamw", learning_rate, "inverse_square_root", warmup_steps=warmup, beta2=0.98, weight_decay=0.0
     )

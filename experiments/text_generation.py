@@ -47,7 +47,7 @@ from jaxlm.sharding import Sharding, make_mesh
 from jaxlm.tasks.text_generation import Corpus, check_family, print_passage, scores, to_batch, write_sample
 from jaxlm.training import experiment as lib
 from jaxlm.training.evaluation import Evaluator, first_epoch
-from jaxlm.training.loop import Result, TrainingConfig, train
+from jaxlm.training.loop import Result, train
 from jaxlm.training.optimizer import OptimizerConfig
 from jaxlm.training.trainer import carry_size_of
 
@@ -58,7 +58,7 @@ class Experiment:
 
     model: lib.ModelConfig = lib.ModelConfig()
     """The model."""
-    training: TrainingConfig = TrainingConfig()
+    training: lib.ExperimentTraining = lib.ExperimentTraining()
     """The training."""
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=3e-3)
     """The optimizer."""
@@ -89,13 +89,13 @@ def preset(
     """An experiment with a randomly initialized model.
 
     ``fields`` are changes to the model's config, separated by spaces. ``rows`` is the batch size. ``options`` are
-    fields of ``TrainingConfig``, ``OptimizerConfig`` or ``Experiment``.
+    fields of ``ExperimentTraining``, ``OptimizerConfig`` or ``Experiment``.
     """
 
     def fields_of(kind: type) -> dict[str, Any]:
         return {field.name: options.pop(field.name) for field in dataclasses.fields(kind) if field.name in options}
 
-    training = TrainingConfig(steps, rows, length, **fields_of(TrainingConfig))
+    training = lib.ExperimentTraining(steps, rows, sequence_length=length, **fields_of(lib.ExperimentTraining))
     optimizer = OptimizerConfig(learning_rate=learning_rate, **fields_of(OptimizerConfig))
     return Experiment(lib.ModelConfig(family, tuple(fields.split())), training, optimizer, **options)
 

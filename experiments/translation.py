@@ -34,7 +34,7 @@ from jaxlm.objectives.batch import smoothed_token_loss
 from jaxlm.tasks import seq2seq
 from jaxlm.training import experiment as lib
 from jaxlm.training.evaluation import Evaluator
-from jaxlm.training.loop import Result, TrainingConfig, train
+from jaxlm.training.loop import Result, train
 from jaxlm.training.optimizer import OptimizerConfig, OptimizerName, Schedule
 
 
@@ -65,7 +65,7 @@ class Experiment:
 
     model: lib.ModelConfig = lib.ModelConfig("t5")
     """The model: t5 or attention_rnn."""
-    training: TrainingConfig = TrainingConfig()
+    training: lib.ExperimentTraining = lib.ExperimentTraining()
     """The training. A batch of the bucket with the longest pairs has batch_size pairs. Batches of other buckets have a
     multiple of this number, so that all batches have about the same number of tokens."""
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -96,7 +96,7 @@ def preset(
 
     ``changes`` are changes to the config of the model ``name``. ``options`` are fields of ``Experiment``.
     """
-    training = TrainingConfig(
+    training = lib.ExperimentTraining(
         batch_size=batch_size, evaluate_every=200, checkpoint_every=1000, restore_best=True, best_metric="loss"
     )
     config = OptimizerConfig(

@@ -73,7 +73,7 @@ def program(
     held_out = Batches(source, rows)
     optimizer = optimizer or OptimizerConfig(warmup_steps=2, learning_rate=1e-2)
     config = TrainingConfig(
-        batch_size=ROWS, sequence_length=LENGTH, ema_decay=0.9,
+        batch_size=ROWS, ema_decay=0.9,
         **{"steps": STEPS, "checkpoint_every": 2, "evaluate_every": 3, **options},
     )  # fmt: skip
 

@@ -30,7 +30,7 @@ from jaxlm.models import Model, get_model
 from jaxlm.training import checks
 from jaxlm.training.evaluation import Evaluator
 from jaxlm.training.html_report import REPORT, write_report
-from jaxlm.training.loop import Result, Run, TrainingConfig
+from jaxlm.training.loop import Result, Run, TrainingConfig, check_rows_or_batches
 from jaxlm.training.optimizer import OptimizerConfig
 from jaxlm.training.plots import save_attention, training_panels
 from jaxlm.training.recipes import RECIPES, recipe
@@ -46,10 +46,11 @@ from jaxlm.training.report import (
     read_metrics,
     write_results,
 )
-from jaxlm.training.trackers import check_tracker, make_tracker
+from jaxlm.training.trackers import TrackerName, check_tracker, make_tracker
 from jaxlm.training.trainer import Trainer
 
 E = TypeVar("E")
+T = TypeVar("T", bound=TrainingConfig)
 
 EXIT_STATUS = {None: 0, "SIGINT": 130, "SIGTERM": 143}
 """Exit status of a run for each signal that can end it. None: the run finished."""
@@ -61,6 +62,24 @@ RESULT_FILES = (
 
 RUNS = Path("runs")
 """The directory that contains a new run if ``--output`` is not given."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ExperimentTraining(TrainingConfig):
+    """The training of an experiment: the settings of ``train``, and the settings that only the experiment uses."""
+
+    sequence_length: int = 128
+    """Tokens per sequence. Experiments with the setting buckets do not use it."""
+    evaluation_batches: int = 20
+    """Maximum number of batches per evaluation. Experiments with the setting buckets do not use it: they evaluate on
+    the complete validation split."""
+    tracker: TrackerName | None = None
+    """Also log the metrics to this service: TensorBoard (in the run directory), Weights & Biases, or Trackio. The
+    service shows a resumed run as a new run. In Python, pass trackers to ``Run``."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_rows_or_batches(evaluation_batches=self.evaluation_batches)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -397,7 +416,7 @@ def export(directory: Path, model: Model, result: Result, tokenizer: Tokenizer |
     return True
 
 
-def with_steps_of_epochs(config: TrainingConfig, epochs: float | None, steps_per_epoch: int) -> TrainingConfig:
+def with_steps_of_epochs(config: T, epochs: float | None, steps_per_epoch: int) -> T:
     """``config`` with the number of steps of ``epochs`` passes over the training split.
 
     Args:

@@ -34,7 +34,7 @@ from jaxlm.training import nt_asgd
 from jaxlm.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
 from jaxlm.training.progress import ProgressBar
 from jaxlm.training.report import MetricsFile
-from jaxlm.training.trackers import Tracker, TrackerName
+from jaxlm.training.trackers import Tracker
 from jaxlm.training.trainer import SPIKE_WINDOW, Metrics, Trainer, TrainState, check_step_settings, to_global_batch
 
 METRICS_DELAY_STEPS = 2
@@ -55,21 +55,31 @@ The metrics must include ``loss`` (for :attr:`Result.validation_loss`) and ``Tra
 
 
 MAX_ROWS_OR_BATCHES = 2**20
-"""Maximum of ``batch_size`` and of ``evaluation_batches``. With larger numbers, the host could run out of memory."""
+"""Maximum of ``batch_size``, and of ``evaluation_batches`` in experiments. With larger numbers, the host could run out
+of memory."""
+
+
+def check_rows_or_batches(**counts: int) -> None:
+    """Raise ``ValueError`` if one of the named numbers exceeds :data:`MAX_ROWS_OR_BATCHES`."""
+    for name, count in counts.items():
+        if count > MAX_ROWS_OR_BATCHES:
+            raise ValueError(f"{name}={count} is too large: the largest number is {MAX_ROWS_OR_BATCHES}")
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainingConfig:
-    """Number of steps, batch size, evaluations and checkpoints of a training run."""
+    """Number of steps, batch size, evaluations and checkpoints of a training run.
+
+    The data determine the batch size, and the trainer determines ``grad_accum_steps``, ``cpu_devices``, ``ema_decay``
+    and ``spike_deviations``. If one of these fields does not have its default value, :func:`train` requires that the
+    data or the trainer has the same value. :meth:`trainer` makes a trainer with the values of the config.
+    """
 
     steps: int = 1000
     """Number of training steps."""
     batch_size: int = 32
-    """Sequences per batch, over all devices. The modules in ``experiments/`` make batches of this size. With length
-    buckets, batches of short sequences may have more sequences. ``train`` accepts batches of any size."""
-    sequence_length: int = 128
-    """Tokens per sequence in the batches that the modules in ``experiments/`` make. Experiments with the setting
-    buckets do not use it."""
+    """Sequences per batch, over all devices. With length buckets, batches of short sequences may have more
+    sequences."""
     grad_accum_steps: int = 1
     """Number of micro-batches per batch. They are computed one after the other to save memory, and their gradients are
     summed."""
@@ -83,9 +93,6 @@ class TrainingConfig:
     weights. None: no average."""
     evaluate_every: int = 250
     """Steps between evaluations. The last step is evaluated too."""
-    evaluation_batches: int = 20
-    """Maximum number of batches per evaluation in the modules in ``experiments/``. Experiments with the setting buckets
-    do not use it: they evaluate on the complete validation split."""
     best_metric: str = "loss"
     """Validation metric by which the best checkpoint is selected."""
     best_mode: Literal["min", "max"] = "min"
@@ -104,9 +111,6 @@ class TrainingConfig:
     continue from the newest intact checkpoint before it."""
     log_every: int = 10
     """Steps between records in metrics.jsonl."""
-    tracker: TrackerName | None = None
-    """The modules in ``experiments/`` also log the metrics to this service: TensorBoard (in the run directory), Weights
-    & Biases, or Trackio. The service shows a resumed run as a new run. In Python, pass trackers to ``Run``."""
     spike_deviations: float | None = None
     """Skip the update of a step whose loss is more than this many standard deviations above the mean of the last 128
     losses of steps that were not skipped. The rule applies when at least 64 such losses exist. OLMo-core uses 6. None:
@@ -126,11 +130,7 @@ class TrainingConfig:
         for name, value in config_lib.numbers_of(self):
             if isinstance(value, int) and name not in ("ema_decay", "spike_deviations", "seed"):
                 config_lib.check_min(0 if name == "max_rollbacks" else 1, **{name: value})
-        for name in ("batch_size", "evaluation_batches"):
-            if getattr(self, name) > MAX_ROWS_OR_BATCHES:
-                raise ValueError(
-                    f"{name}={getattr(self, name)} is too large: the largest number is {MAX_ROWS_OR_BATCHES}"
-                )
+        check_rows_or_batches(batch_size=self.batch_size)
         check_step_settings(self.grad_accum_steps, self.ema_decay, self.spike_deviations)
         if self.batch_size % self.grad_accum_steps:
             raise ValueError(f"grad_accum_steps={self.grad_accum_steps} does not divide batch_size={self.batch_size}")
@@ -175,6 +175,26 @@ class TrainingConfig:
             model, optimizer, loss, grad_accum_steps=self.grad_accum_steps, ema_decay=self.ema_decay,
             spike_deviations=self.spike_deviations, **options,
         )  # fmt: skip
+
+
+def _check_config(config: TrainingConfig, trainer: Trainer, data: Batches) -> None:
+    """Raise ``ValueError`` if ``trainer`` or ``data`` have another value of a field that has not its default value."""
+
+    def check(name: str, actual: Any, described: str) -> None:
+        value = getattr(config, name)
+        if value not in (getattr(TrainingConfig, name), actual):
+            raise ValueError(f"the config has {name}={value}, but {described}")
+
+    for name in ("grad_accum_steps", "ema_decay", "spike_deviations"):
+        actual = getattr(trainer, name)
+        check(name, actual, f"the trainer has {name}={actual}: make the trainer with config.trainer(...)")
+    devices = trainer.sharding.mesh.size if trainer.sharding is not None and trainer.shard_map else 1
+    check(
+        "cpu_devices", devices,
+        f"the trainer uses {devices} device(s) with shard_map: make the trainer with config.trainer(...)",
+    )  # fmt: skip
+    rows = data.source.batch_size
+    check("batch_size", rows, f"the data have batches of {rows} rows: set batch_size={rows}, or make other batches")
 
 
 RESERVED_KEYS = ("data", "training", "model", "evaluation", "validation")
@@ -306,7 +326,8 @@ def train(
         CorruptCheckpointError: the newest checkpoint of a resumed run (with ``config.on_corrupt="previous"``: each of
             its checkpoints) is damaged.
         OSError: the disk is full, or the directory is not writable.
-        ValueError: the checkpoint of a resumed run is beyond ``config.steps``, or it has other data, another model,
+        ValueError: the trainer or the data contradict a field of the config (:class:`TrainingConfig`). Or the
+            checkpoint of a resumed run is beyond ``config.steps``, or it has other data, another model,
             other arrays (those of another optimizer, or of an average of the weights, ``ema_decay``), or another
             ``best_metric`` or ``best_mode`` than this call. Or ``evaluate`` does not return ``config.best_metric``. Or
             there are several processes without ``trainer.sharding``, or several processes that save checkpoints without
@@ -317,6 +338,7 @@ def train(
             f"{jax.process_count()} processes without a mesh would each train a separate model: pass a sharding "
             f"over all {jax.device_count()} devices"
         )
+    _check_config(config, trainer, data)
     directory = run.directory
     directory.mkdir(parents=True, exist_ok=True)
     if config.checkpoint_every is not None:
@@ -863,7 +885,7 @@ class _MetricsReader:
             reason = "a loss spike" if is_finite else "a loss or gradient that is not finite"
             self._bar.say(f"step {step}: {reason} ({details}); the update is skipped")
         if self.skipped_in_a_row >= self._config.max_skipped_in_a_row:
-            cause = "that is not finite" if self._config.spike_deviations is None else "that is not finite, or a spike"
+            cause = "that is not finite" if self._trainer.spike_deviations is None else "that is not finite, or a spike"
             raise DivergedError(
                 f"step {step}: {self.skipped_in_a_row} steps in a row had a loss or gradient {cause} ({details}). "
                 "Their updates were skipped, so the weights are those before these steps. Lower the learning rate, "

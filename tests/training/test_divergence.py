@@ -106,7 +106,7 @@ def run(
     directory, loss, data=None, *, resume=False, optimizer=MOMENTUM_SGD, model=None, rate=None, params=None, **options
 ):
     options = {"evaluate_every": 1000, "checkpoint_every": 4, "max_skipped_in_a_row": 3, **options}
-    config = TrainingConfig(options.pop("steps", STEPS), 2, 4, **options)
+    config = TrainingConfig(options.pop("steps", STEPS), 2, **options)
     trainer = CachedTrainer(**vars(config.trainer(model or gpt_model(), optimizer, loss, learning_rate=rate)))
     data = data or Batches(NumberedBatches(), to_batch=to_batch)
     return train(trainer, data, evaluate, config, Run(directory, resume=resume), params)

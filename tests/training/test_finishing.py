@@ -16,7 +16,7 @@ from experiments import text_generation
 from jaxlm import load_pretrained
 from jaxlm.training import checks
 from jaxlm.training import experiment as lib
-from jaxlm.training.loop import Result, TrainingConfig
+from jaxlm.training.loop import Result
 from jaxlm.training.optimizer import OptimizerConfig
 from jaxlm.training.report import metric_curve, read_metrics, read_results, read_samples
 
@@ -41,7 +41,7 @@ def small_experiment(directory: Path) -> text_generation.Experiment:
     text.write_text("to be, or not to be: that is the question. " * 40)
     return text_generation.Experiment(
         model=lib.ModelConfig("gpt", ("num_layers=1", "num_heads=1", "embed_dim=8", "mlp_dim=8")),
-        training=TrainingConfig(STEPS, 2, 8, evaluation_batches=1),
+        training=lib.ExperimentTraining(STEPS, 2, sequence_length=8, evaluation_batches=1),
         optimizer=OptimizerConfig(warmup_steps=1), data=text, output=directory / "run", prompt="to", sample_tokens=3,
     )  # fmt: skip
 

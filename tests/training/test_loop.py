@@ -34,9 +34,11 @@ from jaxlm.testing.helpers import (
     tiny_model,
 )
 from jaxlm.training.evaluation import Evaluator, bits_per_character, first_epoch
+from jaxlm.training.experiment import ExperimentTraining
 from jaxlm.training.loop import DivergedError, Run, TrainingConfig, _as_numbers, train
 from jaxlm.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
 from jaxlm.training.report import draw_losses, metric_curve, read_metrics
+from jaxlm.training.trainer import Trainer
 from tests.training.cached_trainer import CachedTrainer
 
 STEPS = 12
@@ -61,7 +63,6 @@ def run(directory, loss=causal.loss, data=None, **options):
     config = {
         "steps": STEPS,
         "batch_size": 8,
-        "sequence_length": 16,
         "evaluate_every": 6,
         "checkpoint_every": 4,
         **options,
@@ -160,7 +161,7 @@ def test_a_signal_before_or_during_an_evaluation_is_reported_at_once(tmp_path, c
         messages.append(capfd.readouterr().err.replace("\n", " "))
         return evaluate(params)
 
-    config = TrainingConfig(steps=STEPS, batch_size=8, sequence_length=16, evaluate_every=3, checkpoint_every=None)
+    config = TrainingConfig(steps=STEPS, batch_size=8, evaluate_every=3, checkpoint_every=None)
     source = RandomWindows(tokens, 16, 8, seed=1)
     data = SignalBatches(source, 3 if where == "step" else 99, signal.SIGINT)
     trainer = CachedTrainer(**vars(config.trainer(model, optimizer, causal.loss)))
@@ -340,7 +341,7 @@ def test_nonfinite_weights_are_never_saved(tmp_path):
     def rate(count):  # a faulty schedule: loss and gradient are finite, but the new weights are not
         return jnp.where(count < 6, 1e-3, jnp.nan)
 
-    config = TrainingConfig(STEPS, 8, 16, evaluate_every=100, checkpoint_every=1, keep_last=1)
+    config = TrainingConfig(STEPS, 8, evaluate_every=100, checkpoint_every=1, keep_last=1)
     trainer = config.trainer(model, optax.sgd(rate), causal.loss)
     data = Batches(RandomWindows(tokens, 16, 8, seed=1), to_batch=to_batch)
     with pytest.raises(DivergedError, match=r"step 7: the weights are not finite.*last scheduled checkpoint .* step 6"):
@@ -437,6 +438,34 @@ def test_a_run_directory_is_locked_by_one_process(tmp_path):
 def test_bad_training_configs_raise_an_error_with_the_field(change, message):
     with pytest.raises(ValueError, match=message):
         TrainingConfig(**change)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"batch_size": 999}, "batch_size=999, but the data have batches of 8 rows: set batch_size=8"),
+        ({"ema_decay": 0.9}, r"ema_decay=0.9, but the trainer has ema_decay=None: .* with config.trainer\(...\)"),
+        ({"batch_size": 8, "grad_accum_steps": 4}, "grad_accum_steps=4, but the trainer has grad_accum_steps=1"),
+        ({"spike_deviations": 6.0}, "spike_deviations=6.0, but the trainer has spike_deviations=None"),
+        ({"cpu_devices": 2}, r"cpu_devices=2, but the trainer uses 1 device\(s\) with shard_map"),
+    ],
+)
+def test_settings_that_contradict_the_trainer_or_the_data_are_errors_before_the_first_step(tmp_path, change, message):
+    model, optimizer, tokens, evaluate = training_setup()
+    trainer = Trainer(model, optimizer, causal.loss)
+    data = Batches(RandomWindows(tokens, 16, 8, seed=1), to_batch=to_batch)
+    with pytest.raises(ValueError, match=f"the config has {message}"):
+        train(trainer, data, evaluate, TrainingConfig(steps=2, **change), Run(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_settings_that_only_experiments_use_are_not_settings_of_train():
+    for name, value in {"sequence_length": 77, "evaluation_batches": 7, "tracker": "tensorboard"}.items():
+        with pytest.raises(TypeError, match=name):
+            TrainingConfig(**{name: value})
+        assert getattr(ExperimentTraining(**{name: value}), name) == value
+    with pytest.raises(ValueError, match="evaluation_batches=1048577 is too large"):
+        ExperimentTraining(evaluation_batches=2**20 + 1)
 
 
 def test_reserved_keys_of_the_metadata_raise_an_error():

@@ -40,7 +40,7 @@ OPTIMIZER = make_optimizer(
 
 def run(directory: Path, steps: int, *, resume: bool = False) -> tuple[Result, list[Any]]:
     """Train; return the result and the parameters that each evaluation received."""
-    config = TrainingConfig(steps=steps, batch_size=2, sequence_length=8, evaluate_every=1, checkpoint_every=5)
+    config = TrainingConfig(steps=steps, batch_size=2, evaluate_every=1, checkpoint_every=5)
     tokens = np.random.default_rng(0).integers(0, MODEL.config.vocab_size, 400)
     data = Batches(RandomWindows(tokens, 8, 2), to_batch=lambda token_batch: causal.batch(token_batch.tokens))
     evaluated_params: list[Any] = []

@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from experiments import sentiment
-from jaxlm.training.experiment import make_run
-from jaxlm.training.loop import TrainingConfig
+from jaxlm.training.experiment import ExperimentTraining, make_run
 from jaxlm.training.trackers import TensorBoardTracker, TrackioTracker, WandbTracker, check_tracker, make_tracker
 
 
@@ -86,7 +85,7 @@ def test_an_experiment_logs_to_the_tracker_of_its_config(monkeypatch, tmp_path, 
     at_exit = []
     monkeypatch.setattr(atexit, "register", at_exit.append)
     monkeypatch.setitem(sys.modules, "trackio", types.SimpleNamespace(init=init))
-    experiment = sentiment.Experiment(training=TrainingConfig(tracker=name))
+    experiment = sentiment.Experiment(training=ExperimentTraining(tracker=name))
     trackers = make_run(tmp_path / "first", experiment, None).trackers
     assert len(trackers) == len(runs) == (name is not None)
     assert at_exit == [tracker.close for tracker in trackers]
