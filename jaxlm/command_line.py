@@ -31,7 +31,7 @@ from typing import Any, Generic, NoReturn, TypeVar
 import tyro
 from safetensors import SafetensorError
 
-from jaxlm import processes
+from jaxlm import host, processes
 from jaxlm.config import check_numbers, read
 
 T = TypeVar("T")
@@ -194,6 +194,7 @@ def exit_with_error(program: str, message: str) -> NoReturn:
 def exit_status(command: Callable[[], int], program: str, *, debug: bool = False) -> int:
     """Run ``command()`` and return the exit status. An error is printed as one line that begins with ``program``.
 
+    On a machine without accelerators, ``command`` runs on the CPU (``jaxlm.host.select_cpu_without_accelerators``).
     After Ctrl-C, the status is 130; after a broken pipe, it is 141. In both cases, no error is printed.
 
     Args:
@@ -201,6 +202,7 @@ def exit_status(command: Callable[[], int], program: str, *, debug: bool = False
     """
     try:
         try:
+            host.select_cpu_without_accelerators()
             status = command()
         except SystemExit:  # after --help or a wrong option
             sys.stdout.flush()

@@ -1,14 +1,28 @@
-"""Functions for the host machine: the name of its processor, and how malloc handles freed memory."""
+"""Functions for the host machine: its processor, its accelerators, and how malloc handles freed memory."""
 
 from __future__ import annotations
 
 import ctypes
+import glob
+import importlib.metadata
+import importlib.util
+import os
 import platform
 import sys
 from pathlib import Path
 
 # Options of mallopt(3), from glibc's malloc.h.
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
+
+_DEVICE_FILES = ("/dev/accel*", "/dev/vfio/*", "/dev/nvidia*", "/dev/dxg", "/dev/kfd")
+"""Patterns of the device files of TPUs (the first two) and of GPUs."""
+
+_ACCELERATOR_VARIABLES = (
+    "TPU_NAME", "TPU_WORKER_ID", "TPU_WORKER_HOSTNAMES", "TPU_ACCELERATOR_TYPE", "CLOUD_TPU_TASK_ID",
+    "JAX_FORCE_TPU_INIT", "PJRT_NAMES_AND_LIBRARY_PATHS",
+)  # fmt: skip
+"""Environment variables that JAX or libtpu read. One of them is set on a Cloud TPU VM, or to use a certain plugin.
+``TPU_LIBRARY_PATH`` is not among them, because ``import jax`` sets it if libtpu is installed."""
 
 _enabled = False
 
@@ -46,6 +60,37 @@ def is_freed_memory_kept() -> bool:
     If it took effect, a large block that is allocated again causes no page faults.
     """
     return _enabled
+
+
+def select_cpu() -> None:
+    """Select the CPU as the platform of JAX in this process and its child processes.
+
+    This has no effect in this process if JAX has already initialized its backends.
+    """
+    import jax  # so that a process without JAX can import this module
+
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    jax.config.update("jax_platforms", "cpu")
+
+
+def select_cpu_without_accelerators() -> None:
+    """Call :func:`select_cpu` if libtpu is installed and the machine has neither a TPU nor another accelerator.
+
+    Without a TPU, JAX uses the CPU in any case, but libtpu then prints several lines of errors when JAX initializes its
+    backends. If ``JAX_PLATFORMS`` or ``jax_platforms`` is set, if a JAX plugin of an accelerator is installed, or if
+    the machine might have an accelerator, this function has no effect. All programs of jaxlm call it at their start.
+    ``import jaxlm`` does not, because a library must not change the platform of a program.
+    """
+    import jax
+
+    platforms = jax.config.jax_platforms  # type: ignore[attr-defined]
+    if platforms is not None or importlib.util.find_spec("libtpu") is None:
+        return
+    has_device = any(glob.glob(pattern) for pattern in _DEVICE_FILES)
+    if has_device or any(name in os.environ for name in _ACCELERATOR_VARIABLES):
+        return
+    if importlib.util.find_spec("jax_plugins") is None and not importlib.metadata.entry_points(group="jax_plugins"):
+        select_cpu()
 
 
 def processor_name() -> str:

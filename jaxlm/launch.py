@@ -33,7 +33,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-from jaxlm import processes
+from jaxlm import host, processes
 from jaxlm.command_line import Parser
 from jaxlm.config import check_min
 from jaxlm.devices import TPU_SHAPES
@@ -400,6 +400,8 @@ def main(arguments: Sequence[str]) -> None:
         exists = False
     if not exists:
         parser.error(f"no module is called {options.module!r}: write it as for python -m, e.g. experiments.chess")
+
+    host.select_cpu_without_accelerators()  # before the processes join
 
     def program() -> None:
         sys.argv = [options.module, *options.arguments]

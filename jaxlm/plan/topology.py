@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 
-from jaxlm import extras
+from jaxlm import extras, host
 from jaxlm.devices import TPU_SHAPES, Device, device_by_kind, device_by_name
 from jaxlm.plan import kernels
 
@@ -63,8 +63,7 @@ def prepare() -> None:
         os.environ.setdefault(name, value)
     kernels.dump_schedules()
     if os.environ.get("JAX_PLATFORMS") is None:
-        os.environ["JAX_PLATFORMS"] = "cpu"
-        jax.config.update("jax_platforms", "cpu")
+        host.select_cpu()
 
 
 def known_topologies_text() -> str:
