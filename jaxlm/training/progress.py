@@ -1,4 +1,4 @@
-"""Progress of a training run: a progress bar on a terminal, or plain lines in a log file."""
+"""Progress of a training run: a progress bar on a terminal, one live line in a notebook, plain lines in a log file."""
 
 from __future__ import annotations
 
@@ -11,13 +11,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from jaxlm import processes, sharding
 
 SECONDS_BETWEEN_LINES = 10.0
+SECONDS_BETWEEN_UPDATES = 0.25
+"""Minimum time between two updates of the live line in a notebook."""
 
 
 class ProgressBar:
     """Shows the loss, the tokens per second, the remaining time and the device of a run.
 
     On a terminal, it is a progress bar. Otherwise, :meth:`update` prints a line after step 1, after step ``steps``, and
-    when :data:`SECONDS_BETWEEN_LINES` seconds have passed since the last line. With several processes, only the first
+    when :data:`SECONDS_BETWEEN_LINES` seconds have passed since the last line. In a notebook, each line replaces the
+    line before it, and :data:`SECONDS_BETWEEN_UPDATES` seconds are enough. With several processes, only the first
     process prints, unless ``console`` is given.
 
     Args:
@@ -35,6 +38,7 @@ class ProgressBar:
         self._first_update: tuple[int, float] | None = None
         self._last_step = start
         self._last_print = time.perf_counter()
+        self._live_line: Any = None  # the handle of the output in a notebook
         self._progress = Progress(
             TextColumn("[bold]{task.description}"),
             BarColumn(),
@@ -65,13 +69,30 @@ class ProgressBar:
             self._first_update = None
         self._last_step = step
         first_step, first_time = self._first_update = self._first_update or (step, now)
-        is_due = now - self._last_print >= SECONDS_BETWEEN_LINES or step in (1, self._steps)
+        seconds = SECONDS_BETWEEN_UPDATES if self.console.is_jupyter else SECONDS_BETWEEN_LINES
+        is_due = now - self._last_print >= seconds or step in (1, self._steps)
         if is_due and not self.console.is_terminal:
             self._last_print = now
             remaining = ""
             if step > first_step:
                 remaining = f" · {(now - first_time) / (step - first_step) * (self._steps - step):.0f} s left"
-            self.say(f"step {step}/{self._steps} · loss {loss:.3f} · {rate} · {self._device}{remaining}")
+            line = f"step {step}/{self._steps} · loss {loss:.3f} · {rate} · {self._device}{remaining}"
+            if self.console.is_jupyter:
+                self._show_live(line)
+            else:
+                self.say(line)
+
+    def _show_live(self, line: str) -> None:
+        """Show the line in a notebook, in the place of the last line."""
+        from IPython.display import display  # a notebook has IPython
+
+        if self.console.quiet:
+            return
+        data = {"text/plain": line}
+        if self._live_line is None:
+            self._live_line = display(data, raw=True, display_id=True)  # type: ignore[no-untyped-call, unused-ignore]
+        else:
+            self._live_line.update(data, raw=True)
 
     def say(self, text: Any) -> None:
         """Print a line, above the bar if there is one."""
