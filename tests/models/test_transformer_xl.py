@@ -26,7 +26,7 @@ from jaxlm.testing.helpers import (
     tiny_model,
 )
 from tests.models.helpers import setup
-from tests.oracles import GOLDENS
+from tests.oracles import read_golden
 
 TOLERANCE = 1e-5  # float32, with different orders of summation
 SEGMENTS = Path(__file__).parent / "goldens" / "transformer_xl_segments.npz"  # made by test_transformer_xl_live.py
@@ -37,9 +37,10 @@ logits_of = jax.jit(lambda model, params, hidden: model.logits(params, hidden), 
 
 @pytest.mark.plain_cases(1)
 @pytest.mark.parametrize("case", ["base", "divided", "pre_norm", "padded"])
-def test_segments_with_memory_equal_transformers(case):
+def test_segments_with_memory_equal_transformers(case, tmp_path):
     """Some segments are shorter than the memory, some longer. The case padded also has same_length."""
-    model, params = load_pretrained(GOLDENS / f"transformer_xl-{case}")
+    read_golden("transformer_xl", case, tmp_path)
+    model, params = load_pretrained(tmp_path)
     with np.load(SEGMENTS) as file:
         golden = {name.removeprefix(f"{case}/"): x for name, x in file.items() if name.startswith(f"{case}/")}
     state, start = model.init_state(2, model.config.memory_length), 0

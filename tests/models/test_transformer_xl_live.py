@@ -3,13 +3,16 @@
 python -m tests.models.test_transformer_xl_live     make the golden files of test_transformer_xl.py
 """
 
+import tempfile
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from jaxlm.interop.huggingface import load_pretrained, save_pretrained
 from jaxlm.models import get_model
 from tests.models.test_transformer_xl import SEGMENTS
-from tests.oracles import GOLDENS
+from tests.oracles import read_golden
 from tests.oracles.transformer_xl import CASES, no_memory, random_model, reference
 
 pytestmark = pytest.mark.live
@@ -22,8 +25,9 @@ def segments(case):
     import torch
 
     model = random_model(case)
-    directory = GOLDENS / f"transformer_xl-{case}"
-    _load(model, directory)
+    with tempfile.TemporaryDirectory() as directory:
+        read_golden("transformer_xl", case, Path(directory))
+        _load(model, Path(directory))
     tokens = np.random.default_rng(7).integers(0, model.config.vocab_size, (2, sum(LENGTHS))).astype(np.int32)
     memory, hidden, start = no_memory(model, 2), [], 0
     with torch.no_grad():

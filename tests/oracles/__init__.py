@@ -2,7 +2,7 @@
 
 A module has these names:
 
-    CASES                       tiny models, whose goldens (stored reference results) are in the repository
+    CASES                       tiny models, whose files and reference results are stored (goldens/FAMILY.npz)
     LIVE                        further models, which are compared only if torch is installed
     reference(case, directory)  writes the files of a random model to ``directory`` and returns the reference results
 
@@ -23,6 +23,7 @@ Commands:
 from __future__ import annotations
 
 import importlib
+import tempfile
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -36,7 +37,6 @@ from jaxlm.objectives.batch import Batch
 from jaxlm.testing.helpers import relative_error
 
 GOLDENS = Path(__file__).parent / "goldens"
-REFERENCE = "reference.npz"
 FAMILIES = sorted(path.stem for path in Path(__file__).parent.glob("*.py") if not path.stem.startswith(("_", "test_")))
 
 TOLERANCES = {"hidden": 1e-5, "logits": 1e-5, "loss": 2e-6, "gradient": 3e-5}
@@ -51,6 +51,30 @@ def oracle(family: str) -> ModuleType:
 def tolerances(family: str) -> dict[str, float]:
     """The tolerance of each quantity for a family."""
     return {**TOLERANCES, **getattr(oracle(family), "TOLERANCES", {})}
+
+
+def write_goldens(family: str) -> None:
+    """Write the goldens of a family to one file: the results and the model files of all its cases."""
+    arrays = {}
+    for case in oracle(family).CASES:
+        with tempfile.TemporaryDirectory() as directory:
+            results = oracle(family).reference(case, Path(directory))
+            files = {path.name: path.read_bytes() for path in sorted(Path(directory).iterdir())}
+        arrays |= {f"{case}/{key}": x for key, x in results.items()}
+        for name, contents in files.items():
+            if name not in ("generation_config.json", "README.md"):
+                arrays[f"{case}/files/{name}"] = np.frombuffer(contents, np.uint8)
+    np.savez_compressed(GOLDENS / f"{family}.npz", **arrays)
+
+
+def read_golden(family: str, case: str, directory: Path) -> dict[str, np.ndarray]:
+    """Write the files of a stored model to ``directory``, and return the stored reference results."""
+    with np.load(GOLDENS / f"{family}.npz") as file:
+        arrays = {key.removeprefix(f"{case}/"): file[key] for key in file if key.startswith(f"{case}/")}
+    directory.mkdir(parents=True, exist_ok=True)
+    for key in [key for key in arrays if key.startswith("files/")]:
+        (directory / key.removeprefix("files/")).write_bytes(arrays.pop(key).tobytes())
+    return arrays
 
 
 def compare(directory: Path, reference: dict[str, np.ndarray]) -> dict[str, float]:

@@ -3,25 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import shutil
 import tempfile
 from pathlib import Path
 
-import numpy as np
-
-from tests.oracles import FAMILIES, GOLDENS, REFERENCE, compare, oracle
-
-
-def write(family: str) -> None:
-    """Write the goldens of a family."""
-    for case in oracle(family).CASES:
-        directory = GOLDENS / f"{family}-{case}"
-        shutil.rmtree(directory, ignore_errors=True)
-        directory.mkdir(parents=True)
-        arrays = oracle(family).reference(case, directory)
-        for name in ("generation_config.json", "README.md"):
-            (directory / name).unlink(missing_ok=True)
-        np.savez_compressed(directory / REFERENCE, **arrays)
+from tests.oracles import FAMILIES, compare, oracle, write_goldens
 
 
 def table(families: list[str]) -> None:
@@ -45,6 +30,6 @@ if __name__ == "__main__":
     chosen = arguments.families or FAMILIES
     if arguments.write:
         for name in chosen:
-            write(name)
+            write_goldens(name)
     else:
         table(chosen)

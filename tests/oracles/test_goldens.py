@@ -4,23 +4,24 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from tests.oracles import GOLDENS, REFERENCE, compare, tolerances
+from tests.oracles import FAMILIES, GOLDENS, compare, oracle, read_golden, tolerances
 
-NAMES = sorted(path.name for path in GOLDENS.iterdir())
-FIRST = {name.split("-")[0]: name for name in reversed(NAMES)}
+CASES = [(family, case) for family in FAMILIES for case in sorted(oracle(family).CASES)]
+FIRST = dict(reversed(CASES))
 """The first case of each family. The others are marked ``thorough``."""
-CASES = [name if name in FIRST.values() else pytest.param(name, marks=pytest.mark.thorough) for name in NAMES]
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_hidden_states_logits_loss_and_all_gradients_equal_the_reference(case: str) -> None:
-    directory: Path = GOLDENS / case
-    with np.load(directory / REFERENCE) as file:
-        errors = compare(directory, dict(file))
-    allowed = tolerances(case.split("-")[0])
+@pytest.mark.parametrize(
+    ("family", "case"),
+    [pytest.param(*each, marks=[] if each in FIRST.items() else pytest.mark.thorough) for each in CASES],
+)
+def test_hidden_states_logits_loss_and_all_gradients_equal_the_reference(
+    family: str, case: str, tmp_path: Path
+) -> None:
+    errors = compare(tmp_path, read_golden(family, case, tmp_path))
+    allowed = tolerances(family)
     assert errors
     assert all(errors[quantity] < allowed[quantity] for quantity in errors), errors
 
