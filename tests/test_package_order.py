@@ -151,3 +151,39 @@ def test_no_module_imports_private_names():
         if alias.name.startswith("_") and not alias.name.startswith("__")
     ]
     assert wrong == []
+
+
+def meshes(source: str) -> list[int]:
+    """The numbers of the lines that make a mesh without ``sharding.make_mesh``, or import ``make_mesh`` from jax."""
+    lines = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "jax":
+            lines += [node.lineno for alias in node.names if alias.name in ("make_mesh", "create_device_mesh")]
+        if isinstance(node, ast.Call):
+            names = ast.unparse(node.func).split(".")
+            made_by_jax = names[-1] == "make_mesh" and "jax" in names
+            if made_by_jax or names[-1] in ("Mesh", "AbstractMesh", "create_device_mesh"):
+                lines.append(node.lineno)
+    return lines
+
+
+def test_meshes_are_made_only_with_make_mesh():
+    found = {str(path.relative_to(ROOT)) for path in FILES if meshes(path.read_text(encoding="utf-8"))}
+    assert found == {"jaxlm/sharding.py"}  # the definition of make_mesh
+
+
+@pytest.mark.parametrize(
+    ("line", "is_wrong"),
+    [
+        ("mesh = jax.make_mesh((8,), ('data',))", True),
+        ("mesh = jax.sharding.Mesh(devices, ('data',))", True),
+        ("mesh = Mesh(devices, ('data',))", True),
+        ("from jax import make_mesh", True),
+        ("devices = mesh_utils.create_device_mesh((8,))", True),
+        ("mesh = sharding.make_mesh('data=8')", False),
+        ("from jaxlm.sharding import make_mesh; mesh = make_mesh('data=8')", False),
+        ("def count(mesh: jax.sharding.Mesh): return isinstance(mesh, jax.sharding.AbstractMesh)", False),
+    ],
+)
+def test_the_rule_on_meshes_allows_annotations_but_no_other_constructor(line, is_wrong):
+    assert bool(meshes(line)) == is_wrong
