@@ -2,10 +2,12 @@
 
 import dataclasses
 import importlib
+from pathlib import Path
 
 import pytest
 
 from jaxlm import config as config_lib
+from jaxlm.training.checks import PRETRAINED_PRESETS
 from jaxlm.training.loop import Result
 from jaxlm.training.recipes import RECIPES, recipe
 from jaxlm.training.report import metric_curve, read_metrics
@@ -47,8 +49,10 @@ def test_a_recipe_replaces_the_optimizer_of_a_preset(captured):
     main, experiments = captured
     presets = importlib.import_module(main.__module__).PRESETS
     for name, preset in presets.items():
-        assert main(["--preset", name, "--recipe", "gru"]) == 0
-        assert experiments[-1] == dataclasses.replace(preset, optimizer=recipe("gru"))
+        files = ["--model.pretrained", "files"] if name in PRETRAINED_PRESETS else []
+        assert main(["--preset", name, "--recipe", "gru", *files]) == 0
+        model = dataclasses.replace(preset.model, pretrained=Path("files")) if files else preset.model
+        assert experiments[-1] == dataclasses.replace(preset, model=model, optimizer=recipe("gru"))
 
 
 @pytest.mark.thorough

@@ -25,6 +25,7 @@ from jaxlm.models import FAMILIES, Model, get_model
 from jaxlm.models.heads import LABEL_HEADS
 from jaxlm.models.hybrid import Multipliers
 from jaxlm.models.model import Metadata
+from jaxlm.nn.attention.rotary import RotaryScaling
 from jaxlm.testing.helpers import assert_trees_equal, initial_params, tiny_model
 from jaxlm.training.checks import check_tokenizer
 from tests.interop.classes import CLASSES, model_of_class
@@ -293,6 +294,7 @@ UNPUBLISHED: tuple[tuple[str, dict[str, Any]], ...] = (
     ("openai-gpt-tiny", {"mlp_dim": 64}),
     ("llama-tiny", {"pattern": ("window", "full"), "window": 4}),
     ("llama-tiny", {"qk_norm": True, "qkv_bias": True}),
+    ("llama-tiny", {"rotary_scaling": RotaryScaling("dynamic", 2.0, 32)}),
     ("llama-tiny", {"num_experts": 3, "experts_per_token": 1, "qkv_bias": True}),
     ("gated_deltanet-hybrid-tiny", {"num_experts": 3, "expert_dim": 5}),
     ("mamba2-tiny", {"norm_before_gate": True}),

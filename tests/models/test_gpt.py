@@ -99,12 +99,6 @@ def test_errors_name_bad_fields(fields, message):
         get_model("gpt2-tiny", **fields)
 
 
-def test_writing_unsupported_gpt_1_fields_raises(tmp_path):
-    model = tiny_model("openai-gpt-tiny", mlp_dim=7)
-    with pytest.raises(ValueError, match="no Hugging Face class"):
-        save_pretrained(tmp_path, model, initial_params(model))
-
-
 def test_accelerators_project_queries_keys_and_values_separately(monkeypatch):
     model = tiny_model("gpt2-tiny")
     params, tokens = add_noise(initial_params(model)), random_tokens(model, 2, 9)

@@ -481,9 +481,3 @@ def test_rotary_positions_of_gemma_3_in_files_of_transformers_5():
         config_json.describe_model(
             {**config, "rope_parameters": None, "sliding_window_pattern": 0}, Path("config.json"), {}
         )
-
-
-def test_writing_unsupported_dynamic_scaling_raises(tmp_path):
-    model = tiny_model("llama-tiny", rotary_scaling=RotaryScaling("dynamic", 2.0, 32))
-    with pytest.raises(ValueError, match="max_positions=64 cannot be written .*: set max_positions=32, or use"):
-        save_pretrained(tmp_path, model, initial_params(model))
