@@ -48,8 +48,8 @@ class Job:
 def _jobs() -> tuple[Job, ...]:
     models = {
         "gpt2": 3, "bert-base-uncased": 4, "t5-small": 3, "xlnet-base-cased": 5, "transformer-xl-base": 8, "vdcnn-9": 5,
-        "lstm-zaremba-medium": 2, "smollm2-135m": 4, "mamba2-130m": 6, "griffin-12-layers": 6,
-        "gated-deltanet-12-layers": 6, "xlstm-12-layers": 6,
+        "lstm-zaremba-medium": 2, "smollm2-135m": 4, "mamba2-130m": 8, "griffin-12-layers": 3,
+        "gated-deltanet-12-layers": 3, "xlstm-12-layers": 3,
     }  # fmt: skip
     decoders = {"gpt2": 22, "t5-small": 14, "lstm-zaremba-medium": 6}
     lengths = ("--prompt", "32,512", "--batch", "1,8")
