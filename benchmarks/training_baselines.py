@@ -181,6 +181,8 @@ def torch_loss(directory: str, family: str) -> tuple[Any, Callable[[], Any]]:
     """The torch model of a directory, and a function that returns its mean loss on the batch in the directory."""
     import torch
 
+    from benchmarks import torch_models
+
     device, arrays = torch_device(), complete_models.load(directory)
 
     def tensor(x: Any) -> Any:
@@ -198,8 +200,6 @@ def torch_loss(directory: str, family: str) -> tuple[Any, Callable[[], Any]]:
 
         def logits() -> Any:
             if family == "griffin":
-                from benchmarks import torch_models
-
                 torch_models.forget_states(model)
             return model(**inputs, **options).logits
 

@@ -585,15 +585,15 @@ def _in_saved_layout(target: spec.Tree, saved: Collection[str]) -> tuple[spec.Tr
     if names != saved_names:
         if _without_layer_numbers(names) == saved_names:
             stacked = jax.eval_shape(spec.restack, abstract)
-            _check_layer_axes(stacked, "True")
+            _check_layer_axes(stacked, scan_layers=True)
             return stacked, spec.unstack
         if names == _without_layer_numbers(saved_names):
-            _check_layer_axes(abstract, "False")
+            _check_layer_axes(abstract, scan_layers=False)
             return jax.eval_shape(spec.unstack, abstract), spec.restack
     return abstract, lambda tree: tree
 
 
-def _check_layer_axes(stacked: spec.Tree, scan_layers: str) -> None:
+def _check_layer_axes(stacked: spec.Tree, *, scan_layers: bool) -> None:
     """Raise ``ValueError`` if an array of the optimizer for stacked layers does not begin with the axis ``layers``.
 
     Examples are one number per weight (NovoGrad), and the last gradients of each weight (L-BFGS). The layer axis is

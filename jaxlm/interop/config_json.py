@@ -79,7 +79,8 @@ def format_of(model: Model) -> Format:
     """
     loaded = model.metadata.config.get("model_type")
     published = sorted(formats.of(model.family), key=lambda table: table.model_type != loaded)
-    return next((table for table in published if _represents(table, model)), _native_format(model))
+    table = next((table for table in published if _represents(table, model)), None)
+    return _native_format(model) if table is None else table
 
 
 def _represents(table: Format, model: Model) -> bool:

@@ -222,7 +222,7 @@ def plan(
         dtype=str(getattr(model.config, "dtype", "float32")), batch=batch, sequence=sequence, tokens=step.tokens,
         devices=len(devices.devices), device_kind=devices.devices[0].device_kind, flops=step.flops.amount,
         flops_formula=step.flops.formula,
-        min_memory_seconds=_min_memory_seconds(model, step, devices.device) if decode else None,
+        min_memory_seconds=_min_memory_seconds(model, step, parts["state"], devices.device) if decode else None,
     )  # fmt: skip
     try:
         compiled = traced.lower().compile(compiler_options=dict(compiler_options or {}))
@@ -278,12 +278,12 @@ def _check_settings(decode: bool, optimizer: OptimizerConfig, grad_accum_steps: 
         raise ValueError(f"param_dtype={param_dtype!r} is unknown: choose from float32, bfloat16, float16")
 
 
-def _min_memory_seconds(model: Model, step: program.Step, device: Device | None) -> float | None:
+def _min_memory_seconds(model: Model, step: program.Step, state_bytes: int, device: Device | None) -> float | None:
     """The time for reading the parameters and the state of a decoding step; None if the bandwidth is unknown."""
     if device is None:
         return None
     parameters = program.bytes_read_by_a_token(model, step.parts["parameters"])
-    return (parameters + program.device_bytes(step.parts["state"])) / device.bandwidth
+    return (parameters + state_bytes) / device.bandwidth
 
 
 def _reason(message: str) -> str:
