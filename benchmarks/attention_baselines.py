@@ -159,7 +159,7 @@ class Torch(Sampled, TorchImplementation):
         q, k, v = (self.arrays[name].transpose(1, 2) for name in ("query", "key", "value"))
         sdpa = torch.nn.functional.scaled_dot_product_attention
         if self.shape.variant == "plain":
-            return sdpa(q, k, v).transpose(1, 2)
+            return sdpa(q, k, v, is_causal=True).transpose(1, 2)
         if self.shape.variant == "decode":
             n = self.shape.length
             return sdpa(q, k[:, :, :n], v[:, :, :n]).transpose(1, 2)

@@ -142,7 +142,10 @@ class Jaxlm(ScanImplementation, JaxImplementation):
             query, key, value, log_input, forget = inputs
             return scan.mlstm(query, key, value, log_input, log_sigmoid(forget), **options)[0]
         if self.op == "generalized_delta_rule":
-            options["min_log_decay"] = MIN_LOG_DECAY
+            query, key, value, log_decay, *low_rank = inputs
+            return scan.generalized_delta_rule(
+                query, key, value, log_decay, tuple(low_rank), min_log_decay=MIN_LOG_DECAY, **options
+            )[0]
         return getattr(scan, self.op)(*inputs, **options)[0]
 
     def prepare(self) -> None:

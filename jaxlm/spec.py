@@ -292,7 +292,8 @@ def unstack(tree: Tree) -> Tree:
 def restack(tree: Tree) -> Tree:
     """``tree`` in the stacked layout: the inverse of :func:`unstack`.
 
-    Layers whose trees have different structures (as in ``griffin``) have no stacked layout. They stay per-layer.
+    Layers whose trees have different structures (as in ``griffin``) or shapes have no stacked layout. They stay
+    per-layer.
     """
 
     def stack_leaves(*leaves: Any) -> Any:
@@ -301,7 +302,8 @@ def restack(tree: Tree) -> Tree:
         return np.stack(leaves) if isinstance(leaves[0], np.ndarray) else jnp.stack(leaves)
 
     def stack_layers(layers: tuple[Tree, ...]) -> Tree:
-        if len({jax.tree.structure(layer) for layer in layers}) != 1:
+        kinds = {(jax.tree.structure(layer), tuple(x.shape for x in jax.tree.leaves(layer))) for layer in layers}
+        if len(kinds) != 1:
             return layers
         return jax.tree.map(stack_leaves, *layers)
 

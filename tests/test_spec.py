@@ -98,6 +98,8 @@ def test_layers_of_different_kinds_stay_per_layer():
     tree = {"layers": (layer, {"w": np.zeros(2)}, layer)}
     assert spec.restack(tree)["layers"] == tree["layers"]
     assert spec.restack({"layers": (layer, layer)})["layers"]["w"].shape == (2, 2)
+    of_other_shape = {"layers": tuple({"w": ArraySpec((2, n), ("embed", "mlp"))} for n in (4, 8))}
+    assert spec.restack(of_other_shape) == of_other_shape
 
 
 def test_split_layer():

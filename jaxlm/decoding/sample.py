@@ -271,11 +271,29 @@ def prefill(
     end_id: EndId = None,
     allowed_ids: int | None = None,
     state: State | None = None,
-    seen: jax.Array | None = None,
 ) -> PartialGeneration:
     """The generation after the prompts have been read and the first token of each row has been drawn.
 
-    The arguments and errors of :func:`generate` apply here too. In addition:
+    The arguments and errors of :func:`generate` apply here too.
+    """
+    settings = check_and_make_settings(
+        model, prompts, segment_ids, max_new_tokens, sampling, key, end_id, allowed_ids, state
+    )
+    return prefill_with_settings(model, params, prompts, segment_ids, settings, key=key, state=state)
+
+
+def prefill_with_settings(
+    model: Model,
+    params: Params,
+    prompts: Array,
+    segment_ids: Array | None,
+    settings: Settings,
+    *,
+    key: jax.Array | None = None,
+    state: State | None = None,
+    seen: jax.Array | None = None,
+) -> PartialGeneration:
+    """The result of :func:`prefill` for arguments that :func:`check_and_make_settings` has checked.
 
     Args:
         seen: [B, V] bool, whether the repetition penalty applies to an id even if the prompt does not contain it. An
@@ -284,11 +302,9 @@ def prefill(
 
     Raises:
         ValueError: ``seen`` has another shape, or is given without a repetition penalty.
+        NotFiniteError: as in :func:`generate`.
     """
-    settings = check_and_make_settings(
-        model, prompts, segment_ids, max_new_tokens, sampling, key, end_id, allowed_ids, state
-    )
-    if seen is not None and sampling.repetition_penalty == 1.0:
+    if seen is not None and settings.sampling.repetition_penalty == 1.0:
         raise ValueError("seen needs a repetition penalty: set Sampling(repetition_penalty=...), or pass seen=None")
     if seen is not None and seen.shape != (prompts.shape[0], settings.num_ids):
         raise ValueError(

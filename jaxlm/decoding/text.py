@@ -248,7 +248,8 @@ class _TextGenerator:
     def use_draft(self, draft: tuple[Model, Params], num_proposed: int) -> None:
         """Generate with the proposals of a draft model. Raises an error if it cannot propose tokens."""
         if not (isinstance(draft, tuple) and len(draft) == 2 and hasattr(draft[0], "apply")):
-            raise TypeError(f"draft is a pair (model, params), got {type(draft).__name__}")
+            got = f"a tuple of {len(draft)}" if isinstance(draft, tuple) else type(draft).__name__
+            raise TypeError(f"draft must be the pair (model, params), got {got}")
         draft_model = draft[0]
         if self.num_beams > 1:
             raise ValueError(f"num_beams={self.num_beams}: beam search does not use a draft model; set num_beams=1")

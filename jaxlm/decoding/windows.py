@@ -19,7 +19,14 @@ import numpy as np
 
 from jaxlm.decoding.batches import bucket_length, pad_rows
 from jaxlm.decoding.prompts import check_sharding
-from jaxlm.decoding.sample import PartialGeneration, Sampling, advance, prefill, row_keys
+from jaxlm.decoding.sample import (
+    PartialGeneration,
+    Sampling,
+    advance,
+    check_and_make_settings,
+    prefill_with_settings,
+    row_keys,
+)
 from jaxlm.models import Model
 from jaxlm.sharding import Sharding, active
 from jaxlm.spec import Params, State
@@ -150,11 +157,13 @@ class WindowedGeneration:
             # Later windows need other keys, because the number that is folded into the key for each token begins again
             # at 0.
             key = row_keys(key if self._window == 0 else jax.random.fold_in(key, self._window), self._numbers)
-        return prefill(
-            request.model, request.params, tokens_BT, segment_ids_BT, max_new_tokens=new_tokens,
-            sampling=request.sampling, key=key, end_id=request.end_ids, allowed_ids=request.num_ids, state=state,
-            seen=seen,
+        settings = check_and_make_settings(
+            request.model, tokens_BT, segment_ids_BT, new_tokens, request.sampling, key, request.end_ids,
+            request.num_ids, state,
         )  # fmt: skip
+        return prefill_with_settings(
+            request.model, request.params, tokens_BT, segment_ids_BT, settings, key=key, state=state, seen=seen
+        )
 
     @property
     def is_full(self) -> bool:
@@ -193,6 +202,6 @@ class WindowedGeneration:
         self._window += 1
         prompts = [ids[-max(limit // 2, 1) :] for ids in self.rows]
         progress = self._open(prompts, seen=self.progress.seen)  # the repetition penalty applies to all windows
-        # `prefill` draws a token for every row. Discard the tokens of rows that have ended.
+        # `_open` draws a token for every row. Discard the tokens of rows that have ended.
         lengths = jnp.where(jnp.asarray(ended), 0, progress.lengths)
         self.progress = dataclasses.replace(progress, ended=progress.ended | jnp.asarray(ended), lengths=lengths)

@@ -91,7 +91,8 @@ def _represents(table: Format, model: Model) -> bool:
         _shape_fields(table, model)
     except ValueError:
         return False
-    return True
+    names = {**table.tensors, **table.unprefixed_tensors}
+    return all(spec.split_layer(path)[0] in names for path in spec.flatten(model.specs))
 
 
 def _architecture(table: Format, model: Model) -> str | None:
@@ -525,10 +526,11 @@ def tokenizer_ids(model: Model, tokenizer: Tokenizer) -> dict[str, int | None]:
 
 def check_vocabulary(model: Model, tokenizer: Tokenizer) -> None:
     """Raise ``ValueError`` if the tokenizer needs more ids than the model has (:func:`num_required_ids`)."""
-    if num_required_ids(tokenizer) > model.config.vocab_size:
+    needed, available = num_required_ids(tokenizer), model.config.vocab_size
+    if needed > available:
         raise ValueError(
-            f"the tokenizer has {tokenizer.vocab_size} ids but the model has vocab_size={model.config.vocab_size}: "
-            "it is not the tokenizer of this model"
+            f"the tokenizer has {needed} ids but the model has vocab_size={available}: it is not the tokenizer of this "
+            "model"
         )
 
 

@@ -146,7 +146,7 @@ def _time_mix(
     removal_key = l2_normalize(k * removal, L2_EPSILON)
     k = k * (1.0 + (rate - 1.0) * replacement)
     out, memory = generalized_delta_rule(
-        r, k, v, log_decay, -removal_key, rate * removal_key, memory, min_log_decay=-math.exp(-0.5), **masks
+        r, k, v, log_decay, (-removal_key, rate * removal_key), memory, min_log_decay=-math.exp(-0.5), **masks
     )
     out = layer_norm(weights["norm"], out, cfg.group_norm_epsilon)
     out = out + jnp.sum(r * k * bonus, axis=-1, keepdims=True) * v

@@ -106,8 +106,9 @@ def corrupt(
 
     Raises:
         TypeError: the text is not an array of integers, or the mask is not an array.
-        ValueError: the text is empty or has ids outside int32; the mask does not have the shape of the text or removes
-            the first token; there are too few sentinels; sentinels have negative ids; or the text contains a sentinel.
+        ValueError: the text is empty or has ids outside int32; the mask is not boolean, does not have the shape of the
+            text or removes the first token; there are too few sentinels; sentinels have negative ids; or the text
+            contains a sentinel.
     """
     require_arrays(tokens=tokens, mask=mask)
     if tokens.dtype.kind in "iu":
@@ -115,6 +116,8 @@ def corrupt(
     tokens = tokens.astype(np.int32, casting="same_kind")  # sentinels may not fit into a smaller dtype
     if not tokens.size:
         raise ValueError("a text without tokens cannot be corrupted: remove it")
+    if mask.dtype != bool:
+        raise ValueError(f"mask has dtype {mask.dtype}: pass a boolean array, such as mask > 0")
     if mask.shape != tokens.shape or mask[0]:
         raise ValueError("a mask must have the shape of its text and begin with a token that is kept")
     num_used = max(_run_starts(mask).sum(), _run_starts(~mask).sum())

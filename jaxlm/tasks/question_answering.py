@@ -148,6 +148,11 @@ def _targets(
         return [(position, position) for position in no_answer]
     if "starts" not in example:
         raise ValueError(f"{what} has no field 'starts': convert SQuAD's format with jaxlm.data.squad.squad_example")
+    if len(example["starts"]) != len(example["answers"]):
+        raise ValueError(
+            f"{what} has {len(example['answers'])} 'answers' and {len(example['starts'])} 'starts': give one start per "
+            "answer"
+        )
     answers = zip(example["answers"], example["starts"], strict=True)
     (text, start), _ = Counter(answers).most_common(1)[0]
     if not example["context"].startswith(text, start):

@@ -91,7 +91,7 @@ class TextRequests:
     ) -> None:
         require_next_token_head(model, "it does not score or generate text")
         for name, value in (("batch_size", batch_size), ("max_length", max_length), ("max_gen_toks", max_gen_toks)):
-            if value is not None and (type(value) is not int or value < 1):
+            if (value is not None or name != "max_length") and (type(value) is not int or value < 1):
                 raise ValueError(f"{name}={value!r} must be an integer of at least 1")
         positions = model.max_positions
         if max_length is not None and positions is not None and max_length > positions:

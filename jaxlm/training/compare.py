@@ -64,7 +64,12 @@ def draw_comparison(runs: Sequence[str | Path], path: str | Path) -> None:
 def _check_runs(runs: Sequence[str | Path]) -> list[Path]:
     if not runs:
         raise ValueError("there are no runs to compare: give at least one run directory")
-    return [report.check_run(run) for run in runs]
+    paths = [report.check_run(run) for run in runs]
+    resolved = [path.resolve() for path in paths]
+    for path in paths:
+        if resolved.count(path.resolve()) > 1:
+            raise ValueError(f"the run {path} is given more than once: give each run once")
+    return paths
 
 
 def _run_names(paths: Sequence[Path]) -> list[str]:

@@ -90,6 +90,8 @@ def training_panels(records: list[dict[str, Any]]) -> list[Panel]:
     for name in report.validation_metrics(records):
         if name != "validation_loss":
             steps, values = report.metric_curve(records, name)
+            if not steps:
+                continue
             label = f"last {values[-1]:.4g}, best {report.best_value(records, name):.4g}"
             panels.append(Panel(readable_name(name), (Series(label, steps, values, color=1, markers=True),)))
     return panels

@@ -464,11 +464,15 @@ def test_a_mesh_that_splits_the_sequence_raises_before_compilation(gpt: Pair) ->
 
 
 def test_errors_name_bad_seen_ids(gpt: Pair) -> None:
-    penalty = Sampling(0.0, repetition_penalty=2.0)
+    def run(sampling: Sampling, rows: int) -> None:
+        settings = sample.check_and_make_settings(gpt[0], prompts, None, 2, sampling, None, None, None, None)
+        sample.prefill_with_settings(*gpt, prompts, None, settings, seen=np.zeros((rows, settings.num_ids), bool))
+
+    prompts = VALID_ARGUMENTS["prompts"]
     with pytest.raises(ValueError, match=r"seen needs a repetition penalty: set Sampling\(repetition_penalty=...\)"):
-        prefill(*gpt, **VALID_ARGUMENTS, seen=np.zeros((2, 128), bool))
+        run(GREEDY, 2)
     with pytest.raises(ValueError, match=r"seen \[1, 128\] must have the shape \[prompts, ids\] = \[2, 128\]"):
-        prefill(*gpt, **VALID_ARGUMENTS, sampling=penalty, seen=np.zeros((1, 128), bool))
+        run(Sampling(0.0, repetition_penalty=2.0), 1)
 
 
 @pytest.mark.thorough

@@ -120,8 +120,10 @@ def test_a_draft_model_that_cannot_propose_raises() -> None:
         run(config_of(), draft=model_and_params("lstm-tiny"), num_proposed=0)
     with pytest.raises(ValueError, match="num_proposed=2 needs a draft model"):
         run(config_of(), num_proposed=2)
-    with pytest.raises(TypeError, match=r"draft is a pair \(model, params\), got Model"):
+    with pytest.raises(TypeError, match=r"draft must be the pair \(model, params\), got Model"):
         run(config_of(), draft=small)
+    with pytest.raises(TypeError, match=r"draft must be the pair \(model, params\), got a tuple of 3"):
+        run(config_of(), draft=(small, {}, 2))
 
 
 @pytest.mark.thorough

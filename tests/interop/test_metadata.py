@@ -304,6 +304,7 @@ UNPUBLISHED: tuple[tuple[str, dict[str, Any]], ...] = (
     ("bamba-tiny", {"mlp_dim": None}),
     ("bamba-tiny", {"dt_limit_max": 1.0}),
     ("bamba-tiny", {"residual_in_float32": True}),
+    ("transformer-xl-tiny", {"cutoffs": tuple(range(10, 19)), "embedding_divisor": 2, "token_dim": 512}),
 )
 """Models that no class in transformers can represent, although their family has published formats."""
 

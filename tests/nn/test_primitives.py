@@ -21,7 +21,7 @@ from jaxlm.nn.loss import chunked_cross_entropy, cross_entropy
 from jaxlm.nn.norm import layer_norm, layer_norm_specs, rms_norm, rms_norm_specs
 from jaxlm.nn.recurrence import gru, gru_specs, lstm, lstm_specs, rg_lru, rg_lru_specs, slstm
 from jaxlm.nn.recurrence.slstm import STATE_NAMES, slstm_specs
-from jaxlm.nn.scan import gated_delta_rule, generalized_delta_rule, linear_attention, linear_scan, mlstm
+from jaxlm.nn.scan import Chunked, gated_delta_rule, generalized_delta_rule, linear_attention, linear_scan, mlstm
 from jaxlm.nn.segments import positions_in_segments
 from jaxlm.spec import ZEROS, Normal
 from jaxlm.testing.helpers import assert_trees_close, assert_trees_equal, relative_error
@@ -331,12 +331,12 @@ def mixture(params, x):
         (lstm, [lstm_specs(5, 4), empty(5)], {"implementation": "chunked"}),
         (gru, [gru_specs(5, 4), empty(5)], {"implementation": "reference"}),
         (slstm, [slstm_specs(2, 4), empty(2, 4, 4)], {}),
-        (mlstm, [*[empty(2, 8)] * 3, empty(2), empty(2)], {"chunk": 4, "implementation": "chunked"}),
+        (mlstm, [*[empty(2, 8)] * 3, empty(2), empty(2)], {"implementation": Chunked(4)}),
         (linear_scan, [empty(4)] * 2, {"implementation": "chunked"}),
-        (linear_attention, [empty(1, 8), empty(1, 8), empty(2, 3), empty(2)], {"chunk": 4}),
-        (linear_attention, [empty(2, 8)] * 4, {"chunk": 4}),
-        (gated_delta_rule, [*[empty(2, 8)] * 3, empty(2), empty(2)], {"chunk": 4}),
-        (generalized_delta_rule, [empty(2, 8)] * 6, {"chunk": 4}),
+        (linear_attention, [empty(1, 8), empty(1, 8), empty(2, 3), empty(2)], {"implementation": Chunked(4)}),
+        (linear_attention, [empty(2, 8)] * 4, {"implementation": Chunked(4)}),
+        (gated_delta_rule, [*[empty(2, 8)] * 3, empty(2), empty(2)], {"implementation": Chunked(4)}),
+        (generalized_delta_rule, [*[empty(2, 8)] * 4, (empty(2, 8), empty(2, 8))], {"implementation": Chunked(4)}),
         (lstm, [lstm_specs(5, 4), empty(5), dict.fromkeys(("hidden", "cell"), array(0, 4))], {}),
         (slstm, [slstm_specs(2, 4), empty(2, 4, 4), dict.fromkeys(STATE_NAMES, array(0, 2, 4))], {}),
         (

@@ -16,7 +16,7 @@ from jaxlm.nn.experts import expert_specs, mixture_of_experts
 from jaxlm.nn.linear import linear
 from jaxlm.nn.loss import chunked_cross_entropy, cross_entropy
 from jaxlm.nn.recurrence import gru, gru_cell, gru_specs, lstm, lstm_cell, lstm_specs, project
-from jaxlm.nn.scan import linear_attention, linear_scan
+from jaxlm.nn.scan import Chunked, linear_attention, linear_scan
 from jaxlm.testing.helpers import assert_trees_close
 
 SEGMENTS = np.array([[1, 1, 1, 2, 2], [1, 1, 1, 1, 0]])
@@ -81,7 +81,7 @@ def scan_loss(implementation):
 
 
 def linear_attention_loss(implementation):
-    options = {"implementation": implementation, "chunk": 4}
+    options = {"implementation": implementation}
     return lambda tree: sum_of_sines(linear_attention(*tree["qkv"], -jnp.exp(tree["decay"]), **options)[0])
 
 
@@ -130,12 +130,12 @@ CASES = {
         for name in ("sequential", "chunked")
     },
     "linear_attention": (
-        linear_attention_loss("chunked"),
+        linear_attention_loss(Chunked(4)),
         linear_attention_loss("reference"),
         {"qkv": (q, k, v), "decay": v + q},
     ),
     "linear_attention with groups": (
-        linear_attention_loss("chunked"),
+        linear_attention_loss(Chunked(4)),
         linear_attention_loss("reference"),
         {"qkv": (q[:, :, :1], k[:, :, :1], v), "decay": (v + q)[..., 0]},
     ),

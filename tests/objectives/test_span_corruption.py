@@ -146,6 +146,8 @@ def test_invalid_input_raises_errors():
         corrupt(text, np.arange(40) == 5, first_sentinel=60, end_id=1, num_sentinels=16)
     with pytest.raises(ValueError, match="begin with a token that is kept"):
         corrupt(text, np.arange(40) == 0, first_sentinel=99, end_id=1)
+    with pytest.raises(ValueError, match="mask has dtype int64: pass a boolean array"):
+        corrupt(text, (np.arange(40) == 5).astype(np.int64), first_sentinel=99, end_id=1)
     with pytest.raises(ValueError, match="source_length=2 is too short"):
         text_length(2)
     with pytest.raises(ValueError, match="a text without tokens cannot be corrupted"):

@@ -202,6 +202,8 @@ def test_errors_for_invalid_training_examples() -> None:
         training_windows(QA_MODEL, BYTES, [{**EXAMPLES[0], "id": "q", "answers": [" "], "starts": [space]}])
     with pytest.raises(ValueError, match="question 'q': the answer 'in 1998' is not at character 1 of the context"):
         training_windows(QA_MODEL, BYTES, [{**EXAMPLES[0], "id": "q", "answers": ["in 1998"], "starts": [1]}])
+    with pytest.raises(ValueError, match="question 'q' has 2 'answers' and 1 'starts': give one start per answer"):
+        training_windows(QA_MODEL, BYTES, [{**EXAMPLES[0], "id": "q", "answers": ["a", "b"], "starts": [0]}])
     with pytest.raises(ValueError, match="question 'q' has no field 'starts': convert SQuAD's format with"):
         training_windows(QA_MODEL, BYTES, [{"id": "q", "question": "?", "context": "a b", "answers": {"text": ["a"]}}])
 

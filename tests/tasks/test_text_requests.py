@@ -269,6 +269,8 @@ def test_invalid_requests_raise_errors() -> None:
     for options, message in (
         ({"batch_size": "auto"}, "batch_size='auto' must be an integer of at least 1"),
         ({"batch_size": True}, "batch_size=True must be an integer of at least 1"),
+        ({"batch_size": None}, "batch_size=None must be an integer of at least 1"),
+        ({"max_gen_toks": None}, "max_gen_toks=None must be an integer of at least 1"),
         ({"max_length": 65}, "max_length=65 exceeds the model's max_positions=64"),
         ({"prefix_token_id": 257}, "prefix_token_id=257 must be an id of the vocabulary, from 0 to 256"),
     ):

@@ -86,6 +86,8 @@ def test_errors_name_a_directory_without_a_run(tmp_path):
         compare_runs([run, tmp_path / "empty"])
     with pytest.raises(FileNotFoundError, match="nowhere is not a directory"):
         draw_comparison([tmp_path / "nowhere"], tmp_path / "curves.png")
+    with pytest.raises(ValueError, match="run is given more than once: give each run once"):
+        draw_comparison([run, run], tmp_path / "curves.png")
     with pytest.raises(ValueError, match="there are no runs to compare"):
         compare_runs([])
     (tmp_path / "started").mkdir()

@@ -57,6 +57,7 @@ def test_a_curve_has_no_steps_that_a_rollback_discarded():
     assert metric_curve(records, "loss") == ([1, 2, 4], [1.0, 2.0, 0.5])
     records = [{"step": 3, "validation_loss": 1.0, "validation_accuracy": 0.5}]
     assert plots.training_panels([*records, {"step": 4, "event": "rollback", "to_step": 2}]) == []
+    assert plots.training_panels([{"validation_accuracy": 0.5}]) == []  # a record without a step
 
 
 def test_a_curve_has_no_steps_after_the_checkpoint_of_a_resume():

@@ -146,8 +146,8 @@ def _selected_entries(P: int, C: int, width: int) -> np.ndarray:
 
 
 def _kernel(
-    static: _Static, slots: int, blocks: Any, layer: Any, q: Any, k: Any, v: Any, bias: Any, selected: Any, out: Any,
-    top: Any, total: Any, mixed: Any,
+    static: _Static, slots: int, blocks: Any, layer: Any, inputs: Sequence[Any], out: Any, top: Any, total: Any,
+    mixed: Any,
 ) -> None:  # fmt: skip
     """Update the running maximum, sum and weighted values, and write the output after the last block.
 
@@ -155,14 +155,13 @@ def _kernel(
         slots: S.
         blocks: for each row, the number of blocks of slots that are read.
         layer: not used here; the block specs of the keys and values use it.
-        q: [T, P, C * K].
-        k, v: [E, C * K] and [E, C * V].
-        bias: [T, 1 or P, E].
-        selected: the result of :func:`_selected_entries`.
+        inputs: the queries [T, P, C * K], the keys [E, C * K], the values [E, C * V], the bias [T, 1 or P, E], and the
+            result of :func:`_selected_entries`.
         out: [T, R, C * V].
         top, total, mixed: [T, P, 1], [T, P, 1] and [T, P, C * V] float32, kept from block to block.
     """
     del layer
+    q, k, v, bias, selected = inputs
     row, block = pl.program_id(0), pl.program_id(2)
     queries, size = q.shape[0], k.shape[0]
 
@@ -242,11 +241,11 @@ def _forward(static: _Static, floats: Any, integers: Any) -> tuple[jax.Array, An
     grid = pltpu.PrefetchScalarGridSpec(
         num_scalar_prefetch=2,
         grid=(B, N, -(-S // E)),
-        in_specs=[
+        in_specs=[(
             row_block(P, q.shape[4]), slot_block(k), slot_block(v),
             pl.BlockSpec((None, T, None, bias.shape[3], E), bias_index),
             pl.BlockSpec(selected.shape, lambda b, n, s, blocks, layer: (0, 0, 0)),
-        ],
+        )],
         out_specs=row_block(R, width),
         scratch_shapes=[pltpu.VMEM((T, P, size), jnp.float32) for size in (1, 1, width)],
     )  # fmt: skip
@@ -257,7 +256,7 @@ def _forward(static: _Static, floats: Any, integers: Any) -> tuple[jax.Array, An
             dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT_BYTES
         ),
     )  # fmt: skip
-    return run(blocks_B, layer, q, k, v, bias, selected), (floats, layer)
+    return run(blocks_B, layer, (q, k, v, bias, selected)), (floats, layer)
 
 
 def _backward(static: _Static, saved: Any, dout: jax.Array) -> tuple[Any, None]:

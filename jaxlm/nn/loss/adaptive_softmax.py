@@ -57,7 +57,8 @@ class Clusters:
             not change the probabilities.
 
     Raises:
-        ValueError: the cutoffs do not ascend between 0 and ``vocab_size``, or a cluster has width 0.
+        ValueError: the divisor is less than 1, the cutoffs do not ascend between 0 and ``vocab_size``, or a cluster has
+            width 0.
     """
 
     vocab_size: int
@@ -68,6 +69,8 @@ class Clusters:
     multiple: int = 1
 
     def __post_init__(self) -> None:
+        if self.divisor < 1:
+            raise ValueError(f"divisor={self.divisor} must be at least 1")
         if any(stop <= start for start, stop in self.ranges):
             raise ValueError(f"cutoffs={self.cutoffs} must ascend between 0 and vocab_size={self.vocab_size}")
         if self.widths[-1] < 1:

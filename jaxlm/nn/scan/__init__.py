@@ -2,16 +2,17 @@
 
 The state of ``linear_scan`` is a vector for each row. The state of ``linear_attention``, ``ssd`` (the state space model
 of Mamba-2, a special case of linear attention), ``mlstm``, ``gated_delta_rule`` and ``generalized_delta_rule`` is a
-matrix for each head.
+matrix for each head. ``Chunked(32)`` is an implementation of the scans with a matrix: chunks of 32 steps.
 """
 
 from jaxlm.nn.scan.delta_rule import gated_delta_rule, generalized_delta_rule
-from jaxlm.nn.scan.matrix_state import linear_attention
+from jaxlm.nn.scan.matrix_state import Chunked, linear_attention
 from jaxlm.nn.scan.mlstm import mlstm, mlstm_state_specs
 from jaxlm.nn.scan.state_space import ssd
 from jaxlm.nn.scan.vector_state import linear_scan
 
 __all__ = [
+    "Chunked",
     "gated_delta_rule",
     "generalized_delta_rule",
     "linear_attention",

@@ -35,6 +35,7 @@ from jax.typing import DTypeLike
 from jaxlm.nn import choices
 from jaxlm.nn.scan import chunks, delta_rule_pallas, head_blocks
 from jaxlm.nn.scan.matrix_state import (
+    Chunked,
     Implementation,
     block_pairs,
     check_inputs,
@@ -62,7 +63,6 @@ def gated_delta_rule(
     *,
     reset_BT: jax.Array | None = None,
     keep_BT: jax.Array | None = None,
-    chunk: int | None = None,
     implementation: Implementation | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """The outputs ``q_t @ S_t`` of the gated delta rule (equations: see the module), and the last state.
@@ -80,17 +80,15 @@ def gated_delta_rule(
         reset_BT: True where the state is set to zeros before the step (``jaxlm.nn.segments.segment_boundaries``), even
             if it is NaN; see ``linear_attention`` for non-finite inputs. None: no resets.
         keep_BT: False where the step is padding; the state does not change and the output is zeros. None: no padding.
-        chunk: L, a power of two, for ``chunked`` only. None: a default for the platform. If a chunk is given,
-            ``implementation=None`` does not select ``pallas``.
         implementation: ``reference`` is a loop over steps. ``chunked`` is a loop over chunks; a triangular system and
-            matmuls compute all steps of a chunk. It saves the inputs and the state before each chunk, and its backward
-            pass recomputes everything else. ``pallas`` is a TPU kernel that computes chunks
+            matmuls compute all steps of a chunk. Its number of steps per chunk depends on the platform;
+            ``jaxlm.nn.scan.Chunked(32)`` sets it to 32. It saves the inputs and the state before each chunk, and its
+            backward pass recomputes everything else. ``pallas`` is a TPU kernel that computes chunks
             (``jaxlm.nn.scan.delta_rule_pallas``). None selects the fastest known implementation.
 
     Raises:
-        ValueError: shapes that do not match, inputs without steps, a mask that is not boolean, a chunk that is not a
-            power of two, an unknown implementation, or ``pallas`` on another platform or with arguments that it does
-            not support.
+        ValueError: shapes that do not match, inputs without steps, a mask that is not boolean, an unknown
+            implementation, or ``pallas`` on another platform or with arguments that it does not support.
 
     Example:
         >>> key, value = jnp.ones((1, 3, 1, 1)), jnp.array([4.0, 8.0, 8.0]).reshape(1, 3, 1, 1)
@@ -103,7 +101,8 @@ def gated_delta_rule(
     check_per_head(query_BTHK, log_decay=log_decay_BTH, beta=beta_BTH)
     unsupported = head_blocks.unsupported_reason(query_BTHK, value_BTHV)
     T = query_BTHK.shape[1]
-    implementation = choose_implementation("gated_delta_rule", implementation, T, chunk, unsupported)
+    default_chunk = choices.gated_delta_rule_chunk()
+    implementation = choose_implementation("gated_delta_rule", implementation, T, default_chunk, unsupported)
     log_BTH1, beta_BTH1 = (x[..., None].astype(jnp.float32) for x in (log_decay_BTH, beta_BTH))
     if reset_BT is not None and implementation != "pallas":
         log_BTH1 = jnp.where(reset_BT[:, :, None, None], -jnp.inf, log_BTH1)
@@ -114,7 +113,7 @@ def gated_delta_rule(
         return chunks.scan_steps(_gated_step, inputs, state_BHKV, reset_BT)
     if implementation == "pallas":
         return head_blocks.run(delta_rule_pallas.KERNELS, inputs, state_BHKV, reset_BT)
-    return chunks.scan_chunks(_gated_chunk, inputs, state_BHKV, reset_BT, chunk or choices.gated_delta_rule_chunk())
+    return chunks.scan_chunks(_gated_chunk, inputs, state_BHKV, reset_BT, implementation.steps)
 
 
 def generalized_delta_rule(
@@ -122,14 +121,12 @@ def generalized_delta_rule(
     key_BTHK: jax.Array,
     value_BTHV: jax.Array,
     log_decay_BTHK: jax.Array,
-    a_BTHK: jax.Array,
-    b_BTHK: jax.Array,
+    low_rank: tuple[jax.Array, jax.Array],
     state_BHKV: jax.Array | None = None,
     *,
     reset_BT: jax.Array | None = None,
     keep_BT: jax.Array | None = None,
     min_log_decay: float | None = None,
-    chunk: int | None = None,
     implementation: Implementation | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """The outputs ``q_t @ S_t`` of the generalized delta rule (equations: see the module), and the last state.
@@ -140,27 +137,29 @@ def generalized_delta_rule(
     Args:
         log_decay_BTHK: g, at most 0. With -inf, the decay of the channel is 0, but ``a`` still reads the old state of
             the channel. To reset the state, use ``reset_BT``.
-        a_BTHK: the vectors a. A step reads the value ``a_t @ S_{t-1}`` from the state.
-        b_BTHK: the keys b. A step adds ``b_t (a_t @ S_{t-1}).T`` to the state.
+        low_rank: the vectors a and b, [B, T, H, K] each. A step reads the value ``a_t @ S_{t-1}`` from the state and
+            adds ``b_t (a_t @ S_{t-1}).T`` to it.
         min_log_decay: a lower bound of the log decays, at most 0; None: no bound. With a bound, ``chunked`` needs fewer
             operations, if neither the bound nor the chunk is so large that products of decays could overflow, and if
             the values are not float16. Results may be NaN or infinite if a log decay is far below the bound.
-        state_BHKV, reset_BT, keep_BT, chunk, implementation: see :func:`gated_delta_rule`. ``pallas`` is not supported.
-            On a CPU, if ``implementation`` and ``chunk`` are None, a call that is not differentiated runs as
-            ``reference``, and a call that is differentiated runs as ``chunked`` (with fewer than 8 steps as
-            ``reference``).
+        state_BHKV, reset_BT, keep_BT, implementation: see :func:`gated_delta_rule`. ``pallas`` is not supported. On a
+            CPU, if ``implementation`` is None, a call that is not differentiated runs as ``reference``, and a call that
+            is differentiated runs as ``chunked`` (with fewer than 8 steps as ``reference``).
 
     Raises:
-        ValueError: shapes that do not match, inputs without steps, a mask that is not boolean, a chunk that is not a
-            power of two, a positive ``min_log_decay``, or an implementation that is unknown or ``pallas``.
+        ValueError: shapes that do not match, inputs without steps, a mask that is not boolean, a positive
+            ``min_log_decay``, ``low_rank`` that is not a pair, or an implementation that is unknown or ``pallas``.
 
     Example:
         >>> key, value = jnp.ones((1, 3, 1, 1)), jnp.array([4.0, 8.0, 8.0]).reshape(1, 3, 1, 1)
-        >>> out, state = generalized_delta_rule(key, key, value, 0 * key, -key, 0.5 * key)
+        >>> out, state = generalized_delta_rule(key, key, value, 0 * key, (-key, 0.5 * key))
         >>> out.ravel().tolist(), state.ravel().tolist()
         ([4.0, 10.0, 13.0], [13.0])
     """
     check_inputs(query_BTHK, key_BTHK, value_BTHV, state_BHKV, reset_BT, keep_BT)
+    if not isinstance(low_rank, tuple) or len(low_rank) != 2:
+        raise ValueError(f"low_rank must be the tuple (a, b) of two arrays, not {type(low_rank).__name__}")
+    a_BTHK, b_BTHK = low_rank
     arrays = {"log_decay": log_decay_BTHK, "a": a_BTHK, "b": b_BTHK}
     require_arrays(**arrays)
     for name, x in arrays.items():
@@ -168,20 +167,6 @@ def generalized_delta_rule(
             raise ValueError(f"{name} {list(x.shape)} must have the shape of the query, {list(query_BTHK.shape)}")
     if min_log_decay is not None and not min_log_decay <= 0.0:
         raise ValueError(f"min_log_decay={min_log_decay} must be at most 0: log decays are at most 0")
-    is_default = implementation is None and chunk is None
-    implementation = choose_implementation(
-        "generalized_delta_rule", implementation, query_BTHK.shape[1], chunk, "does not support the generalized rule"
-    )
-    log_BTHK = log_decay_BTHK.astype(jnp.float32)
-    if reset_BT is not None:
-        log_BTHK = jnp.where(reset_BT[:, :, None, None], -jnp.inf, log_BTHK)
-        a_BTHK = jnp.where(reset_BT[:, :, None, None], 0, a_BTHK)
-    inputs, state_BHKV, reset_BT = chunks.prepare(
-        (query_BTHK, key_BTHK, value_BTHV, log_BTHK, a_BTHK, b_BTHK), state_BHKV, reset_BT, keep_BT
-    )
-    if implementation == "reference":
-        return chunks.scan_steps(_generalized_step, inputs, state_BHKV, reset_BT)
-    loops = is_default and choices.loops_without_gradient(query_BTHK.shape[3], state_BHKV.size, per_channel=True)
 
     def is_bounded(steps: int) -> bool:
         """Whether :func:`_bounded_scores` can compute chunks of this size. Its factors would overflow in float16."""
@@ -189,7 +174,21 @@ def generalized_delta_rule(
             return False
         return -min_log_decay * steps <= MAX_CHUNK_DECAY
 
-    chunk = chunk or choices.generalized_delta_rule_chunk(is_bounded)
+    is_default, T = implementation is None, query_BTHK.shape[1]
+    default_chunk = choices.generalized_delta_rule_chunk(is_bounded)
+    unsupported = "does not support the generalized rule"
+    implementation = choose_implementation("generalized_delta_rule", implementation, T, default_chunk, unsupported)
+    log_BTHK = log_decay_BTHK.astype(jnp.float32)
+    if reset_BT is not None:
+        log_BTHK = jnp.where(reset_BT[:, :, None, None], -jnp.inf, log_BTHK)
+        a_BTHK = jnp.where(reset_BT[:, :, None, None], 0, a_BTHK)
+    inputs, state_BHKV, reset_BT = chunks.prepare(
+        (query_BTHK, key_BTHK, value_BTHV, log_BTHK, a_BTHK, b_BTHK), state_BHKV, reset_BT, keep_BT
+    )
+    if not isinstance(implementation, Chunked):  # reference
+        return chunks.scan_steps(_generalized_step, inputs, state_BHKV, reset_BT)
+    loops = is_default and choices.loops_without_gradient(query_BTHK.shape[3], state_BHKV.size, per_channel=True)
+    chunk = implementation.steps
     run_chunk = functools.partial(_generalized_chunk, _bounded_scores if is_bounded(chunk) else _scores)
     return chunks.scan_chunks(run_chunk, inputs, state_BHKV, reset_BT, chunk, _generalized_step if loops else None)
 

@@ -16,6 +16,7 @@ of heads, J heads of a block.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -80,15 +81,14 @@ def _key_products(blocks: Blocks, key: Any, decays: Decays) -> list[jax.Array]:
     return [jnp.where(is_earlier, dot(k, k, (1, 1)) * decays.pairs(head), 0.0) for head, k in enumerate(keys)]
 
 
-def _forward_kernel(
-    blocks: Blocks, query: Any, key: Any, value: Any, columns: Any, rows: Any, first: Any, out: Any,
-    last: Any, states: Any, carry: Any,
-) -> None:  # fmt: skip
+def _forward_kernel(blocks: Blocks, inputs: Sequence[Any], outputs: Sequence[Any], carry: Any) -> None:
     """Compute a chunk for a block of heads. ``carry``: the state after the previous chunk."""
+    query, key, value, columns, rows, first = inputs
+    out, last, states = outputs
     start_with(carry, first)
     states[...] = carry[...]
     J, K, V, dtype = blocks.J, blocks.K, blocks.V, value.dtype
-    decays, outputs = chunk_decays(columns, rows, J), []
+    decays, out_heads = chunk_decays(columns, rows, J), []
     betas = decays.scale
     inverses = _inverses(
         [betas[:, head : head + 1] * x for head, x in enumerate(_key_products(blocks, key, decays))], dtype
@@ -103,19 +103,18 @@ def _forward_kernel(
         u = _accurate_dot(inverses[head], betas[:, column] * (v.astype(jnp.float32) - old), dtype).astype(dtype)
         weights = (dot(q, k, (1, 1)) * decays.pairs(head)).astype(dtype)
         from_state = prefix * dot(q, state_in, (1, 0)) + jnp.where(decays.is_before_reset, nan_row, 0.0)
-        outputs.append(dot(weights, u, (1, 0)) + from_state)
+        out_heads.append(dot(weights, u, (1, 0)) + from_state)
         scaled_key = (k.astype(jnp.float32).T * decays.suffix_rows[column]).astype(dtype)
         kept = decays.total[:, column] * state + jnp.where(decays.is_before_reset[-1:], nan_row, 0.0)
         carry[head] = kept + dot(scaled_key, u, (1, 0))
-    out[...] = jnp.concatenate(outputs, axis=1).astype(dtype)
+    out[...] = jnp.concatenate(out_heads, axis=1).astype(dtype)
     last[...] = carry[...]
 
 
-def _backward_kernel(
-    blocks: Blocks, query: Any, key: Any, value: Any, columns: Any, rows: Any, states: Any, dout: Any,
-    dlast: Any, dquery: Any, dkey: Any, dvalue: Any, dlog: Any, dbeta: Any, dstate: Any, carry: Any,
-) -> None:  # fmt: skip
+def _backward_kernel(blocks: Blocks, inputs: Sequence[Any], outputs: Sequence[Any], carry: Any) -> None:
     """Compute the gradients of a chunk for a block of heads. ``carry``: the gradient of the state after the chunk."""
+    query, key, value, columns, rows, states, dout, dlast = inputs
+    dquery, dkey, dvalue, dlog, dbeta, dstate = outputs
     start_with(carry, dlast)
     J, K, V, dtype = blocks.J, blocks.K, blocks.V, value.dtype
     is_earlier, decays = _is_earlier(blocks.L), chunk_decays(columns, rows, J)

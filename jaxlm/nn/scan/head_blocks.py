@@ -218,23 +218,25 @@ def _call(
 
     The carry is [J, K, V].
     """
+
+    def run_kernel(*references: Any) -> None:
+        *arrays, carry = references
+        kernel(blocks, arrays[: len(inputs)], arrays[len(inputs) :], carry)
+
     return call_with_carry(
-        functools.partial(kernel, blocks), name, blocks.grid, (blocks.J, blocks.K, blocks.V),
+        run_kernel, name, blocks.grid, (blocks.J, blocks.K, blocks.V),
         in_specs=[blocks.spec(kind) for kind in inputs],
         out_specs=tuple(blocks.spec(kind) for kind, _ in outputs),
         out_shape=tuple(jax.ShapeDtypeStruct(blocks.shape(kind), dtype) for kind, dtype in outputs),
     )  # fmt: skip
 
 
-def padded_inputs(
-    query: jax.Array, key: jax.Array, value: jax.Array, log_BTH: jax.Array, scale_BTH: jax.Array,
-    reset_BT: jax.Array, blocks: Blocks,
-) -> tuple[jax.Array, ...]:  # fmt: skip
+def padded_inputs(inputs: Sequence[jax.Array], blocks: Blocks) -> tuple[jax.Array, ...]:
     """Queries and keys [B, T, G * K], values [B, T, H * V], and the scalars of each step as columns and as rows.
 
-    The time axis of all of them is padded.
+    The time axis of all of them is padded. ``inputs``: query, key, value, log decay, scale and reset.
     """
-    L = blocks.L
+    (query, key, value, log_BTH, scale_BTH, reset_BT), L = inputs, blocks.L
     flat = [pad_time(x, L).reshape(blocks.B, blocks.T, -1) for x in (query, key, value)]
     flat[:2] = (x.astype(value.dtype) for x in flat[:2])
     return *flat, *_step_scalars(pad_time(log_BTH, L), pad_time(scale_BTH, L), pad_time(reset_BT, L), blocks)
@@ -300,8 +302,9 @@ class Kernels(NamedTuple):
 
     Attributes:
         name: the name of ``forward`` in the compiled program. ``backward`` has the name ``{name}_backward``.
-        forward, backward: functions. Their arguments are a :class:`Blocks`, a reference for each entry of ``in_specs``
-            and ``out_specs`` (:func:`_device_forward`, :func:`_device_backward`), and the carry [J, K, V].
+        forward, backward: functions. Their arguments are a :class:`Blocks`, the list of the references of all inputs,
+            the list of the references of all outputs, and the reference of the carry [J, K, V]. The order of inputs and
+            outputs is that of the calls in :func:`_device_forward` and :func:`_device_backward`.
         returns_gradient_of_sums: True if ``backward`` returns the gradients of the sums b_t; False if it returns the
             gradients of the log decays.
     """
@@ -381,45 +384,48 @@ def _input_axes(inputs: Any) -> list[tuple[str | None, ...]]:
 
 
 def _device_forward(
-    kernels: Kernels, L: int, save_states: bool, query: jax.Array, key: jax.Array, value: jax.Array,
-    log_BTH: jax.Array, scale_BTH: jax.Array, reset_BT: jax.Array, state_BHKV: jax.Array,
-) -> tuple[jax.Array, jax.Array, Any]:  # fmt: skip
+    kernels: Kernels, L: int, save_states: bool, *arrays: jax.Array
+) -> tuple[jax.Array, jax.Array, Any]:
     """The outputs of one device, the last state, and the state before each chunk.
 
     Without ``save_states``, the third result is not used.
+
+    Args:
+        arrays: query, key, value, log decay, scale, reset, and the state before the first step.
     """
+    *inputs, state_BHKV = arrays
+    query, _, value = inputs[:3]
     blocks = make_blocks(query, value, L, from_last=False)
-    inputs = padded_inputs(query, key, value, log_BTH, scale_BTH, reset_BT, blocks)
     states = "states" if save_states else "one state"
     outputs = [("values", value.dtype), ("state", jnp.float32), (states, jnp.float32)]
     run = _call(kernels.forward, kernels.name, blocks, (*_INPUTS, "state"), outputs)
-    out_BTX, last_BHKV, states_BCHKV = run(*inputs, state_BHKV)
+    out_BTX, last_BHKV, states_BCHKV = run(*padded_inputs(inputs, blocks), state_BHKV)
     return out_BTX[:, : query.shape[1]].reshape(value.shape), last_BHKV, states_BCHKV
 
 
-def _device_backward(
-    kernels: Kernels, L: int, is_shared: bool, query: jax.Array, key: jax.Array, value: jax.Array,
-    log_BTH: jax.Array, scale_BTH: jax.Array, reset_BT: jax.Array,
-    states_BCHKV: jax.Array, dout_BTHV: jax.Array, dlast_BHKV: jax.Array,
-) -> tuple[jax.Array, ...]:  # fmt: skip
+def _device_backward(kernels: Kernels, L: int, is_shared: bool, *arrays: jax.Array) -> tuple[jax.Array, ...]:
     """The gradients of queries, keys, values, log decays, scales and the state before the first step, for one device.
 
     The gradients of queries and keys are [B, T, H, K]; if ``is_shared``, they are [B, T, blocks of a group, G, K]. The
     gradient of the log decays, or of the sums b_t (``Kernels.returns_gradient_of_sums``), includes the padded steps.
 
     Args:
-        states_BCHKV: the state before each chunk.
         is_shared: whether several heads share queries and keys, on this device or on several devices.
+        arrays: query, key, value, log decay, scale, reset, the state before each chunk, and the gradients of the
+            outputs and of the last state.
     """
+    *inputs, states_BCHKV, dout_BTHV, dlast_BHKV = arrays
+    query, key, value = inputs[:3]
     blocks = make_blocks(query, value, L, from_last=True)
     T = query.shape[1]
-    inputs = padded_inputs(query, key, value, log_BTH, scale_BTH, reset_BT, blocks)
     dout_BTX = pad_time(dout_BTHV, L).reshape(blocks.shape("values"))
     dkeys = "keys" if blocks.has_own_keys else "dkeys", jnp.float32 if is_shared else value.dtype
     outputs = [dkeys, dkeys, ("values", value.dtype), *[("per head", jnp.float32)] * 2, ("state", jnp.float32)]
     kinds = (*_INPUTS, "states", "values", "state")
     run = _call(kernels.backward, f"{kernels.name}_backward", blocks, kinds, outputs)
-    dquery, dkey, dvalue, ddecay, dscale, dstate = run(*inputs, states_BCHKV, dout_BTX, dlast_BHKV)
+    dquery, dkey, dvalue, ddecay, dscale, dstate = run(
+        *padded_inputs(inputs, blocks), states_BCHKV, dout_BTX, dlast_BHKV
+    )
 
     def per_group(dx: jax.Array) -> jax.Array:
         if blocks.has_own_keys:

@@ -13,6 +13,7 @@ of W steps (X: the same number, for the earlier block).
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, Literal
@@ -26,7 +27,26 @@ from jaxlm.nn.scan.chunks import per_head, prepare, product_in, scan_chunks, sca
 from jaxlm.nn.segments import Masks, check_masks, reset_state
 from jaxlm.spec import require_arrays
 
-Implementation = Literal["reference", "chunked", "pallas"]
+
+@dataclasses.dataclass(frozen=True)
+class Chunked:
+    """The implementation ``chunked`` with a given number of steps per chunk.
+
+    Attributes:
+        steps: L, a power of two.
+
+    Raises:
+        ValueError: ``steps`` is not a power of two.
+    """
+
+    steps: int
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.steps & (self.steps - 1):
+            raise ValueError(f"Chunked({self.steps}): the number of steps must be a power of two, such as 32 or 64")
+
+
+Implementation = Literal["reference", "chunked", "pallas"] | Chunked
 
 
 def linear_attention(
@@ -39,7 +59,6 @@ def linear_attention(
     scale_BTH: jax.Array | None = None,
     reset_BT: jax.Array | None = None,
     keep_BT: jax.Array | None = None,
-    chunk: int | None = None,
     implementation: Implementation | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """The outputs ``q_t @ S_t`` with ``S_t = exp(log_decay_t) * S_{t-1} + scale_t * k_t v_t.T``, and the last state.
@@ -59,18 +78,16 @@ def linear_attention(
             other. So a non-finite input before a reset can make the results after the reset NaN if both steps are in
             the same chunk. None: no resets.
         keep_BT: False where the step is padding; the state does not change and the output is zeros. None: no padding.
-        chunk: L, a power of two, for ``chunked`` only. None: a default for the platform. If a chunk is given,
-            ``implementation=None`` does not select ``pallas``.
         implementation: ``reference`` is a loop over steps. ``chunked`` is a loop over chunks; matmuls compute all steps
-            of a chunk, and the result is accurate for all decays. ``pallas`` is a TPU kernel that computes chunks, for
+            of a chunk, and the result is accurate for all decays. Its number of steps per chunk depends on the
+            platform; ``jaxlm.nn.scan.Chunked(32)`` sets it to 32. ``pallas`` is a TPU kernel that computes chunks, for
             one decay per head (``jaxlm.nn.scan.matrix_state_pallas``). None selects the fastest known implementation.
             On a CPU, this may depend on whether the call is differentiated: ``reference`` if it is not, ``chunked`` if
             it is.
 
     Raises:
-        ValueError: shapes that do not match, inputs without steps, a mask that is not boolean, a chunk that is not a
-            power of two, an unknown implementation, or ``pallas`` on another platform or with arguments that it does
-            not support.
+        ValueError: shapes that do not match, inputs without steps, a mask that is not boolean, an unknown
+            implementation, or ``pallas`` on another platform or with arguments that it does not support.
 
     Example:
         >>> ones = jnp.ones((1, 3, 1, 1))
@@ -97,8 +114,9 @@ def linear_attention(
         raise ValueError(f"scale {list(scale_BTH.shape)} must be {[B, T, H]}, one for each head")
     per_channel = "supports one decay per head, not one per channel" if log_decay.ndim == 4 else None
     unsupported = per_channel or head_blocks.unsupported_reason(query_BTGK, value_BTHV)
-    is_default = implementation is None and chunk is None
-    implementation = choose_implementation("linear_attention", implementation, T, chunk, unsupported)
+    is_default = implementation is None
+    default_chunk = choices.linear_attention_chunk()
+    implementation = choose_implementation("linear_attention", implementation, T, default_chunk, unsupported)
     log_BTHE = log_decay.astype(jnp.float32)
     log_BTHE = log_BTHE[..., None] if log_decay.ndim == 3 else log_BTHE
     if reset_BT is not None and implementation != "pallas":
@@ -118,31 +136,30 @@ def linear_attention(
     if implementation == "reference":
         return scan_steps(step, inputs, state_BHKV, reset_BT)
     loops = is_default and choices.loops_without_gradient(K, state_BHKV.size, per_channel=log_decay.ndim == 4)
-    chunk = chunk or choices.linear_attention_chunk()
-    return scan_chunks(run_chunk, inputs, state_BHKV, reset_BT, chunk, step if loops else None)
+    return scan_chunks(run_chunk, inputs, state_BHKV, reset_BT, implementation.steps, step if loops else None)
 
 
 def choose_implementation(
-    name: str, implementation: Implementation | None, steps: int, chunk: int | None, unsupported: str | None
-) -> Implementation:
+    name: str, implementation: Implementation | None, steps: int, default_chunk: int, unsupported: str | None
+) -> Literal["reference", "pallas"] | Chunked:
     """The implementation of the function ``name``: the given one, or the fastest known one if it is None.
 
     Args:
         steps: T, the number of steps.
-        chunk: the number of steps of a chunk, if the caller chose it; otherwise None.
+        default_chunk: the number of steps of a chunk if the caller did not choose it.
         unsupported: why ``pallas`` does not support the arguments, as a part of an error message; None if it supports
             them.
 
     Raises:
-        ValueError: a chunk that is not a power of two, an unknown implementation, or ``pallas`` on another platform or
-            with arguments that it does not support.
+        ValueError: an unknown implementation, or ``pallas`` on another platform or with arguments that it does not
+            support.
     """
-    if chunk is not None:
-        if chunk < 1 or chunk & (chunk - 1):
-            raise ValueError(f"chunk={chunk} must be a power of two, such as 32 or 64")
-        unsupported = unsupported or f"has chunks of a fixed size, so it does not support chunk={chunk}"
-    choices.check_implementation(name, implementation, Implementation, {"pallas": unsupported})
-    return implementation or choices.matrix_scan(steps, unsupported)
+    if isinstance(implementation, Chunked):
+        return implementation
+    names = Literal["reference", "chunked", "pallas"]
+    choices.check_implementation(name, implementation, names, {"pallas": unsupported})
+    chosen = implementation or choices.matrix_scan(steps, unsupported)
+    return Chunked(default_chunk) if chosen == "chunked" else chosen
 
 
 def check_inputs(
@@ -163,11 +180,11 @@ def check_inputs(
         (query.ndim, value.ndim) != (4, 4)
         or key.shape != query.shape
         or value.shape[:same] != query.shape[:same]
-        or not query.shape[1]
+        or not all(query.shape[1:3])
     ):
         raise ValueError(
             f"query {list(query.shape)} and key {list(key.shape)} must both be [batch, time, heads, width], with at "
-            f"least one step, and value {list(value.shape)} must be [batch, time, heads, value width]"
+            f"least one step and one head, and value {list(value.shape)} must be [batch, time, heads, value width]"
         )
     (B, T, _, K), (H, V) = query.shape, value.shape[2:]
     if state is not None and state.shape != (B, H, K, V):

@@ -16,6 +16,7 @@ of a chunk, N blocks of heads, J heads of a block.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -26,15 +27,14 @@ from jaxlm.nn.linear import dot
 from jaxlm.nn.scan.head_blocks import Blocks, Kernels, chunk_decays, split_non_finite
 
 
-def _forward_kernel(
-    blocks: Blocks, query: Any, key: Any, value: Any, columns: Any, rows: Any, first: Any, out: Any, last: Any,
-    states: Any, carry: Any,
-) -> None:  # fmt: skip
+def _forward_kernel(blocks: Blocks, inputs: Sequence[Any], outputs: Sequence[Any], carry: Any) -> None:
     """Compute the outputs of a chunk for a block of heads. ``carry``: the state before the chunk, then after it."""
+    query, key, value, columns, rows, first = inputs
+    out, last, states = outputs
     start_with(carry, first)
     states[...] = carry[...]
     J, K, V, dtype = blocks.J, blocks.K, blocks.V, value.dtype
-    decays, outputs = chunk_decays(columns, rows, J), []
+    decays, out_heads = chunk_decays(columns, rows, J), []
     for head in range(J):
         if blocks.has_own_keys or head == 0:
             q, k = query[:, head * K : (head + 1) * K], key[:, head * K : (head + 1) * K]
@@ -44,22 +44,21 @@ def _forward_kernel(
         from_state = decays.prefix[:, column] * dot(q, state.astype(dtype), (1, 0))
         from_state += jnp.where(decays.is_before_reset, nan_row, 0.0)
         scale_row = decays.scale_rows[column]
-        outputs.append(dot((scores * decays.pairs(head) * scale_row).astype(dtype), v, (1, 0)) + from_state)
+        out_heads.append(dot((scores * decays.pairs(head) * scale_row).astype(dtype), v, (1, 0)) + from_state)
         scaled_key = (k_transposed * (decays.suffix_rows[column] * scale_row)).astype(dtype)
         kept = decays.total[:, column] * state + jnp.where(decays.is_before_reset[-1:], nan_row, 0.0)
         carry[head] = kept + dot(scaled_key, v, (1, 0))
-    out[...] = jnp.concatenate(outputs, axis=1).astype(dtype)
+    out[...] = jnp.concatenate(out_heads, axis=1).astype(dtype)
     last[...] = carry[...]
 
 
-def _backward_kernel(
-    blocks: Blocks, query: Any, key: Any, value: Any, columns: Any, rows: Any, states: Any, dout: Any, dlast: Any,
-    dquery: Any, dkey: Any, dvalue: Any, db: Any, dscale: Any, dstate: Any, carry: Any,
-) -> None:  # fmt: skip
+def _backward_kernel(blocks: Blocks, inputs: Sequence[Any], outputs: Sequence[Any], carry: Any) -> None:
     """Compute the gradients of a chunk for a block of heads.
 
     ``carry``: the gradient of the state after the chunk, then of the state before it.
     """
+    query, key, value, columns, rows, states, dout, dlast = inputs
+    dquery, dkey, dvalue, db, dscale, dstate = outputs
     start_with(carry, dlast)
     J, K, V, L, dtype = blocks.J, blocks.K, blocks.V, blocks.L, value.dtype
     is_last_row = lax.broadcasted_iota(jnp.int32, (L, 1), 0) == L - 1

@@ -26,6 +26,7 @@ from jax import lax
 
 from jaxlm import sharding
 from jaxlm.devices import LANES
+from jaxlm.nn import choices
 from jaxlm.nn.scan.chunks import prepare, scan_steps
 from jaxlm.nn.scan.head_blocks import unsupported_reason
 from jaxlm.nn.scan.matrix_state import (
@@ -72,7 +73,6 @@ def mlstm(
     reset_BT: jax.Array | None = None,
     keep_BT: jax.Array | None = None,
     epsilon: float = 1e-6,
-    chunk: int | None = None,
     implementation: Implementation | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The output h_t of each step (equations: see the module), and the last state (:func:`mlstm_state_specs`).
@@ -91,17 +91,14 @@ def mlstm(
         keep_BT: False where the step is padding. There, the output is zeros and the state does not change (in
             ``chunked`` and ``pallas`` it may change by rounding errors). None: no padding.
         epsilon: added to the divisor of the output.
-        chunk: steps of a chunk, a power of two, for ``chunked`` only. None: a default for the platform. If a chunk is
-            given, ``implementation=None`` does not select ``pallas``.
         implementation: ``reference`` is a loop over steps. ``chunked`` first computes all stabilizers. With known
             stabilizers, C and n are the state of :func:`jaxlm.nn.scan.linear_attention`, which computes them in chunks
-            and saves one state per chunk for the backward pass. ``pallas`` uses the TPU kernel of ``linear_attention``
-            instead. None selects the fastest known implementation.
+            (``jaxlm.nn.scan.Chunked(32)``: of 32 steps) and saves one state per chunk for the backward pass. ``pallas``
+            uses the TPU kernel of ``linear_attention`` instead. None selects the fastest known implementation.
 
     Raises:
-        ValueError: shapes that do not match, a state that lacks an array, a mask that is not boolean, a chunk that is
-            not a power of two, an unknown implementation, or ``pallas`` on another platform or with arguments that it
-            does not support.
+        ValueError: shapes that do not match, a state that lacks an array, a mask that is not boolean, an unknown
+            implementation, or ``pallas`` on another platform or with arguments that it does not support.
 
     Example:
         >>> ones, gate = jnp.ones((1, 3, 1, 1)), jnp.zeros((1, 3, 1))
@@ -114,7 +111,8 @@ def mlstm(
     T = query_BTHK.shape[1]
     normalizers = jax.ShapeDtypeStruct((*value_BTHV.shape[:3], LANES), value_BTHV.dtype)
     unsupported = unsupported_reason(query_BTHK, value_BTHV) or unsupported_reason(query_BTHK, normalizers)
-    implementation = choose_implementation("mlstm", implementation, T, chunk, unsupported)
+    default_chunk = choices.linear_attention_chunk()
+    implementation = choose_implementation("mlstm", implementation, T, default_chunk, unsupported)
     inputs = (query_BTHK, key_BTHK, value_BTHV)
     (q, k, v), cell, reset_BT = prepare(inputs, None if state is None else state["cell"], reset_BT, keep_BT)
     log_input_BTH, log_forget_BTH = (
@@ -129,7 +127,7 @@ def mlstm(
     if implementation == "reference":
         step = functools.partial(_step, epsilon)
         return scan_steps(step, (q, k, v, log_input_BTH, log_forget_BTH), state, reset_BT)
-    return _by_linear_attention(q, k, v, log_input_BTH, log_forget_BTH, state, reset_BT, epsilon, chunk, implementation)
+    return _by_linear_attention(q, k, v, log_input_BTH, log_forget_BTH, state, reset_BT, epsilon, implementation)
 
 
 def _check(
@@ -170,7 +168,7 @@ def _output(numerator: jax.Array, normalizer: jax.Array, m: jax.Array, epsilon: 
 
 def _by_linear_attention(
     q: jax.Array, k: jax.Array, v: jax.Array, log_i: jax.Array, log_f: jax.Array, state: dict[str, jax.Array],
-    reset_BT: jax.Array | None, epsilon: float, chunk: int | None, implementation: Implementation,
+    reset_BT: jax.Array | None, epsilon: float, implementation: Implementation,
 ) -> Any:  # fmt: skip
     if reset_BT is not None:
         # If the stabilizer were NaN or inf, all gates would be NaN, also after a reset. If the cell and the normalizer
@@ -188,7 +186,7 @@ def _by_linear_attention(
     def run(value_BTHV: jax.Array, state_BHKV: jax.Array) -> tuple[jax.Array, jax.Array]:
         return linear_attention(
             q.astype(dtype), k.astype(dtype), value_BTHV.astype(dtype), log_decay_BTH, state_BHKV,
-            scale_BTH=jnp.exp(log_scale_BTH), reset_BT=reset_BT, chunk=chunk, implementation=implementation,
+            scale_BTH=jnp.exp(log_scale_BTH), reset_BT=reset_BT, implementation=implementation,
         )  # fmt: skip
 
     # A value that is always 1 makes n a column of the state.

@@ -127,8 +127,7 @@ def _blocks(arrays: Sequence[jax.Array], from_last: bool) -> _Blocks:
 
 
 def _call(kernel: Callable[..., None], name: str, blocks: _Blocks, **arguments: Any) -> Any:
-    kernel = functools.partial(kernel, blocks.tile_rows, blocks.from_last)
-    return call_with_carry(kernel, name, blocks.grid, (1, blocks.W), **arguments)
+    return call_with_carry(functools.partial(kernel, blocks), name, blocks.grid, (1, blocks.W), **arguments)
 
 
 def _scan(
@@ -219,12 +218,11 @@ def _last_row(x: jax.Array, reverse: bool) -> jax.Array:
     return x[:1] if reverse else x[-1:]
 
 
-def _forward_kernel(
-    rows: int, reverse: bool, decay: Any, new: Any, first: Any, hidden: Any, last: Any, carry: Any
-) -> None:
+def _forward_kernel(blocks: _Blocks, decay: Any, new: Any, first: Any, hidden: Any, last: Any, carry: Any) -> None:
     """Run the steps of a block, one tile of rows after the other. ``carry``: the state after the previous block."""
     start_with(carry, first)
 
+    rows, reverse = blocks.tile_rows, blocks.from_last
     state = carry[...]
     for tile in _tiles(decay.shape[0], rows, reverse):
         h = _scan_tile(decay[tile].astype(jnp.float32), new[tile].astype(jnp.float32), state, reverse)
@@ -235,18 +233,18 @@ def _forward_kernel(
 
 
 def _backward_kernel(
-    rows: int, reverse: bool, decay: Any, hidden: Any, before: Any, dhidden: Any, dlast: Any, ddecay: Any, dinput: Any,
+    blocks: _Blocks, decay: Any, hidden: Any, before: Any, dhidden: Any, dlast: Any, ddecay: Any, dinput: Any,
     dstate: Any, carry: Any,
 ) -> None:  # fmt: skip
-    """Compute the gradients of the steps of a block.
+    """Compute the gradients of the steps of a block. The forward pass went in the opposite order.
 
     Args:
-        reverse: whether the kernel goes from the last step to the first. The forward pass went in the opposite order.
         before: the state before the block in the order of the forward pass.
         carry: the last e of the previous block of the kernel; for the first block, the gradient of the last state.
     """
     start_with(carry, dlast)
 
+    rows, reverse = blocks.tile_rows, blocks.from_last
     e_next = carry[...]
     tiles = _tiles(decay.shape[0], rows, reverse)
     for index, tile in enumerate(tiles):

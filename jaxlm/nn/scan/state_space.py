@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jaxlm.nn import choices
 from jaxlm.nn.scan.chunks import prepare, scan_chunks, scan_steps
 from jaxlm.nn.scan.matrix_state import (
+    Chunked,
     Implementation,
     choose_implementation,
     decay_chunk,
@@ -40,7 +41,6 @@ def ssd(
     reset_BT: jax.Array | None = None,
     keep_BT: jax.Array | None = None,
     negative_eigenvalues: bool = False,
-    chunk: int | None = None,
     implementation: Implementation | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """The outputs ``y_t = C_t h_t`` with ``h_t = exp(A * dt_t) * h_{t-1} + dt_t * B_t x_t.T``, and the last state h.
@@ -56,7 +56,7 @@ def ssd(
         state_BHNP: the state before the first step; None: zeros.
         negative_eigenvalues: whether the decay is ``2 * exp(A * dt_t) - 1``, which is in [-1, 1], instead of
             ``exp(A * dt_t)`` (Grazzi et al. 2025). ``pallas`` does not support such decays.
-        reset_BT, keep_BT, chunk, implementation: see ``linear_attention``.
+        reset_BT, keep_BT, implementation: see ``linear_attention``.
 
     Raises:
         ValueError: shapes that do not match, or arguments that ``linear_attention`` rejects.
@@ -74,11 +74,12 @@ def ssd(
     if not negative_eigenvalues:
         return linear_attention(
             C_BTGN, B_BTGN, x_BTHP, log_decay_BTH, state_BHNP, scale_BTH=dt_BTH,
-            reset_BT=reset_BT, keep_BT=keep_BT, chunk=chunk, implementation=implementation,
+            reset_BT=reset_BT, keep_BT=keep_BT, implementation=implementation,
         )  # fmt: skip
     # A negative decay has no logarithm, so ``linear_attention`` cannot be used.
-    T = x_BTHP.shape[1]
-    implementation = choose_implementation("ssd", implementation, T, chunk, "does not support negative eigenvalues")
+    T, default_chunk = x_BTHP.shape[1], choices.linear_attention_chunk()
+    unsupported = "does not support negative eigenvalues"
+    implementation = choose_implementation("ssd", implementation, T, default_chunk, unsupported)
     # Padding must have the decay 1. ``prepare`` sets all inputs to 0 at padding, so this input is the decay minus 1.
     decay_minus_one_BTH1 = 2.0 * jnp.expm1(log_decay_BTH)[..., None]
     if reset_BT is not None:
@@ -87,9 +88,9 @@ def ssd(
         (C_BTGN, B_BTGN, x_BTHP, decay_minus_one_BTH1, dt_BTH[..., None]), state_BHNP, reset_BT, keep_BT
     )
     step, run_chunk = (functools.partial(function, lambda gate: 1.0 + gate) for function in (decay_step, decay_chunk))
-    if implementation == "reference":
+    if not isinstance(implementation, Chunked):  # reference
         return scan_steps(step, inputs, state_BHNP, reset_BT)
-    return scan_chunks(run_chunk, inputs, state_BHNP, reset_BT, chunk or choices.linear_attention_chunk())
+    return scan_chunks(run_chunk, inputs, state_BHNP, reset_BT, implementation.steps)
 
 
 def _check_inputs(x: jax.Array, dt: jax.Array, A: jax.Array, B: jax.Array, C: jax.Array, state: Any) -> None:

@@ -154,6 +154,11 @@ def test_cutoffs_that_do_not_ascend_are_an_error(cutoffs):
         Clusters(20, cutoffs, 8, 8)
 
 
+def test_a_divisor_of_zero_is_an_error():
+    with pytest.raises(ValueError, match="divisor=0 must be at least 1"):
+        Clusters(20, (6,), 8, 8, divisor=0)
+
+
 def test_a_cluster_without_width_is_an_error():
     with pytest.raises(ValueError, match=r"cluster 2 would have width 8 / 4\^2 < 1"):
         Clusters(20, (6, 11), 8, 8, 4)

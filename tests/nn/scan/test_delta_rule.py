@@ -9,15 +9,21 @@ import pytest
 
 from jaxlm import sharding
 from jaxlm.nn import choices
-from jaxlm.nn.scan import delta_rule, gated_delta_rule, generalized_delta_rule, linear_attention
+from jaxlm.nn.scan import Chunked, delta_rule, gated_delta_rule, generalized_delta_rule, linear_attention
 from jaxlm.nn.scan.triangular import inverse_unit_lower
 from jaxlm.nn.segments import segment_boundaries
 from jaxlm.testing.helpers import assert_trees_close, assert_trees_equal, relative_error
 from tests.nn.results import float64_results, random_masks, results
 
 B, T, H, K, V = 2, 13, 2, 3, 4
-IMPLEMENTATIONS = ("reference", "chunked")
-RULES = {"gated": gated_delta_rule, "generalized": generalized_delta_rule}
+IMPLEMENTATIONS = ("reference", Chunked(4))
+
+
+def generalized(q, k, v, log_decay, a, b, state=None, **options):
+    return generalized_delta_rule(q, k, v, log_decay, (a, b), state, **options)
+
+
+RULES = {"gated": gated_delta_rule, "generalized": generalized}
 every_rule = pytest.mark.parametrize("name", RULES)
 
 
@@ -81,15 +87,15 @@ def test_bounded_log_decays_have_the_results_of_the_loop(masked, monkeypatch):
     options = random_masks(B, T) if masked else {}
     monkeypatch.setattr(choices, "whole_triangular_systems", lambda: True)
     monkeypatch.setattr(delta_rule, "_scores", fail)
-    rule = functools.partial(generalized_delta_rule, min_log_decay=-3.0, chunk=8)
-    got = results(rule, arguments, **options, implementation="chunked")
+    rule = functools.partial(generalized, min_log_decay=-3.0, implementation=Chunked(8))
+    got = results(rule, arguments, **options)
     assert_trees_close(got, loop_results(arguments, **options), 4e-6)
 
 
 def test_chunks_whose_decays_could_overflow_do_not_use_the_bound(monkeypatch):
     arguments = arrays("generalized", strength=10.0)
     monkeypatch.setattr(delta_rule, "_bounded_scores", fail)
-    rule = functools.partial(generalized_delta_rule, min_log_decay=-100.0, implementation="chunked")
+    rule = functools.partial(generalized, min_log_decay=-100.0, implementation="chunked")
     assert_trees_close(jax.jit(rule)(*arguments), loop_results(arguments)[0], 4e-6)
 
 
@@ -97,7 +103,7 @@ def test_float16_does_not_use_the_bound(monkeypatch):
     """The factors of a chunk of 64 steps would overflow."""
     monkeypatch.setattr(delta_rule, "_bounded_scores", fail)
     arguments = (jnp.asarray(x, jnp.float16) for x in arrays("generalized")[:-1])
-    jax.eval_shape(functools.partial(generalized_delta_rule, min_log_decay=-0.5, implementation="chunked"), *arguments)
+    jax.eval_shape(functools.partial(generalized, min_log_decay=-0.5, implementation="chunked"), *arguments)
 
 
 def test_an_accelerator_has_large_chunks_only_with_a_sufficient_bound(monkeypatch):
@@ -111,7 +117,7 @@ def test_an_accelerator_has_large_chunks_only_with_a_sufficient_bound(monkeypatc
 
     monkeypatch.setattr(delta_rule.chunks, "scan_chunks", recorded)
     for bound in (None, -delta_rule.MAX_CHUNK_DECAY / large, -delta_rule.MAX_CHUNK_DECAY / small):
-        jax.eval_shape(functools.partial(generalized_delta_rule, min_log_decay=bound), *arrays("generalized"))
+        jax.eval_shape(functools.partial(generalized, min_log_decay=bound), *arrays("generalized"))
     assert sizes == [small, large, small]
 
 
@@ -142,7 +148,7 @@ def test_values_and_all_gradients_equal_those_of_the_loop(name, masked):
     assert all(np.abs(leaf).max() > 1e-2 for leaf in jax.tree.leaves(want))
     assert_trees_close(results(RULES[name], arguments, **options, implementation="reference"), want, 2e-6)
     for chunk in (1, 4, 64):  # three full chunks and a partial chunk; one chunk that is reduced to a power of two
-        got = results(RULES[name], arguments, **options, chunk=chunk, implementation="chunked")
+        got = results(RULES[name], arguments, **options, implementation=Chunked(chunk))
         assert_trees_close(got, want, 2e-6)
 
 
@@ -154,7 +160,7 @@ def test_strong_and_weak_decays(name):
     log_decay[:, 5] = -np.inf
     arguments = (q, k, v, log_decay, *others)
     want = loop_results(arguments)
-    for options in ({"implementation": "reference"}, {"implementation": "chunked", "chunk": 16}):
+    for options in ({"implementation": "reference"}, {"implementation": Chunked(16)}):
         got = results(RULES[name], arguments, **options)
         assert_trees_close(got, want, 2e-6)
         assert (got[1][3][:, 5] == 0.0).all()
@@ -165,9 +171,9 @@ def test_the_generalized_rule_contains_the_gated_rule(implementation):
     q, k, v, log_decay, beta, state = arrays()
     decay, beta_BTH1 = np.exp(log_decay)[..., None], beta[..., None]
     per_channel = np.broadcast_to(log_decay[..., None], k.shape)
-    generalized = jax.jit(functools.partial(generalized_delta_rule, implementation=implementation, chunk=4))
+    general = jax.jit(functools.partial(generalized, implementation=implementation))
     gated = jax.jit(functools.partial(gated_delta_rule, implementation="reference"))
-    got = generalized(q, beta_BTH1 * k, v, per_channel, -k, decay * beta_BTH1 * k, state)
+    got = general(q, beta_BTH1 * k, v, per_channel, -k, decay * beta_BTH1 * k, state)
     assert_trees_close(got, gated(q, k, v, log_decay, beta, state), 2e-6)
 
 
@@ -176,7 +182,7 @@ def test_the_generalized_rule_can_swap_two_entries_of_the_state(implementation):
     """An eigenvalue of -1: ``I - c c.T`` with c = (1, -1, 0) exchanges the first two rows of the state."""
     q, _, v, _, _, _, state = arrays("generalized")
     zeros, swap = np.zeros_like(q), np.broadcast_to(np.float32([1.0, -1.0, 0.0]), q.shape)
-    rule = jax.jit(functools.partial(generalized_delta_rule, implementation=implementation))
+    rule = jax.jit(functools.partial(generalized, implementation=implementation))
     out, last = rule(q, zeros, v, zeros, -swap, swap, state)
     assert relative_error(last, state[:, :, [1, 0, 2]]) < 2e-6  # an odd number of steps
     assert relative_error(np.asarray(out)[:, 1], np.einsum("BHK,BHKV->BHV", q[:, 1], state)) < 2e-6
@@ -232,7 +238,7 @@ def test_packed_documents_equal_separate_documents_and_padding_may_be_nan(name, 
     reset_BT, keep_BT, _ = map(np.asarray, jax.jit(segment_boundaries)(segments))
     without_nan = arrays(name)[:-1]
     with_nan = [np.where(keep_BT.reshape(B, T, *(1,) * (x.ndim - 2)), x, np.float32(np.nan)) for x in without_nan]
-    rule = jax.jit(functools.partial(RULES[name], implementation=implementation, chunk=4))
+    rule = jax.jit(functools.partial(RULES[name], implementation=implementation))
 
     def loss(*arguments):
         out, last = rule(*arguments, reset_BT=reset_BT, keep_BT=keep_BT)
@@ -257,7 +263,7 @@ def test_bfloat16_keeps_a_float32_state(name, implementation):
     arguments = arrays(name)
     bfloat16_arguments = [x.astype(jnp.bfloat16) for x in arguments[:3]] + list(arguments[3:])
     rounded = [x.astype(np.float32) for x in bfloat16_arguments]
-    (out, last), gradients = results(RULES[name], bfloat16_arguments, implementation=implementation, chunk=4)
+    (out, last), gradients = results(RULES[name], bfloat16_arguments, implementation=implementation)
     assert out.dtype == jnp.bfloat16
     assert last.dtype == jnp.float32
     assert [leaf.dtype for leaf in gradients] == [x.dtype for x in bfloat16_arguments]
@@ -285,7 +291,7 @@ def test_a_long_text_with_the_decays_and_rates_of_rwkv7_keeps_its_precision():
     rate = rng.uniform(0.0, 1.0, c.shape).astype(np.float32)
     log_decay = np.float32(-np.exp(-0.5)) * rng.uniform(0.0, 1.0, c.shape).astype(np.float32) ** 8  # most are weak
     (reference, _), (chunked, _) = (
-        jax.jit(functools.partial(generalized_delta_rule, implementation=name))(q, k, v, log_decay, -c, rate * c)
+        jax.jit(functools.partial(generalized, implementation=name))(q, k, v, log_decay, -c, rate * c)
         for name in IMPLEMENTATIONS
     )
     assert np.abs(reference).max() < 200
@@ -304,7 +310,7 @@ def test_the_default_is_a_loop_without_a_gradient_and_chunks_with_one():
 @every_rule
 def test_only_inputs_and_one_state_per_chunk_are_saved(name):
     arguments = arrays(name)
-    rule = functools.partial(RULES[name], implementation="chunked", chunk=4)
+    rule = functools.partial(RULES[name], implementation=Chunked(4))
     residuals = jax.eval_shape(lambda *arguments: jax.vjp(rule, *arguments)[1], *arguments)
     inputs = sum(x.size for x in arguments[:-1]) * 16 // T
     saved = sum(leaf.size for leaf in jax.tree.leaves(residuals))
@@ -325,15 +331,13 @@ def test_bad_inputs_raise():
         gated_delta_rule(q, k, v, log_decay, beta, state[..., :3])
     with pytest.raises(ValueError, match=r"reset_BT \[2, 3\] must be \[batch, time\] of the query, \[2, 13\]"):
         gated_delta_rule(q, k, v, log_decay, beta, reset_BT=np.ones((2, 3), bool))
-    with pytest.raises(ValueError, match="chunk=24 must be a power of two"):
-        gated_delta_rule(q, k, v, log_decay, beta, chunk=24)
     with pytest.raises(ValueError, match="no gated_delta_rule implementation 'fast': choose from reference, chunked"):
         gated_delta_rule(q, k, v, log_decay, beta, implementation="fast")
 
 
 def test_bad_inputs_of_the_generalized_rule_raise():
     q, k, v, log_decay, a, b, state = arrays("generalized")
-    rule = generalized_delta_rule
+    rule = generalized
     with pytest.raises(ValueError, match=r"log_decay \[2, 13, 2\] must have the shape of the query, \[2, 13, 2, 3\]"):
         rule(q, k, v, log_decay[..., 0], a, b)
     with pytest.raises(ValueError, match=r"a \[2, 12, 2, 3\] must have the shape of the query"):
@@ -346,7 +350,7 @@ def test_bad_inputs_of_the_generalized_rule_raise():
         rule(q, k, v, log_decay, a, b, state[..., :3])
     with pytest.raises(ValueError, match=r"keep_BT \[2, 3\] must be \[batch, time\] of the query, \[2, 13\]"):
         rule(q, k, v, log_decay, a, b, keep_BT=np.ones((2, 3), bool))
-    with pytest.raises(ValueError, match="chunk=0 must be a power of two"):
-        rule(q, k, v, log_decay, a, b, chunk=0)
+    with pytest.raises(ValueError, match=r"low_rank must be the tuple \(a, b\) of two arrays, not ndarray"):
+        generalized_delta_rule(q, k, v, log_decay, a)
     with pytest.raises(ValueError, match="no generalized_delta_rule implementation 'fast': choose from reference"):
         rule(q, k, v, log_decay, a, b, implementation="fast")

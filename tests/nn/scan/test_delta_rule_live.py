@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm.nn.scan import gated_delta_rule
+from jaxlm.nn.scan import Chunked, gated_delta_rule
 from jaxlm.testing.helpers import assert_trees_close
 
 pytestmark = pytest.mark.live
@@ -40,11 +40,11 @@ def test_values_and_gradients_equal_transformers(name: str) -> None:
     ((out * torch.tensor(out_weight)).sum() + (last * torch.tensor(state_weight)).sum()).backward()
     want = (out.detach().numpy(), last.detach().numpy()), [x.grad.numpy() for x in tensors]
 
-    for implementation in ("reference", "chunked"):
+    for implementation in ("reference", Chunked(8)):
 
         def weighted(q: Any, *arguments: Any, implementation: Any = implementation) -> Any:
             # transformers scales the queries by K ** -0.5.
-            out, last = gated_delta_rule(q * K**-0.5, *arguments, chunk=8, implementation=implementation)
+            out, last = gated_delta_rule(q * K**-0.5, *arguments, implementation=implementation)
             return jnp.sum(out * out_weight) + jnp.sum(last * state_weight), (out, last)
 
         gradients, outputs = jax.jit(jax.grad(weighted, range(6), has_aux=True))(*arguments)

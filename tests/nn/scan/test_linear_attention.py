@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm.nn.scan import linear_attention
+from jaxlm.nn.scan import Chunked, linear_attention
 from jaxlm.nn.segments import segment_boundaries
 from jaxlm.testing.helpers import assert_trees_close, assert_trees_equal, relative_error
 from tests.nn.results import float64_results, random_masks, results
@@ -53,7 +53,7 @@ def test_values_and_all_gradients_equal_those_of_the_loop(decay, masked):
     assert all(np.abs(leaf).max() > 1e-2 for leaf in jax.tree.leaves(want))
     assert_trees_close(results(linear_attention, arguments, **options, implementation="reference"), want, 2e-6)
     for chunk in (4, 64):  # three full chunks and a partial chunk; one chunk that is reduced to a power of two
-        got = results(linear_attention, arguments, **options, chunk=chunk, implementation="chunked")
+        got = results(linear_attention, arguments, **options, implementation=Chunked(chunk))
         assert_trees_close(got, want, 2e-6)
 
 
@@ -65,13 +65,13 @@ def test_strong_and_weak_decays(decay):
     log_decay[:, 5] = -np.inf
     arguments = (q, k, v, log_decay, state)
     want = float64_results(reference_loop, arguments)
-    for options in ({"implementation": "reference"}, {"implementation": "chunked", "chunk": 16}):
+    for options in ({"implementation": "reference"}, {"implementation": Chunked(16)}):
         got = results(linear_attention, arguments, **options)
         assert_trees_close(got, want, 2e-6)
         assert (got[1][3][:, 5] == 0.0).all()
 
 
-@pytest.mark.parametrize("implementation", ["reference", "chunked"])
+@pytest.mark.parametrize("implementation", ["reference", Chunked(4)])
 def test_scales_multiply_the_new_values(implementation):
     q, k, v, log_decay, state = arrays("grouped")
     options = {"implementation": implementation, **random_masks(B, T)}
@@ -101,7 +101,7 @@ def test_the_reference_multiplies_by_the_scale_in_float32(decay):
 
 
 @pytest.mark.plain_cases(2)
-@pytest.mark.parametrize("implementation", ["reference", "chunked"])
+@pytest.mark.parametrize("implementation", ["reference", Chunked(4)])
 @pytest.mark.parametrize("decay", DECAYS)
 def test_several_calls_and_single_steps_equal_one_call(decay, implementation):
     q, k, v, log_decay, state = arrays(decay)
@@ -122,14 +122,14 @@ def test_several_calls_and_single_steps_equal_one_call(decay, implementation):
 
 
 @pytest.mark.plain_cases(2)
-@pytest.mark.parametrize("implementation", ["reference", "chunked"])
+@pytest.mark.parametrize("implementation", ["reference", Chunked(4)])
 @pytest.mark.parametrize("decay", DECAYS)
 def test_packed_documents_equal_separate_documents_and_padding_may_be_nan(decay, implementation):
     segments = np.array([[0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 0], [1, 0, 1, 0, 1, 2, 0, 2, 2, 2, 2, 0, 0]])
     reset_BT, keep_BT, _ = map(np.asarray, jax.jit(segment_boundaries)(segments))
     without_nan = arrays(decay)[:4]
     with_nan = [np.where(keep_BT.reshape(B, T, *(1,) * (x.ndim - 2)), x, np.float32(np.nan)) for x in without_nan]
-    attend = jax.jit(functools.partial(linear_attention, implementation=implementation, chunk=4))
+    attend = jax.jit(functools.partial(linear_attention, implementation=implementation))
 
     def loss(*arguments):
         out, last = attend(*arguments, reset_BT=reset_BT, keep_BT=keep_BT)
@@ -146,11 +146,11 @@ def test_packed_documents_equal_separate_documents_and_padding_may_be_nan(decay,
         assert relative_error(last[row : row + 1], separate_last) < 1e-6
 
 
-@pytest.mark.parametrize("implementation", ["reference", "chunked"])
+@pytest.mark.parametrize("implementation", ["reference", Chunked(4)])
 def test_bfloat16_keeps_a_float32_state(implementation):
     arguments = arrays("channel")
     bfloat16_arguments = [x.astype(jnp.bfloat16) for x in arguments[:3]] + list(arguments[3:])
-    (out, last), gradients = results(linear_attention, bfloat16_arguments, implementation=implementation, chunk=4)
+    (out, last), gradients = results(linear_attention, bfloat16_arguments, implementation=implementation)
     assert out.dtype == jnp.bfloat16
     assert last.dtype == jnp.float32
     assert [leaf.dtype for leaf in gradients] == [x.dtype for x in bfloat16_arguments]
@@ -175,7 +175,7 @@ def test_the_gradient_of_a_strong_decay_is_accurate(log_decay, decay):
         got, want = (
             np.asarray(gradients[3])
             for _, gradients in (
-                results(linear_attention, arguments, chunk=4, implementation="chunked"),
+                results(linear_attention, arguments, implementation=Chunked(4)),
                 float64_results(reference_loop, arguments),
             )
         )
@@ -196,7 +196,7 @@ def test_the_default_is_a_loop_without_a_gradient_and_chunks_with_one():
 
 def test_only_inputs_and_one_state_per_chunk_are_saved():
     q, k, v, log_decay, state = arrays("channel")
-    attend = functools.partial(linear_attention, implementation="chunked", chunk=4)
+    attend = functools.partial(linear_attention, implementation=Chunked(4))
     residuals = jax.eval_shape(lambda *arguments: jax.vjp(attend, *arguments)[1], q, k, v, log_decay, state)
     padded = B * 16 * H
     saved = sum(leaf.size for leaf in jax.tree.leaves(residuals))
@@ -207,6 +207,8 @@ def test_bad_inputs_raise():
     q, k, v, log_decay, state = arrays("head")
     with pytest.raises(ValueError, match=r"query \[2, 13, 2, 3\] and key \[2, 13, 2, 2\] must both be"):
         linear_attention(q, k[..., :2], v, log_decay)
+    with pytest.raises(ValueError, match="at least one step and one head"):
+        linear_attention(q[:, :, :0], k[:, :, :0], v, log_decay)
     with pytest.raises(ValueError, match="at least one step"):
         linear_attention(q[:, :0], k[:, :0], v[:, :0], log_decay[:, :0])
     with pytest.raises(ValueError, match=r"log_decay \[2, 13, 2, 1\] must be \[2, 13, 2\], one for each head, or"):
@@ -221,7 +223,9 @@ def test_bad_inputs_raise():
         linear_attention(q, k, np.concatenate([v, v[:, :, :1]], axis=2), log_decay)
     with pytest.raises(ValueError, match=r"one decay per channel, .*: repeat the 1 heads of query and key 2 times"):
         linear_attention(q[:, :, :1], k[:, :, :1], v, arrays("channel")[3])
-    with pytest.raises(ValueError, match="chunk=24 must be a power of two"):
-        linear_attention(q, k, v, log_decay, chunk=24)
+    with pytest.raises(ValueError, match=r"Chunked\(24\): the number of steps must be a power of two"):
+        Chunked(24)
+    with pytest.raises(ValueError, match=r"Chunked\(0\): the number of steps must be a power of two"):
+        Chunked(0)
     with pytest.raises(ValueError, match="no linear_attention implementation 'fast': choose from reference, chunked"):
         linear_attention(q, k, v, log_decay, implementation="fast")

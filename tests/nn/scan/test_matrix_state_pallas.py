@@ -294,7 +294,7 @@ def test_the_generalized_delta_rule_has_no_kernel(on_tpu):
     with pytest.raises(
         ValueError, match="'pallas' does not support the generalized rule: leave the implementation out"
     ):
-        generalized_delta_rule(query, key, value, 0 * key, key, key, implementation="pallas")
+        generalized_delta_rule(query, key, value, 0 * key, (key, key), implementation="pallas")
 
 
 def test_the_choice_depends_on_the_platform_and_the_arguments(monkeypatch):
@@ -302,8 +302,6 @@ def test_the_choice_depends_on_the_platform_and_the_arguments(monkeypatch):
     with pytest.raises(ValueError, match="runs only on tpu"):
         linear_attention(*arrays(*OWN_KEYS), implementation="pallas")
     monkeypatch.setattr(choices, "wrong_platform", lambda implementation: None)
-    with pytest.raises(ValueError, match="does not support chunk=32"):
-        linear_attention(*arrays(*OWN_KEYS), implementation="pallas", chunk=32)
     monkeypatch.setattr(sharding, "platform", lambda: "tpu")
     assert choices.matrix_scan(64, None) == "pallas"
     assert choices.matrix_scan(64, "supports something else") == "chunked"

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm.nn.scan import linear_attention, mlstm
+from jaxlm.nn.scan import Chunked, linear_attention, mlstm
 from jaxlm.nn.segments import segment_boundaries
 from jaxlm.testing.helpers import assert_trees_close, relative_error
 from tests.nn.results import float64_results, random_masks, results
@@ -65,30 +65,30 @@ def test_values_and_all_gradients_equal_those_of_the_equations(masked):
     assert all(np.abs(leaf).max() > 1e-2 for leaf in jax.tree.leaves(want))
     assert_trees_close(results(CELL, arguments, **options, implementation="reference"), want, 3e-6)
     for chunk in (1, 4, 64):  # two full chunks and a partial chunk; one chunk that is reduced to a power of two
-        got = results(CELL, arguments, **options, chunk=chunk, implementation="chunked")
+        got = results(CELL, arguments, **options, implementation=Chunked(chunk))
         assert_trees_close(got, want, 5e-6)
 
 
 @pytest.mark.plain_cases(1)
-@pytest.mark.parametrize("implementation", ["reference", "chunked"])
+@pytest.mark.parametrize("implementation", ["reference", Chunked(16)])
 @pytest.mark.parametrize("strength", [10.0, 100.0])
 def test_strong_gates(strength, implementation):
     """Gates from exp(-250) to exp(250) in one chunk: in float64 without a stabilizer, in float32 with a stabilizer."""
     arguments = arrays(strength)
     want = float64_results(plain_loop, arguments)
-    got = results(CELL, arguments, implementation=implementation, chunk=16)
+    got = results(CELL, arguments, implementation=implementation)
     # The gradients of the initial state are nearly 0. Rounding a gate of 250 changes its exponential by 1e-5.
     assert_trees_close(got, want, 1e-5, floor=0.1)
 
 
 @pytest.mark.plain_cases(1)
-@pytest.mark.parametrize("implementation", ["reference", "chunked"])
+@pytest.mark.parametrize("implementation", ["reference", Chunked(4)])
 @pytest.mark.parametrize("gate", [-1e4, -100.0, 1e4])
 def test_extreme_gates_have_finite_values_and_gradients(gate, implementation):
     q, k, v, log_i, log_f, state = arrays()
     signs = np.random.default_rng(1).choice(np.float32([0.0, 1.0]), log_i.shape)
     arguments = (q, k, v, log_i + gate, log_f - signs * abs(gate), jax.tree.map(np.zeros_like, state))
-    (out, last), gradients = results(CELL, arguments, implementation=implementation, chunk=4, **random_masks(B, T))
+    (out, last), gradients = results(CELL, arguments, implementation=implementation, **random_masks(B, T))
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((out, last, gradients)))
     if gate < 0:
         assert np.abs(out).max() < 1e-30  # the input gate is 0
@@ -97,13 +97,13 @@ def test_extreme_gates_have_finite_values_and_gradients(gate, implementation):
 
 
 @pytest.mark.plain_cases(1)
-@pytest.mark.parametrize("implementation", ["reference", "chunked"])
+@pytest.mark.parametrize("implementation", ["reference", Chunked(4)])
 def test_two_gates_of_zero_reset_the_state(implementation):
     q, k, v = np.ones((3, 1, 5, 1, 1), np.float32)
     log_gate = np.float32([0.0, 0.0, -np.inf, 0.0, 0.0]).reshape(1, 5, 1)
 
     def total(*arguments):
-        out, last = mlstm(*arguments, epsilon=0.0, chunk=4, implementation=implementation)
+        out, last = mlstm(*arguments, epsilon=0.0, implementation=implementation)
         return jnp.sum(out), (out, last["normalizer"])
 
     arguments = (q, 2.0 * k, v, log_gate, log_gate)
@@ -112,7 +112,7 @@ def test_two_gates_of_zero_reset_the_state(implementation):
     assert all(np.isfinite(leaf).all() for leaf in gradients)
 
 
-@pytest.mark.parametrize("implementation", ["reference", "chunked"])
+@pytest.mark.parametrize("implementation", ["reference", Chunked(4)])
 def test_the_output_of_large_gates_is_a_normalized_mean(implementation):
     """With ``q = k`` and positive normalizers, the output is a weighted mean of the values: it is in their range."""
     _, k, v, log_i, log_f, _ = arrays(5.0)
@@ -125,13 +125,13 @@ def test_the_output_of_large_gates_is_a_normalized_mean(implementation):
 
 
 @pytest.mark.plain_cases(1)
-@pytest.mark.parametrize("implementation", ["reference", "chunked"])
+@pytest.mark.parametrize("implementation", ["reference", Chunked(4)])
 def test_padding_after_large_gates_is_zero_without_epsilon(implementation):
     q, k, v, log_i, log_f, _ = arrays()
     keep = random_masks(B, T)["keep_BT"]
 
     def loss(*arguments):
-        out, _ = mlstm(*arguments, keep_BT=keep, epsilon=0.0, chunk=4, implementation=implementation)
+        out, _ = mlstm(*arguments, keep_BT=keep, epsilon=0.0, implementation=implementation)
         return jnp.sum(out**2), out
 
     value_and_gradients = jax.jit(jax.value_and_grad(loss, (0, 1, 2, 3, 4), has_aux=True))
@@ -140,7 +140,7 @@ def test_padding_after_large_gates_is_zero_without_epsilon(implementation):
     assert all(np.isfinite(leaf).all() for leaf in (out, *gradients))
 
 
-@pytest.mark.parametrize("implementation", ["reference", "chunked"])
+@pytest.mark.parametrize("implementation", ["reference", Chunked(4)])
 def test_small_input_gates_give_linear_attention(implementation):
     """If ``|q @ n|`` is below 1, the divisor is 1 and the mLSTM is linear attention with keys ``i k``."""
     q, k, v, log_i, log_f, _ = arrays()
@@ -151,7 +151,7 @@ def test_small_input_gates_give_linear_attention(implementation):
     assert relative_error(got, want) < 3e-6
 
 
-@pytest.mark.parametrize("implementation", ["reference", "chunked"])
+@pytest.mark.parametrize("implementation", ["reference", Chunked(4)])
 def test_several_calls_equal_one_call(implementation):
     *inputs, state = arrays()
     cell = jax.jit(functools.partial(CELL, implementation=implementation))
@@ -164,13 +164,13 @@ def test_several_calls_equal_one_call(implementation):
     assert_trees_close(state, want_last, 2e-6)
 
 
-@pytest.mark.parametrize("implementation", ["reference", "chunked"])
+@pytest.mark.parametrize("implementation", ["reference", Chunked(4)])
 def test_packed_documents_equal_separate_documents_and_padding_may_be_nan(implementation):
     segments = np.array([[0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 0], [1, 0, 1, 1, 1, 2, 0, 2, 2, 2, 0]])
     reset_BT, keep_BT, _ = map(np.asarray, jax.jit(segment_boundaries)(segments))
     *without_nan, _ = arrays(3.0)
     with_nan = [np.where(keep_BT.reshape(B, T, *(1,) * (x.ndim - 2)), x, np.float32(np.nan)) for x in without_nan]
-    cell = jax.jit(functools.partial(CELL, implementation=implementation, chunk=4))
+    cell = jax.jit(functools.partial(CELL, implementation=implementation))
 
     def loss(*arguments):
         out, last = cell(*arguments, reset_BT=reset_BT, keep_BT=keep_BT)
@@ -188,12 +188,12 @@ def test_packed_documents_equal_separate_documents_and_padding_may_be_nan(implem
 
 
 @pytest.mark.plain_cases(1)
-@pytest.mark.parametrize("implementation", ["reference", "chunked"])
+@pytest.mark.parametrize("implementation", ["reference", Chunked(4)])
 def test_bfloat16_keeps_a_float32_state(implementation):
     arguments = arrays()
     bfloat16_arguments = [x.astype(jnp.bfloat16) for x in arguments[:3]] + list(arguments[3:])
     rounded = [x.astype(np.float32) for x in bfloat16_arguments[:3]] + list(arguments[3:])
-    (out, last), gradients = results(CELL, bfloat16_arguments, implementation=implementation, chunk=4)
+    (out, last), gradients = results(CELL, bfloat16_arguments, implementation=implementation)
     assert out.dtype == jnp.bfloat16
     assert {leaf.dtype for leaf in jax.tree.leaves(last)} == {jnp.dtype("float32")}
     assert [leaf.dtype for leaf in gradients[:5]] == [x.dtype for x in bfloat16_arguments[:5]]
@@ -208,7 +208,7 @@ def test_the_gradient_of_a_strong_forget_gate_is_accurate_in_bfloat16(log_forget
     rounded = [jnp.asarray(x, jnp.bfloat16) for x in (q, k, v)]
     arguments = [*rounded, 0.1 * log_i, np.full_like(log_f, log_forget), state]
     (_, got), (_, want) = (
-        results(CELL, arguments, implementation="chunked", chunk=4),
+        results(CELL, arguments, implementation=Chunked(4)),
         float64_results(plain_loop, arguments),
     )
     assert np.linalg.norm(got[4] - want[4]) < 0.01 * np.linalg.norm(want[4])
@@ -232,7 +232,7 @@ def test_saved_memory_is_linear_with_one_state_per_chunk():
     def saved(steps):
         shapes = (*((1, steps, 1, 32) for _ in range(3)), *((1, steps, 1) for _ in range(2)))
         arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
-        cell = functools.partial(mlstm, implementation="chunked", chunk=64)
+        cell = functools.partial(mlstm, implementation=Chunked(64))
         residuals = jax.eval_shape(lambda *arguments: jax.vjp(cell, *arguments)[1], *arguments)
         return sum(leaf.size for leaf in jax.tree.leaves(residuals))
 
@@ -256,8 +256,6 @@ def test_bad_inputs_raise():
         mlstm(q, k, v, log_i, log_f, {name: state[name] for name in ("cell", "normalizer")})
     with pytest.raises(ValueError, match=r"reset_BT \[2, 3\] must be \[batch, time\] of the query, \[2, 11\]"):
         mlstm(q, k, v, log_i, log_f, reset_BT=np.ones((2, 3), bool))
-    with pytest.raises(ValueError, match="chunk=24 must be a power of two"):
-        mlstm(q, k, v, log_i, log_f, chunk=24)
     with pytest.raises(ValueError, match="no mlstm implementation 'fast': choose from reference, chunked"):
         mlstm(q, k, v, log_i, log_f, implementation="fast")
 

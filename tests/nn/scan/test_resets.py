@@ -7,6 +7,7 @@ import pytest
 
 from jaxlm.nn import choices, lazy_pallas
 from jaxlm.nn.scan import (
+    Chunked,
     gated_delta_rule,
     generalized_delta_rule,
     linear_attention,
@@ -47,7 +48,7 @@ def function_and_state(name):
     if name == "gated_delta_rule":
         return gated_delta_rule, (q, k, v, log_decay, gate), state
     if name == "generalized_delta_rule":
-        return generalized_delta_rule, (q, k, v, log_decays, -k, 0.5 * k), state
+        return generalized_delta_rule, (q, k, v, log_decays, (-k, 0.5 * k)), state
     return linear_attention, (q, k, v, log_decay if name == "linear_attention" else log_decays), state
 
 
@@ -66,7 +67,7 @@ def test_a_reset_replaces_a_state_of_nan(name, implementation, monkeypatch):
     reset[0, 0] = reset[1, 6] = True
     options = {"reset_BT": reset, "keep_BT": np.arange(T)[None] != [[3], [8]], "implementation": implementation}
     if implementation == "chunked" and name != "linear_scan":
-        options["chunk"] = 4
+        options["implementation"] = Chunked(4)
 
     def loss(inputs, state):
         out, last = run(*inputs, state, **options)
@@ -95,11 +96,11 @@ def test_a_reset_of_linear_scan_ends_the_effect_of_nan_inputs_in_the_same_chunk(
         assert_trees_close(scan(with_nan)[:, 5:], scan(new)[:, 5:], 1e-6)
 
 
-@pytest.mark.parametrize("implementation", ["reference", "chunked"])
+@pytest.mark.parametrize("implementation", ["reference", Chunked(4)])
 def test_a_reset_of_mlstm_ends_the_effect_of_nan_gates_in_an_earlier_chunk(implementation):
     run, (q, k, v, log_input, log_forget), _ = function_and_state("mlstm")
     reset = np.arange(T)[None].repeat(B, 0) == 8
-    cell = jax.jit(lambda gate: run(q, k, v, gate, log_forget, reset_BT=reset, chunk=4, implementation=implementation))
+    cell = jax.jit(lambda gate: run(q, k, v, gate, log_forget, reset_BT=reset, implementation=implementation))
     (out, last), (want, want_last) = (
         cell(np.where(np.arange(T)[None, :, None] == 2, np.float32(nan), log_input)) for nan in (np.nan, 0.0)
     )

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm.nn.scan import ssd
+from jaxlm.nn.scan import Chunked, ssd
 from jaxlm.nn.segments import segment_boundaries
 from jaxlm.testing.helpers import assert_trees_close, relative_error
 from tests.nn.results import float64_results, results
@@ -65,14 +65,14 @@ def expected(masked, **options):
 
 
 @pytest.mark.plain_cases(3)
-@pytest.mark.parametrize("options", [{"implementation": "reference"}, {"chunk": 4}, {"chunk": 16}, {"chunk": 64}, {}])
+@pytest.mark.parametrize("implementation", ["reference", Chunked(4), Chunked(16), Chunked(64), None])
 @pytest.mark.parametrize("masked", [False, True])
-def test_values_and_all_gradients_equal_the_recurrence(masked, options):
-    got = results(ssd, arrays(), **(masks() if masked else {}), **options)
+def test_values_and_all_gradients_equal_the_recurrence(masked, implementation):
+    got = results(ssd, arrays(), **(masks() if masked else {}), implementation=implementation)
     assert_trees_close(got, expected(masked), 3e-6)
 
 
-@pytest.mark.parametrize("options", [{"implementation": "reference"}, {"chunk": 4}])
+@pytest.mark.parametrize("options", [{"implementation": "reference"}, {"implementation": Chunked(4)}])
 @pytest.mark.parametrize("masked", [False, True])
 def test_negative_eigenvalues(masked, options):
     """Values and gradients equal the recurrence with the decay ``2 exp(dt A) - 1``."""
