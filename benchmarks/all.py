@@ -1,6 +1,6 @@
 """Run the benchmarks of the section "Measurements" of docs/benchmarks.md, except ``texts``, and write result files.
 
-    python -m benchmarks.all --full                     about two hours on two cores
+    python -m benchmarks.all --full                     about two and a half hours on two cores
     python -m benchmarks.all --quick                    tiny sizes, a few minutes: a test that the benchmarks work
     python -m benchmarks.all --full --only decoding     the benchmarks whose name contains "decoding"
 
@@ -31,8 +31,9 @@ class Job:
     Attributes:
         name: name of the result file without ".json".
         arguments: name of the module in ``benchmarks``, then its options.
-        minutes: expected duration on two cores. The estimate of the remaining time is the expected duration of the
-            remaining jobs, multiplied by the actual / the expected duration of the jobs that succeeded.
+        minutes: expected duration on two cores. The estimate of the remaining time is the sum of ``minutes`` of the
+            remaining jobs, times ``a / s``: for the jobs that succeeded, a is the measured time and s is the sum of
+            ``minutes``.
     """
 
     name: str
@@ -52,7 +53,7 @@ def _jobs() -> tuple[Job, ...]:
         "gated-deltanet-12-layers": 3, "xlstm-12-layers": 3,
     }  # fmt: skip
     decoders = {"gpt2": 22, "t5-small": 14, "lstm-zaremba-medium": 6}
-    lengths = ("--prompt", "32,512", "--batch", "1,8")
+    prompt_options = ("--prompt", "32,512", "--batch", "1,8")
     return (
         Job("attention", ("attention",), 21),
         Job("attention_decode", ("attention", "--variants", "decode", "--lengths", "128,1024,4096"), 2),
@@ -60,7 +61,7 @@ def _jobs() -> tuple[Job, ...]:
         Job("scans", ("scans",), 8),
         *(Job(f"training_{name}", ("training", "--model", name), minutes) for name, minutes in models.items()),
         *(
-            Job(f"decoding_{name}", ("decoding", "--model", name, *lengths), minutes)
+            Job(f"decoding_{name}", ("decoding", "--model", name, *prompt_options), minutes)
             for name, minutes in decoders.items()
         ),
         Job("decoding_xlnet-base-cased", ("decoding", "--model", "xlnet-base-cased", "--tokens", "16"), 4),
@@ -69,8 +70,8 @@ def _jobs() -> tuple[Job, ...]:
 
 
 JOBS = _jobs()
-"""The benchmarks of the section "Measurements" of docs/benchmarks.md. ``texts`` is not one of them, because it needs
-trained models and text files."""
+"""The benchmarks of the section "Measurements" of docs/benchmarks.md, except ``texts``, which needs trained models and
+text files."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,11 +85,11 @@ class All:
     only: str = ""
     """Run only the benchmarks whose name contains this text."""
     against: str | None = None
-    """Baselines, separated by commas. Each benchmark uses those of them that it has. Empty: only jaxlm is measured.
+    """Baselines, separated by commas. A benchmark ignores baselines that it lacks. Empty: only jaxlm is measured.
     None: the default baselines of each benchmark."""
     output: Path | None = None
     """Directory of the results. None: benchmarks/results/PROCESSOR; with --quick, benchmarks/results-quick. The page of
-    --page shows all directories with the same parent directory, so each of them must have results."""
+    --page shows all directories in the parent directory of this directory. So each of them must have results."""
     page: Path | None = None
     """Page whose measured part is replaced after the last benchmark, such as docs/benchmarks.md; None: no page."""
 
@@ -128,8 +129,10 @@ def run(options: All) -> None:
 
 
 def _check_page(page: Path, directory: Path) -> None:
-    """Raise ``UserError`` if the page could not be written after the measurements: it has no measured part, or another
-    directory has no results."""
+    """Raise ``UserError`` if the page could not be written after the measurements.
+
+    Reasons: the page is not a file, it has no measured part, or a directory beside ``directory`` has no valid results.
+    """
     report.split_page(page)
     directory = directory.absolute()
     for other in sorted(path for path in directory.parent.glob("*") if path.is_dir() and path != directory):
@@ -137,7 +140,7 @@ def _check_page(page: Path, directory: Path) -> None:
             report.read(other)
         except UserError as error:
             raise UserError(
-                f"--page shows all directories in {other.parent}, and {error}; or choose another --output"
+                f"--page shows all directories in {other.parent}. {error}. Fix this, or choose another --output"
             ) from error
 
 

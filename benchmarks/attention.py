@@ -9,8 +9,9 @@ scaled_dot_product_attention ("torch") with the same random inputs.
 ``plain`` adds no bias to the scores. ``bias`` adds T5's bias of bucketed distances (Raffel et al. 2020, section 2.1).
 ``relative`` adds the product of the query and a vector for the distance (Dai et al. 2019, section 3.3). The backward
 pass also computes the gradients of the table of biases or vectors. The baselines accept a bias only as a dense array
-for all query-key pairs. They compute this array in each repetition. Before the measurement, the outputs and all
-gradients are compared and must agree.
+for all query-key pairs. They compute this array in each repetition. ``decode`` is one query over a key-value cache,
+which may have free slots. Before the measurement, 64 elements of the output and of each gradient are compared and must
+agree.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ IMPLEMENTATIONS = {
 VARIANTS = ("plain", "bias", "relative", "decode")
 PASSES = ("forward", "both")
 TOLERANCE = 1e-4
-"""Maximum difference between jaxlm and a baseline, for 64 random elements of each result, relative to the largest of
-these elements."""
+"""Maximum difference between jaxlm and a baseline, for 64 random elements of each result, relative to the largest
+absolute value of these elements in jaxlm."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Attention(harness.Options):
     variants: str = "plain,bias,relative"
     """Variants: plain, bias, relative, decode, separated by commas."""
     lengths: str = ",".join(map(str, shapes.ATTENTION_LENGTHS))
-    """Numbers of tokens, separated by commas. For decode, each number is a number of filled slots of the cache. Its
+    """Numbers of tokens, separated by commas. For decode, each number is a number of filled slots of the cache, whose
     capacity is the largest number."""
 
 
@@ -75,7 +76,7 @@ def _measure(
 
 
 def attention_table(rows: Sequence[harness.Row]) -> str:
-    """The measurements as a table. The last column is the time of jaxlm / the time of its plain variant."""
+    """The measurements as a table. The last column, for jaxlm only, is the time of a variant / the time of plain."""
     ours = {(row.op, row.shape): row for row in rows if row.implementation == harness.JAXLM}
 
     def over_plain(row: harness.Row) -> str:

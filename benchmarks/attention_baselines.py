@@ -16,12 +16,13 @@ MAX_DISTANCE = 128
 
 
 def shift(padded: Any) -> Any:
-    """The relative shift in the code of Dai et al. 2019: column s of row t of the result has the score of distance
-    t - s.
+    """The relative shift in the code of Dai et al. 2019, [B, H, T, R].
+
+    For s <= t, column s of row t has the score of distance t - s. The other entries must be masked.
 
     Args:
-        padded: the score of each query and distance, after one column of zeros, [B, H, T, R + 1]. R: number of
-            distances.
+        padded: one column of zeros, then the score of each query and distance, [B, H, T, R + 1]. The distances are
+            R - 1 to 0, and R = T.
     """
     B, H, T, columns = padded.shape
     return padded.reshape(B, H, columns, T)[:, :, 1:].reshape(B, H, T, columns - 1)
@@ -97,7 +98,7 @@ class JaxNN(JaxAttention):
     """
 
     def constants(self) -> Any:
-        """The bucket of each query-key pair [T, S] (``bias``), or the number of filled slots [1] (``decode``)."""
+        """``bias``: the bucket of each query-key pair [T, S]. ``decode``: the number of filled slots [1]. Else None."""
         import jax.numpy as jnp
 
         from jaxlm.nn.attention.bucket_bias import distance_buckets

@@ -140,7 +140,7 @@ class Sampled(Implementation):
     """Base class of implementations whose repetition returns arrays by name. 64 elements of each array are compared."""
 
     def read(self, result: dict[str, Any]) -> dict[str, list[float]]:
-        """The elements of each array at the flat indices ``shapes.samples``. Only they are copied from the device."""
+        """The elements of each array at the flat indices ``shapes.samples``; only these are copied from the device."""
         import numpy as np
 
         def sample(x: Any) -> list[float]:

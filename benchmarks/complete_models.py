@@ -1,8 +1,8 @@
 """Benchmarks of complete models: the training batch of each family, and the classes of each family in other libraries.
 
 ``baselines.Machine`` writes one batch to the directory of the checkpoint, and all implementations read it. Processes
-that run torch also import this module, so only the functions that use jaxlm import it. Shapes: B batch, T time, P
-predicted positions.
+that run torch also import this module, so it imports jaxlm only in the functions that use jaxlm. Shapes: B batch, T
+time, P predicted positions.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ TINY_FIELDS: dict[str, dict[str, Any]] = {
     "lstm": {"tie_embeddings": False}, "resnet": {"shortcut": False}, "griffin": {"window": 64},
 }  # fmt: skip
 """Changes to config fields of the tiny variants. They give a tiny variant the architecture of the published variant.
-For griffin, the window contains the whole batch: without a cache, the class in transformers has no window."""
+For griffin, the window is longer than a row, because without a cache, the class in transformers has no window."""
 
 
 def build(name: str, *, quick: bool = False) -> Any:
@@ -111,7 +111,8 @@ def sizes(model: Any, quick: bool, batch: int | None, length: int | None) -> tup
 def num_decoding_parameters(model: Any) -> int:
     """Number of parameters that the decoding of one token reads (``jaxlm.plan.flops.matmul_parameters``).
 
-    Embedding tables that are not output heads do not count. Nor do the encoder and the projections of its output.
+    Not counted: embedding tables that are not output heads, the encoder, and the key and value projections of its
+    output.
     """
     from jaxlm.plan import flops
 
@@ -164,7 +165,7 @@ def torch_options(family: str, length: int) -> dict[str, Any]:
 
     Mamba2ForCausalLM computes arrays of B * T * chunk_size * heads * state_size entries. With the published chunk size
     of 256, the layers of mamba2-130m need more than 32 GB for a training step with 2 rows of 256 tokens. In
-    transformers 4.57, the chunked mLSTM of xLSTMForCausalLM is wrong for more than one chunk.
+    transformers 4.57, the chunked mLSTM of xLSTMForCausalLM is wrong for more than one chunk, so it gets one chunk.
     """
     return {"mamba2": {"chunk_size": 32}, "xlstm": {"chunk_size": length}}.get(family, {})
 

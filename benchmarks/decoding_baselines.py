@@ -71,7 +71,7 @@ class Torch(TorchImplementation):
 
     For XLNet, ``generate`` of transformers lets each token attend to all other tokens, so it cannot use a cache. In
     jaxlm, a token attends only to itself and to earlier tokens. The loop calls the class of transformers with masks
-    that do the same. For each new token, it reads the complete text again.
+    that do the same. For each new token, the class reads the complete text again.
     """
 
     def __init__(self, directory: str, family: str, batch: int, prompt: int, tokens: int) -> None:

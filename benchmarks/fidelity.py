@@ -1,6 +1,6 @@
 """Numerical accuracy of GPT-2 in jaxlm: hidden states, logits, loss and gradients, compared with torch.
 
-    python -m benchmarks.fidelity                                    GPT-2 124M, random weights, batch 2 of 128 tokens
+    python -m benchmarks.fidelity                                    GPT-2 124M, random weights, 2 rows of 128 tokens
     python -m benchmarks.fidelity --model gpt2-tiny --length 32 --json fidelity.json
 
 The table shows max|a - b| / max|b|. The column "jaxlm - torch" compares the float32 results of jaxlm and torch. The
@@ -116,6 +116,9 @@ def compare(case: str, ours: Results, theirs: Results, exact: Results) -> list[d
     Args:
         case: name of the case.
         ours, theirs, exact: the results of jaxlm, of torch, and of torch in float64.
+
+    Raises:
+        Failure: jaxlm and torch have different parameters, or parameters of different shapes.
     """
     if ours.keys() != theirs.keys():
         raise harness.Failure(f"jaxlm and torch have different parameters: {sorted(ours.keys() ^ theirs.keys())}")
@@ -136,8 +139,8 @@ def run(options: Fidelity) -> None:
     """Compare and print the results."""
     if options.batch < 2 or options.length < 8:
         raise harness.UserError(
-            f"--batch {options.batch} must be at least 2, and --length {options.length} must be at least 8: the rows "
-            "are also compared with padding on both sides"
+            f"--batch {options.batch} must be at least 2, and --length {options.length} must be at least 8: one row "
+            "is padded on the left, and another row on the right"
         )
     harness.check_packages("torch", "benchmarks.baselines:TorchImplementation")
     with harness.session(options.model) as session:

@@ -574,7 +574,7 @@ def git_commit() -> str | None:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """The lines of a text table. The first column is left-aligned, and the other columns are right-aligned."""
+    """A text table. The first column is left-aligned, and the other columns are right-aligned."""
     lines = [header, *rows]
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
     return "\n".join(

@@ -66,7 +66,10 @@ def run_jaxlm(options: Options) -> dict[str, float]:
 
 
 def run_torch(options: Options) -> dict[str, float]:
-    """Train the same configuration with torch in the current process and return results as :func:`run_jaxlm`."""
+    """Train the same configuration with torch in the current process and return its results.
+
+    The results are those of :func:`run_jaxlm`, but ``seconds`` is the time of the training steps only.
+    """
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 

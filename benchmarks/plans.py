@@ -8,7 +8,7 @@ Memory: the prediction is the sum of the arguments, outputs and temporaries of t
 created the arrays. On a CPU, this is resident memory (Linux only). On other devices, it is ``Device.memory_stats``. Its
 peak also includes the creation of the arrays and, for decoding, the reading of the text.
 
-Decoding: before the steps, the model reads a text. After it, the cache has free slots only for the steps.
+Decoding: before the steps, the model reads a text, after which the cache has free slots only for the steps.
 
 Time: the column "bound ms" is a lower bound of the time of a step. It is the larger of two times: the FLOPs of the step
 / the FLOP/s of a large matmul, and the bytes of its arguments / the bytes per second of a large sum. Both speeds are

@@ -6,7 +6,7 @@
 
 ``gru`` applies the reset gate after the product of the state and its weights, as torch and Flax do. ``gru-before``
 applies it before this product (Cho et al. 2014). It has no baseline, because torch and Flax have no such layer. Before
-the measurement, the outputs, last states and all gradients are compared and must agree.
+the measurement, 64 elements of the output, of the last state and of each gradient are compared and must agree.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ WITHOUT_BASELINE = ("gru-before",)
 """Layers that torch and Flax do not have."""
 PASSES = ("forward", "both")
 TOLERANCE = 1e-4
-"""Maximum difference between jaxlm and a baseline, for 64 random elements of each result, relative to the largest of
-these elements."""
+"""Maximum difference between jaxlm and a baseline, for 64 random elements of each result, relative to the largest
+absolute value of these elements in jaxlm."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -72,7 +72,7 @@ class FlaxRecurrence(JaxSampled):
         self.jitted = jax.jit(forward if pass_name == "forward" else both)
 
     def _biased(self) -> str:
-        """The products to which Flax adds the bias of the gates: with the input (i) or with the state (h)."""
+        """The product to which Flax adds the bias of a gate: "i" (with the input) or "h" (with the state)."""
         return "h" if self.is_lstm else "i"
 
     def _to_flax(self, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
@@ -87,7 +87,7 @@ class FlaxRecurrence(JaxSampled):
         return cell
 
     def _from_flax(self, cell: dict[str, Any]) -> dict[str, np.ndarray]:
-        """The arrays from which :meth:`_to_flax` makes these parameters."""
+        """The inverse of :meth:`_to_flax`: arrays in jaxlm's layout from the parameters of Flax's cell."""
         gates = "ifgo" if self.is_lstm else "rzn"
 
         def stacked(product: str, name: str) -> np.ndarray:

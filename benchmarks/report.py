@@ -4,13 +4,13 @@
 
 The result files are ``benchmarks/results/PROCESSOR/*.json``, which benchmarks wrote with ``--json``. The page gets one
 section for each directory PROCESSOR. If several files of a processor contain the same operation and shape, the section
-shows the results of the newest file. The command replaces only the measured part of the page, which is between two
-comment lines of the page.
+shows the results of the newest file. The command replaces the measured part of the page, which is between two comment
+lines.
 
-The page also gets one section for each file ``benchmarks/estimates/PROCESSOR.json``, between two other comment lines.
-Such a file has no measurements, but estimates of a compiler: a ``title``, and ``runs`` with the fields ``command``,
-``time``, ``commit``, ``versions`` and ``plans``. ``plans`` has the dicts that ``jaxlm plan --json`` writes, or only the
-fields of them that the section shows.
+If the page also has the comment lines of an estimated part, the command replaces this part too. The part gets one
+section for each file ``benchmarks/estimates/PROCESSOR.json``. Such a file has no measurements, but estimates of a
+compiler: a ``title``, and ``runs`` with the fields ``command``, ``time``, ``commit``, ``versions`` and ``plans``.
+``plans`` has the dicts that ``jaxlm plan --json`` writes, or only the fields of them that the section shows.
 
 The bar charts show the speed of jaxlm / the speed of a baseline. In each round, the time of the baseline is divided by
 the time of jaxlm; the charts show the median of these ratios. Above 1, jaxlm is faster. Some charts also show the speed
@@ -54,9 +54,10 @@ SECTIONS = {
 ROOFLINES = ("attention", "recurrence", "scans")
 """Benchmarks that have roofline charts: ``shapes.work_of`` knows the FLOPs and the bytes of their operations."""
 PEAKS = {"FLOP": r"([\d,.]+) GFLOP/s float32 GEMM", "B": r"([\d,.]+) GB/s copy"}
-"""By unit of work: the peak in the description of the machine, measured at the start of the run."""
+"""By unit of work: a regular expression that finds the peak in the description of the machine. The peak was measured at
+the start of the run, in billions of units per second."""
 GENERATE = "generate"
-"""The baseline of speculative decoding: ``jaxlm.decoding.generate``. It is not a comparison with another library."""
+"""The baseline of speculative decoding: ``jaxlm.decoding.generate``. The summary of a section does not count it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,7 +173,7 @@ def _row_measurements(row: dict[str, Any], common: dict[str, Any]) -> Iterable[M
 
 
 def _peaks(row: dict[str, Any], machine: dict[str, Any]) -> dict[str, float]:
-    """The peaks at the start of the run. The peak of the row's own unit is that of the rounds of the row."""
+    """The peaks at the start of the run. But for the unit of the row's work, the peak is that of the row's rounds."""
     found = {unit: re.search(pattern, str(machine.get("peaks"))) for unit, pattern in PEAKS.items()}
     peaks = {unit: 1e9 * float(match[1].replace(",", "")) for unit, match in found.items() if match}
     return peaks | ({row["work"]["unit"]: row["peak"]} if "peak" in row else {})
@@ -475,7 +476,7 @@ def _draw_roofline(axes: Any, operation: str, points: Sequence[Measurement]) -> 
     """Draw the roofs and the points of an operation, and return one point of each implementation."""
     numbers = {label: number for number, label in enumerate(dict.fromkeys(row.label for row in points), 1)}
     drawn: dict[str, Any] = {}
-    corners = ((4, 1), (-8, 1), (4, -6), (-8, -6))  # of numbers beside a point; some points are at the same place
+    offsets = ((4, 1), (-8, 1), (4, -6), (-8, -6))  # of the number from its point; some points are at the same place
     xs, ys = [], []
     for row in points:
         work = shapes.work_of(row.program, row.operation, row.shape)
@@ -486,7 +487,7 @@ def _draw_roofline(axes: Any, operation: str, points: Sequence[Measurement]) -> 
         ys.append(y)
         number, color = numbers[row.label], COLORS.get(row.implementation, "C9")
         (drawn[row.implementation],) = axes.plot(x, y, "o", markersize=4, color=color)
-        offset = corners[(number - 1) % 4]
+        offset = offsets[(number - 1) % 4]
         axes.annotate(str(number), (x, y), offset, textcoords="offset points", fontsize=7, color=color)
     runs: dict[str, list[dict[str, float]]] = {}
     for row in points:
@@ -494,8 +495,8 @@ def _draw_roofline(axes: Any, operation: str, points: Sequence[Measurement]) -> 
     roofs = [[statistics.median(peaks[unit] for peaks in run) / 1e9 for unit in PEAKS] for run in runs.values()]
     low, high = _limits([*xs, *(flops / bandwidth for flops, bandwidth in roofs)])
     for flops, bandwidth in roofs:
-        corner = [low * bandwidth, flops, flops]
-        axes.plot([low, flops / bandwidth, high], corner, color="#888", linewidth=0.8, zorder=0)
+        roof = [low * bandwidth, flops, flops]
+        axes.plot([low, flops / bandwidth, high], roof, color="#888", linewidth=0.8, zorder=0)
     limits = {"xlim": (low, high), "ylim": _limits([*ys, *(flops for flops, _ in roofs)])}
     axes.set(xscale="log", yscale="log", xlabel="FLOP per byte", ylabel="GFLOP/s", **limits)
     for axis in (axes.xaxis, axes.yaxis):

@@ -72,7 +72,7 @@ def sample(result: np.ndarray) -> list[float]:
 
 
 class ScanImplementation(Implementation):
-    """Base class. Samples of the results of the first repetition are compared.
+    """Base class of the implementations of one operation. Samples of the results of the first repetition are compared.
 
     The harness passes the argument ``directory`` to every implementation. These classes do not use it.
     """
@@ -107,7 +107,7 @@ class Jaxlm(ScanImplementation, JaxImplementation):
 
         def forward_and_backward(*arguments: Any) -> Any:
             # JAX assigns the donated buffers, in the order of the arguments, to the first results of the same shape. So
-            # the gradient of the input (linear_scan, depthwise_convolution) or of the query (linear_attention) is
+            # the gradient of the input (linear_scan, depthwise_convolution) or of the query (other operations) is
             # written to the buffer of ``dout``. In a model, XLA can also reuse this buffer, because nothing else needs
             # ``dout``. The gradients of the convolution do not need its output. If the function did not return the
             # output, XLA would remove the forward pass of the convolution.

@@ -4,7 +4,7 @@
     python -m benchmarks.scans --only linear_scan --json scans.json
     python -m benchmarks.scans --quick                           a short test that the benchmark works
 
-Before the measurement, the outputs and gradients of all implementations are compared and must agree. In jaxlm and plain
+Before the measurement, samples of the output and of each gradient are compared and must agree. In jaxlm and plain
 JAX, a repetition may overwrite two buffers, because they are donated: the input of ``linear_scan``, and the gradient of
 the output. They are created again before each repetition. This is not part of the measured time, because in a model
 other layers compute these arrays. The column "% of peak" is relative to the memory bandwidth of an in-place copy for
@@ -37,8 +37,9 @@ IMPLEMENTATIONS = {
     "torch": "benchmarks.scan_baselines:Torch",
 }
 TOLERANCE = 2e-4
-"""Maximum difference between jaxlm and a baseline, for sampled elements of each result, relative to the largest of
-these elements. Some results are sums of thousands of terms, so their rounding errors are large."""
+"""Maximum difference between jaxlm and a baseline, for sampled elements of each result, relative to the largest
+absolute value of these elements in jaxlm. Some results are sums of thousands of terms, so their rounding errors are
+large."""
 
 
 @dataclasses.dataclass(frozen=True)

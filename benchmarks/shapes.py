@@ -158,7 +158,7 @@ class Work:
 
 
 def training_work(pass_name: str, model: dict[str, Any]) -> Work:
-    """FLOPs of an optimizer step, or of the loss, which has one third of them.
+    """FLOPs of an optimizer step, or of the loss. The loss has one third of the FLOPs of a step.
 
     Args:
         pass_name: "forward" (loss) or "step".
@@ -184,7 +184,7 @@ def decoding_work(batch: int, tokens: int, model: dict[str, Any]) -> Work:
 
 
 STATE_PRODUCTS = {"linear_attention": 2, "gated_delta_rule": 3, "generalized_delta_rule": 4, "mlstm": 2}
-"""Number of products of a vector with the state [K, V], or of two vectors that are added to it, in each step."""
+"""Number of operations with the state [K, V] in each step: products with a vector, and additions of outer products."""
 
 
 def scan_work(shape: Scan, backward: bool) -> Work:

@@ -12,11 +12,11 @@ three times the FLOPs of the dots and convolutions in the jaxpr of the loss with
 All families are trained on the same number of characters. Families that carry a state between batches read contiguous
 streams, and the others read random windows. The validation loss is measured on 16 batches from the last 10 % of the
 text. Decoding generates one character at a time in one row, after contexts of several lengths. Its state has capacity
-for the longest context.
+for the longest context and the generated characters.
 
-The output directory has ``table.md``, ``results.json`` and ``shootout.png``. One process measures the families one
-after the other, so the load of the machine may differ between them. Their times are accurate only to an order of
-magnitude. Their losses are comparable.
+The output directory has ``table.md``, ``results.json`` and ``shootout.png``. docs/families/index.md explains the
+columns of the table. One process measures the families one after the other, so the load of the machine may differ
+between them. So the times are accurate only to an order of magnitude. The losses are comparable.
 """
 
 from __future__ import annotations

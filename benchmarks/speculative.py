@@ -30,7 +30,7 @@ PLAIN = "plain"
 TRAINED = {"target": ("num_layers=6 num_heads=6 embed_dim=384", 500, 1e-3), "draft": ("num_layers=2", 1000, 3e-3)}
 """By option: fields of the model that is trained without this option, training steps, and learning rate."""
 QUICK = ("num_layers=1 num_heads=2 embed_dim=16", 2, 3e-3)
-"""The same for ``--quick``."""
+"""The same for both models with ``--quick``."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +96,14 @@ def run(options: Speculative) -> None:
 
 
 def _train(name: str, directory: Path, options: Speculative) -> Path:
-    """The directory of the new run of a model of :data:`TRAINED`, in ``directory``. Raises ``Failure`` if it fails."""
+    """Train a model of :data:`TRAINED` (with ``--quick``: of :data:`QUICK`), and return its run directory.
+
+    Args:
+        directory: the parent directory of the run directory.
+
+    Raises:
+        Failure: the training failed.
+    """
     fields, steps, learning_rate = QUICK if options.quick else TRAINED[name]
     # The number of positions of the model. The last proposals can be after the last new token.
     length = len(options.prompt) + options.tokens + max(harness.parse_numbers("num-proposed", options.num_proposed))

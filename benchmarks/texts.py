@@ -9,8 +9,8 @@ Hugging Face directory of BERT with a classification head. ``--sources`` and ``-
 lines are skipped.
 
 There are two baselines with torch. ``torch`` calls the model of transformers with texts that the benchmark has sorted
-by length, as jaxlm sorts them. ``pipeline`` is ``transformers.pipeline`` with the texts in the order of the file, which
-users write with one line; its batches have more padding. All use the same batch size.
+by length, as jaxlm sorts them. ``pipeline`` is one call of ``transformers.pipeline`` with the texts in the order of the
+file, so its batches have more padding. All use the same batch size.
 
 The times include tokenization. The column ``first s`` has the seconds of the first run, in which jaxlm compiles. The
 column ``equal`` has the percentage of texts for which the result equals that of jaxlm.
@@ -72,13 +72,14 @@ class Texts:
 def compare(task: str, implementations: dict[str, str], rounds: int, device: str, **arguments: Any) -> dict[str, Any]:
     """Measure one task with all implementations, and return a record for :func:`show` and for JSON.
 
-    All values are by implementation: ``seconds`` has the seconds of each round, ``equal`` the fraction of texts for
-    which the result equals that of jaxlm, and ``ratios`` the speed of jaxlm divided by the speed of the implementation.
+    Four values are dicts by implementation: ``seconds`` (of each round), ``first_seconds`` (of the first repetition),
+    and, only for baselines, ``equal`` (the fraction of texts for which the result equals that of jaxlm) and ``ratios``
+    (the speed of jaxlm / the speed of the baseline).
 
     Args:
         implementations: the ``module:class`` of each implementation, jaxlm first.
         device: a key of ``harness.DEVICES``.
-        arguments: constructor arguments of both implementations.
+        arguments: constructor arguments of all implementations.
 
     Raises:
         Failure: the implementations run on different devices, or an implementation fails.

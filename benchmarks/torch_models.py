@@ -143,7 +143,7 @@ def k_max(x: Tensor, k: int) -> Tensor:
 
 
 def vdcnn_state(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The parameters and buffers of :class:`VDCNN`, from the tensors of jaxlm. Running statistics are not copied."""
+    """The parameters and running statistics of :class:`VDCNN`, from the tensors of jaxlm."""
     state = {"embedding.weight": tensors["token_embedding"]}
     buffers = {"mean": "running_mean", "variance": "running_var"}
     for path, x in tensors.items():

@@ -9,9 +9,9 @@
 
 Dropout is off. The family of a model determines its objective, because each torch class has the head of only one
 objective. The tokens of Transformer-XL have the frequencies of words, because the FLOPs of its adaptive softmax depend
-on the frequencies (``shapes.zipf_tokens``). The other models read uniformly distributed tokens. For masked models, all
-implementations predict the same 15 % of the tokens. The classes of transformers compute logits at all positions. jaxlm
-computes logits only at the predicted positions.
+on the frequencies (``shapes.zipf_tokens``). The other models read uniformly distributed tokens. All implementations of
+a BERT predict the same 15 % of the tokens. Its classes in transformers compute logits at all positions, jaxlm only at
+the predicted positions.
 
 The losses of all implementations must agree, or the program ends with an error. They are compared before the first
 update, and for steps also after the third update. The relative difference must be at most 1e-4 (VDCNN after the third

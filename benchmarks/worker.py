@@ -7,8 +7,9 @@ line. The requests are:
     {"call": "run"}           run one repetition; the result is {"seconds": ..., "value": ...}
     {"call": "facts"}         the result has properties of the implementation and the peak memory of the process
 
-An answer has the key ``result``; or, after an exception, the keys ``error`` with its type and message, and
-``is_user_error``: whether it is a ``ValueError`` or ``ImportError``. The traceback is printed to stderr.
+An answer has the key ``result``. After an exception, an answer instead has the keys ``error`` (the type and the message
+of the exception) and ``is_user_error`` (whether the exception is a ``ValueError`` or ``ImportError``). The traceback is
+printed to stderr.
 """
 
 from __future__ import annotations
@@ -35,15 +36,15 @@ class Implementation(abc.ABC):
     creates the implementation."""
 
     def prepare(self) -> None:  # noqa: B027 (most implementations have nothing to prepare)
-        """Create inputs that a repetition needs anew, such as donated arrays. The time of this call is not measured."""
+        """Create the inputs that each repetition consumes, such as donated arrays. This call is not measured."""
 
     @abc.abstractmethod
     def run(self) -> Any:
         """Run one repetition, wait until it has ended, and return its result."""
 
     def read(self, result: Any) -> Any:
-        """The result of :meth:`run` as a JSON value, which is compared with that of the other implementations. The time
-        of this call is not measured."""
+        """The result of :meth:`run` as a JSON value. The results of all implementations are compared. The time of this
+        call is not measured."""
         return result
 
     def facts(self) -> dict[str, Any]:
@@ -63,7 +64,7 @@ def serve(target: str) -> None:
     Args:
         target: ``module:class`` of the implementation.
     """
-    # Only answers may be written to stdout, but libraries may print to file descriptor 1. So redirect it to stderr.
+    # Libraries may print to file descriptor 1, but stdout must have only answers. So redirect descriptor 1 to stderr.
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     implementation: Implementation | None = None

@@ -1,7 +1,7 @@
 """The API reference: one page per module, generated from the public names of the modules and their docstrings.
 
-An object is on the page of the shortest module path from which it can be imported: ``generate`` is documented as
-``jaxlm.decoding.generate``, and the page of ``jaxlm.decoding.sample`` links there.
+An object is on the page of the shortest module path from which it can be imported. For example, ``generate`` is
+documented as ``jaxlm.decoding.generate``, and the page of ``jaxlm.decoding.sample`` links there.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ API = f"{GENERATED}/api"
 PRIVATE = {
     "jaxlm.__main__", "jaxlm.cli", "jaxlm.command_line", "jaxlm.extras", "jaxlm.json_files", "jaxlm.stderr_relay"
 }  # fmt: skip
-"""Modules (with their submodules) of the commands, whose functions are not meant to be called from Python."""
+"""Modules without pages: the commands and helpers that are not for users. Their submodules have no pages either."""
 HISTORY = {f"{GENERATED}/changelog", "labbook"}
 """Pages that may name objects that no longer exist."""
 DOTTED_NAME = re.compile(r"(?!.*NAME)jaxlm(\.\w+)+")
@@ -88,7 +88,7 @@ def own_names(module: ModuleType) -> dict[str, str]:
 
 
 def key(name: str, value: Any) -> tuple[str, int]:
-    """The identity of a public object: a class or function by itself, another value together with its name."""
+    """The key of a public object in ``PathOfObject``: ("", id) for a class or function, (name, id) for other values."""
     return ("" if is_object(value) else name, id(value))
 
 
@@ -115,7 +115,7 @@ def directive(module: ModuleType, name: str, docs: str) -> list[str]:
 
 
 def summary(docs: str) -> str:
-    """The first sentence of a docstring."""
+    """The first sentence of a docstring, without its period."""
     paragraph = " ".join(docs.strip().split("\n\n")[0].split()).removesuffix("::")
     for end in re.finditer(r"(?<!al)(?<!eq)(?<!sec)\. (?=[A-Z`])", paragraph):
         if paragraph.count("``", 0, end.start()) % 2 == 0:
@@ -238,7 +238,7 @@ class NameLinks(SphinxPostTransform):
                 logger.warning("%r is not in the API reference", text, location=node, type="jaxlm", subtype="name")
 
     def entry(self, name: str) -> ObjectEntry | None:
-        """The entry of a module, class, function, method or attribute in the API reference."""
+        """The entry of a module, class, function, method or attribute in the API reference; None if there is none."""
         owner, _, attribute = name.rpartition(".")
         aliases = self.env.api_aliases  # type: ignore[attr-defined]
         candidates = (name, aliases.get(name), f"{aliases.get(owner)}.{attribute}")
@@ -247,7 +247,7 @@ class NameLinks(SphinxPostTransform):
 
 
 def mark_literal_blocks(app: Sphinx, what: str, name: str, value: Any, options: Any, lines: list[str]) -> None:
-    """Mark indented blocks of a docstring (equations, layouts of arrays) as literal blocks, except in its sections."""
+    """Mark indented blocks of a docstring (equations, layouts of arrays) as literal, except in sections (``Args:``)."""
     marked: list[str] = []
     if what in ("attribute", "data", "property"):
         marked += ["..", ""]  # an empty comment: napoleon reads text before a colon in the first line as a type
@@ -264,7 +264,7 @@ def mark_literal_blocks(app: Sphinx, what: str, name: str, value: Any, options: 
 
 
 def skip_member(app: Sphinx, what: str, name: str, value: Any, skip: bool, options: Any) -> bool | None:
-    """Skip the fields of a named tuple that have no docstring, and the method that Flax adds to its dataclasses."""
+    """Skip fields of named tuples without a docstring, and the method ``replace`` that Flax adds to its dataclasses."""
     is_field = str(getattr(value, "__doc__", "")).startswith("Alias for field number")
     return True if is_field or name == "replace" else None
 

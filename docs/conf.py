@@ -33,7 +33,7 @@ exclude_patterns = ["_build"]
 
 # Markdown
 myst_enable_extensions = ["colon_fence", "dollarmath"]
-myst_heading_anchors = 4  # the anchors of GitHub
+myst_heading_anchors = 4  # headings down to level 4 have the same anchors as on GitHub
 myst_dmath_double_inline = True
 nb_execution_mode = "off"  # tests run the notebooks
 copybutton_prompt_text = "$ "
@@ -81,7 +81,7 @@ def copy_mathjax(app: Sphinx, _: object) -> None:
 
 
 def setup(app: Sphinx) -> None:
-    """Connect the functions that generate pages."""
+    """Connect the functions that generate pages and copy MathJax."""
     app.connect("build-finished", copy_mathjax)
     api_pages.setup(app)
     repository_pages.setup(app)

@@ -1,7 +1,8 @@
 """Pages of the site for files of the repository that are not in docs/, and links to these files.
 
 Links in the pages of docs/ are relative paths, which work on GitHub. Sphinx only knows the files of docs/. So
-``write_pages`` copies each file to which a page links, and ``RepositoryLinks`` changes the links.
+``write_pages`` makes a page for each file or directory outside docs/ to which a page links, and ``RepositoryLinks``
+changes the links.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def docname(path: Path) -> str:
 def page_of(target: Path) -> str | None:
     """The name of the Sphinx document for the target of a link.
 
-    None if the target does not exist, is not in the repository, or is only copied (pictures).
+    None if the target does not exist, is not in the repository, or is in docs/ but has no page (pictures).
     """
     if not target.exists() or not target.is_relative_to(ROOT):
         return None
@@ -49,7 +50,7 @@ def page_of(target: Path) -> str | None:
 
 
 def sources() -> dict[str, Path]:
-    """The files from which documents are made, by the name of the document."""
+    """The files and directories from which documents are made, by the name of the document."""
     paths = [path for path in (*DOCS.rglob("*.md"), *DOCS.rglob("*.ipynb")) if GENERATED not in path.parts]
     documents = {path.relative_to(DOCS).with_suffix("").as_posix(): path for path in paths}
     todo = [*paths, *(ROOT / name for name in NAVIGATION)]

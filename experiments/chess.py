@@ -1,6 +1,6 @@
 """Train a model to predict chess moves from sequences of moves, and measure how well it plays.
 
-    python -m experiments.chess                                        2,000 included games, Llama, about 2 minutes
+    python -m experiments.chess                                        2,000 included games, Llama, 2.5 minutes
     python -m experiments.chess --preset full --data FILE              144,000 games, chess_llama, 100 minutes
 
 The times are for one CPU core. FILE is a PGN file, or a file with one game per line (SAN or UCI moves). Our file
@@ -218,16 +218,16 @@ def _report(
     if positions := chess.mates_in_one(short_games[: tests.mates]):
         scores.append(chess.mate_in_one_accuracy(*trained_model, positions))
     elif tests.mates:
-        lib.print_once("no test game has a mate in one: this test is skipped")
+        lib.print_once("none of the searched test games has a mate in one: this test is skipped")
     longest = max_moves(tests, model)
     if tests.sampled:
         sampled = chess.legal_move_rate(*trained_model, games=tests.sampled, max_moves=longest)
         scores += [sampled.moves, sampled.games]
     counts = {"random": tests.random, "engine": tests.engine, "opening_moves": tests.opening_moves}
-    for name, opponent, games, opening in opponents(**counts, report=lib.print_once):
+    for name, opponent, games, num_opening_moves in opponents(**counts, report=lib.print_once):
         for search in (False, True):
             player = chess.ModelPlayer(*trained_model, search=search)
-            match = chess.play_match(player, opponent, games, max_moves=longest, opening_moves=opening)
+            match = chess.play_match(player, opponent, games, max_moves=longest, opening_moves=num_opening_moves)
             match_name = name + ", with search" * search
             lib.print_once(f"against {match_name}: {match}")
             scores += match.scores(match_name)

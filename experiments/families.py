@@ -19,8 +19,8 @@ the targets. docs/families/index.md has the results.
 
 Each family uses its published optimizer (``jaxlm.training.recipes``). All families except t5 have another learning rate
 and warm-up, for a small model and a minute of training. If the published optimizer needs many more updates, the family
-uses AdamW. A family that is not in the table above, such as a family of another package, trains its first tiny variant
-with AdamW and the objective of the variant's task.
+uses AdamW. A family that is not in the table above, such as a family of another package, is trained with AdamW. Its
+model is the first tiny variant for which the table has an objective, or another variant if there is no tiny one.
 
 A run directory has ``table.md``, ``results.json`` and ``losses.png``, and for each family a directory with
 ``metrics.jsonl`` and the trained model (``model/``).
@@ -214,7 +214,7 @@ LENGTHS = {"causal": 96, "masked": 32, "permutation": 2 * XLNET_PART_LENGTH - 3,
 
 
 def objective_of(model: Model) -> str:
-    """The name of the objective that trains a model on a text without annotations, or its task if there is none."""
+    """The name of the training objective: span_corruption for an encoder-decoder, otherwise the task of the model."""
     return "span_corruption" if model.reads_source else model.task
 
 
@@ -225,8 +225,8 @@ def recipe_of(name: str) -> Recipe:
     variant's task.
 
     Raises:
-        ValueError: the family is not in ``RECIPES``, and it has no variant for an objective of :data:`LENGTHS`, or must
-            read whole texts.
+        ValueError: the family is not in ``RECIPES``, and either it has no variant for an objective of :data:`LENGTHS`,
+            or the model must read a text from its first token.
     """
     if name in RECIPES:
         return RECIPES[name]

@@ -136,7 +136,7 @@ def parts(experiment: Experiment) -> tuple[Examples, Examples, Examples]:
 
 
 def build(experiment: Experiment, examples: Examples, resume: Path | None) -> tuple[Model, Any, Tokenizer]:
-    """The model, its initial parameters (None: random), and the tokenizer. A new one is trained on ``examples``."""
+    """The model, initial parameters (None: random) and the tokenizer. A new tokenizer is trained on ``examples``."""
     texts = [text for example in examples for text in (example["question"], example["context"])]
     tokenizer = experiment.model.tokenizer(
         resume, lambda: train_tokenizer(texts, "bpe", experiment.vocab_size, template=experiment.template)

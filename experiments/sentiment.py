@@ -1,6 +1,6 @@
 """Train a text classifier from scratch or from pretrained BERT weights, for example to predict sentiment.
 
-    python -m experiments.sentiment    an RNN that predicts from which play a passage comes: accuracy 0.68, 3 minutes
+    python -m experiments.sentiment    an RNN that predicts from which play a passage comes: accuracy 0.68, 2 minutes
 
 The next commands train on SST-2 (files of GLUE): pretrained MiniLM (accuracy 0.90, 40 minutes), and an LSTM from
 scratch (accuracy 0.84, 4 minutes).
@@ -46,7 +46,7 @@ from jaxlm.training.optimizer import OptimizerConfig
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """Files of labelled sentences, which may be compressed (.gz)."""
+    """Files of labeled sentences, which may be compressed (.gz)."""
 
     train: Path | None = None
     """Training file: .tsv or .csv with a header, .jsonl, or lines "label sentence"; None: the included passages."""
@@ -85,7 +85,7 @@ class Experiment:
     vocab_size: int = 20_000
     """Maximum vocabulary size."""
     min_frequency: int = 1
-    """Minimum count in the training split of a word or BPE merge. With vocabulary="word", rarer words are unknown."""
+    """Minimum count of a word or BPE merge in the training split. With vocabulary="word", rarer words are unknown."""
     template: TemplateName = "none"
     """Special tokens around a sentence, for models from scratch."""
     buckets: int = 4
@@ -163,7 +163,7 @@ def parts(data: Data) -> tuple[Examples, Examples, tuple[str, ...]]:
 def build(
     experiment: Experiment, training: Examples, test: Examples, labels: tuple[str, ...], resume: Path | None
 ) -> tuple[Model, Any, Tokenizer]:
-    """The model, its initial parameters (None: random), and the tokenizer. Only the lengths of ``test`` are used."""
+    """The model, initial parameters (None: random) and the tokenizer. Of ``test``, only the text lengths are used."""
     config, texts, size = experiment.model, training.column("text"), experiment.vocab_size
     options: dict[str, Any] = {"template": experiment.template, "min_frequency": experiment.min_frequency}
     tokenizer = config.tokenizer(resume, lambda: train_tokenizer(texts, experiment.vocabulary, size, **options))

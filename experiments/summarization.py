@@ -53,7 +53,7 @@ class Data:
     test_fraction: float = 0.04
     """Fraction of the groups for the test split."""
     largest_group: int = 100
-    """Larger groups are always in the training split, because their similar texts would dominate a smaller split."""
+    """Groups with more texts are always in the training split, because they would dominate a smaller split."""
     similarity: float = 0.5
     """Two texts are similar if the Jaccard similarity of their word trigrams is at least this number."""
 

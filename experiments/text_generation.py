@@ -67,7 +67,7 @@ class Experiment:
     tokenizer: Literal["character", "byte"] = "character"
     """character: each character of the text is a token. byte: each byte of the text (in UTF-8) is a token."""
     validation_fraction: float = 0.1
-    """Fraction of the text in the validation split. This split is the end of the text (before the test split)."""
+    """Fraction of the text in the validation split: the end of the text, or the part directly before the test split."""
     test_fraction: float = 0.0
     """Fraction of the text in the test split, which is the end of the text. 0: no test split."""
     mesh: str | None = None
@@ -78,7 +78,7 @@ class Experiment:
     """Prompt of the passage; None: "ROMEO:" for the included plays, else the first 32 tokens of the validation split
     (fewer if the model has fewer than 64 positions)."""
     sample_tokens: int = 600
-    """Length of the generated passage in tokens."""
+    """Number of tokens that are generated after the prompt."""
     temperature: float = 0.8
     """Sampling temperature, which divides the logits. 0: greedy decoding."""
 

@@ -55,8 +55,8 @@ class Data:
     target: str = "de"
     """File name extension of the files in the target language."""
     on_error: OnError = "raise"
-    """raise: a pair with an empty line is an error. report: such pairs are skipped, and their line numbers
-    are printed."""
+    """raise: a pair with an empty line is an error. report: such pairs are skipped, and their line numbers are
+    printed."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The variant of a family that experiments train by default."""
+"""The function :func:`default_variant`: the variant of a family that experiments train by default."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from jaxlm.models import Model, get_model, variant_names
 
 
 def default_variant(family: str, accepts: Callable[[Model], bool]) -> str | None:
-    """The name of the first tiny variant that ``accepts`` is true for, or of another variant, or of the family itself.
+    """The name of the first variant for which ``accepts`` is true, or None if there is none.
 
-    The result is None if ``accepts`` is true for no variant.
+    The order is: the tiny variants, all other variants, the family itself.
     """
     variants = [variant for variant, owner in variant_names().items() if owner == family]
     variants.sort(key=lambda variant: not variant.endswith("-tiny"))

@@ -232,10 +232,10 @@ class LoRA:
 
     The trained tree has ``{"lora_a": A, "lora_b": B}`` at the path of each adapted weight, and the parameters that
     match ``full_training_patterns`` at their paths. The frozen tree has all other parameters, including each W. Each
-    training step computes the merged weights and the gradients of the merged weights. Both temporarily need as much
-    memory as the adapted weights. Without fully trained parameters, the optimizer state and the trained tree are small.
-    A checkpoint of ``train`` also contains the frozen parameters, so that a run can be resumed without other files. No
-    dropout is applied to the input of the factors.
+    training step computes the merged weights and the gradients of the merged weights. Each of the two temporarily needs
+    as much memory as the adapted weights. Without fully trained parameters, the optimizer state and the trained tree
+    are small. A checkpoint of ``train`` also contains the frozen parameters, so that a run can be resumed without other
+    files. No dropout is applied to the input of the factors.
 
     Raises:
         TypeError: ``targets`` or ``full_training_patterns`` is not a tuple of strings.
@@ -488,7 +488,7 @@ def _join_layers(first: spec.Tree, rest: spec.Tree) -> spec.Tree:
 def _union(left: spec.Tree, right: spec.Tree, combine: Callable[[Any, Any], Any] | None = None) -> spec.Tree:
     """The union of both trees.
 
-    If both trees have an entry at a path, and one of the two entries is a leaf, the result has ``combine(left entry,
+    If both trees have an entry at a path, and at least one of the two is a leaf, the result has ``combine(left entry,
     right entry)`` at this path.
 
     Raises:

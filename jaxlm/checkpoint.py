@@ -7,12 +7,12 @@ it is complete:
     record/   one JSON file: the step, ``extra`` of the save, the shape, dtype and checksum of each array, the metric,
               the caller's ``meta``, the version of this format, and a checksum of all of these
 
-A killed process leaves only complete steps and temporary directories. No function reads a temporary directory, and
-:meth:`Checkpointer.remove_leftovers` removes it after the next complete save. Older steps are deleted only after a
-newer step has been written to the disk (fsync). :meth:`Checkpointer.restore` never skips a damaged step silently,
-whereas ``steps``, ``latest``, ``best`` and ``roll_back`` use only the steps with an intact record. Arrays are stored
-with their complete (unsharded) shapes, so that they can be restored onto another mesh. Layers that were saved stacked
-or per-layer can be restored into either layout (``spec.layers``).
+A killed process leaves only complete steps and the directories of interrupted saves and deletions. No function reads
+such a directory, and :meth:`Checkpointer.remove_leftovers` removes it after the next complete save. Older steps are
+deleted only after a newer step has been written to the disk (fsync). :meth:`Checkpointer.restore` never skips a damaged
+step silently, whereas ``steps``, ``latest``, ``best`` and ``roll_back`` use only the steps with an intact record.
+Arrays are stored with their complete (unsharded) shapes, so that they can be restored onto another mesh. Layers that
+were saved stacked or per-layer can be restored into either layout (``spec.layers``).
 """
 
 from __future__ import annotations
@@ -170,7 +170,7 @@ def _wrap_key(raw: jax.Array, leaf: Any) -> jax.Array:
 
 
 class Checkpointer:
-    """Saves and restores checkpoints of training steps in one directory. Each has a tree of arrays and a JSON dict.
+    """Saves and restores checkpoints (a tree of arrays and a JSON dict) of training steps in one directory.
 
     The last ``keep_last`` steps and the step with the lowest metric are kept. All other steps are deleted after a newer
     step is complete. A step saved with ``extra=True`` does not count toward ``keep_last``. When a newer step is
@@ -596,8 +596,8 @@ def _in_saved_layout(target: spec.Tree, saved: Collection[str]) -> tuple[spec.Tr
 def _check_layer_axes(stacked: spec.Tree, *, scan_layers: bool) -> None:
     """Raise ``ValueError`` if an array of the optimizer for stacked layers does not begin with the axis ``layers``.
 
-    Examples are one number per weight (NovoGrad), and the last gradients of each weight (L-BFGS). The layer axis is
-    known only for arrays with at most as many axes as the parameter.
+    Such arrays have no axes (NovoGrad: one number per weight), or more axes than their parameter (L-BFGS: the last
+    gradients of each weight). All other arrays, such as the moments of Adam, are assumed to begin with this axis.
 
     Args:
         scan_layers: the value of the config field in the checkpoint, for the message.

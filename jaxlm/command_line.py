@@ -102,7 +102,7 @@ class ExperimentOptions(Generic[T]):
     """The options of an experiment.
 
     Attributes:
-        config: the config of the experiment: ``initial``, with the fields that other options change.
+        config: the config of the experiment: ``initial`` after the changes of the other options.
         initial: the default config, or the config that ``--preset`` or ``--resume`` selects. ``--recipe`` replaces its
             optimizer.
         preset: the value of ``--preset``, or None.
@@ -227,13 +227,13 @@ def exit_status(command: Callable[[], int], program: str, *, debug: bool = False
 
 
 def _discard_output() -> None:
-    """Redirect stdout to nothing. Otherwise, Python would flush it at its exit and raise the same error again."""
+    """Redirect stdout to ``os.devnull``. Otherwise, Python would flush it at exit, which would raise the same error."""
     with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def end_process(status: int) -> NoReturn:
-    """End the process with ``status``. If it is 130 (Ctrl-C), SIGINT ends the process, so ``subprocess`` reports -2.
+    """End the process with ``status``. For 130 (Ctrl-C), SIGINT ends the process, so ``subprocess`` reports -2.
 
     A shell ends a loop over commands only if SIGINT ended a command. An exit status of 130 is not enough. In a run with
     several processes, each process ends with the exit status 130 instead.

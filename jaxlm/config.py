@@ -96,7 +96,7 @@ def from_json(kind: type[C], values: Mapping[str, Any], where: str = "config") -
 def suggest_name(name: str, names: Iterable[str]) -> str:
     """A question that proposes the most similar of ``names`` for an unknown ``name``. Empty if none of them is similar.
 
-    An error message can begin with this text.
+    The text ends with a space, so that an error message can continue after it.
 
     Example:
         >>> suggest_name("num_layer", ["num_layers", "num_heads"])
@@ -140,8 +140,8 @@ def check_value(hint: Any, value: Any, where: str) -> None:
     """Raise ``ValueError`` unless ``value`` has the field type ``hint``.
 
     The hint ``float`` accepts integers. Neither ``float`` nor ``int`` accepts booleans. A ``float`` must be finite. The
-    entries of a tuple or list must have the types of its hint. ``Any`` and other generic types, such as
-    ``dict[str, int]``, accept every value.
+    entries of a tuple or list must have the types of its hint. ``Any`` accepts every value. All other generic
+    types, such as ``dict[str, int]``, accept every value too.
 
     Args:
         where: name of the value in the error message.

@@ -21,8 +21,9 @@ _ACCELERATOR_VARIABLES = (
     "TPU_NAME", "TPU_WORKER_ID", "TPU_WORKER_HOSTNAMES", "TPU_ACCELERATOR_TYPE", "CLOUD_TPU_TASK_ID",
     "JAX_FORCE_TPU_INIT", "PJRT_NAMES_AND_LIBRARY_PATHS",
 )  # fmt: skip
-"""Environment variables that JAX or libtpu read. One of them is set on a Cloud TPU VM, or to use a certain plugin.
-``TPU_LIBRARY_PATH`` is not among them, because ``import jax`` sets it if libtpu is installed."""
+"""Environment variables that JAX or libtpu reads. On a Cloud TPU VM, at least one of them is set. A user sets
+``JAX_FORCE_TPU_INIT`` to force the use of a TPU, or ``PJRT_NAMES_AND_LIBRARY_PATHS`` to load a plugin.
+``TPU_LIBRARY_PATH`` is not in this tuple, because ``import jax`` sets it if libtpu is installed."""
 
 _enabled = False
 

@@ -230,9 +230,9 @@ def run_local(command: Sequence[str], count: int, *, restarts: int = 0, lost_aft
             because a single process is started without ``jax.distributed``.
 
     Raises:
-        ValueError: a number is too small, the command does not start with ``python -m`` and a module, the command has
-            no run directory for restarts (``--output`` or ``--resume``), the directory of a new run is not empty, or
-            the directory of a resumed run has no ``config.json``.
+        ValueError: a number is too small, or the command does not start with ``python -m`` and a module. If
+            ``restarts`` is not 0, also: the command has no run directory (``--output`` or ``--resume``), the directory
+            of a new run is not empty, or the directory of a resumed run has no ``config.json``.
     """
     _check_command(command)
     check_min(1, processes=count, lost_after=lost_after)
@@ -301,7 +301,8 @@ def _run_options(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str
 
 def _resume_arguments(arguments: Sequence[str], directory: Path) -> list[str]:
     """The arguments that resume the run in ``directory``. Without ``config.json``, they start the run again."""
-    # The file is missing if the run was killed early, or if its command never writes it and resumes without an option.
+    # The file is missing if the run was killed early, or if the command never writes this file. Such a command must
+    # resume the run without an option.
     if not (directory / "config.json").exists():
         return list(arguments)
     _, others = _run_options(arguments)  # config.json already contains the preset and the recipe

@@ -100,7 +100,7 @@ def mean(name: str, values: npt.ArrayLike, seed: int = 0) -> Score:
     """The mean of ``values`` [N], one number per example, with its bootstrap interval (no interval if all are equal).
 
     Raises:
-        ValueError: there are no values, or a value is not finite.
+        ValueError: ``values`` does not have the shape [N] with N at least 1, or a value is not finite.
     """
     numbers = np.asarray(values, np.float64)
     if numbers.ndim != 1 or not numbers.size:
@@ -117,7 +117,7 @@ def proportion(name: str, successes: float, count: int) -> Score:
     """``successes / count`` with its Wilson interval.
 
     Args:
-        successes: may be a fraction, for example if a drawn game counts 0.5.
+        successes: a number that need not be an integer. For example, a drawn game can count 0.5.
 
     Raises:
         ValueError: ``count`` is less than 1, or ``successes`` is not in [0, count].
@@ -387,7 +387,7 @@ def _check_labels(predictions: npt.ArrayLike, labels: npt.ArrayLike) -> tuple[np
 
 
 def _without_objects(values: np.ndarray) -> np.ndarray:
-    """The same array; an object array that has only strings, or only integers, as an array of strings or integers."""
+    """The array. An object array with only strings, or with only integers, gets the dtype of strings or integers."""
     is_uniform = any(all(isinstance(value, kind) for value in values.flat) for kind in (str, (int, np.integer)))
     return np.asarray(values.tolist()) if values.dtype == object and is_uniform else values
 

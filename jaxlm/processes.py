@@ -397,7 +397,7 @@ class _Watch:
         self._notify_jax(signal.SIGTERM)
 
     def ended_by_agreement(self, status: int) -> bool:
-        """Whether all processes end after the same step because of a signal: ``status`` is that of SIGINT or SIGTERM.
+        """Whether all processes agreed to end after the same step, and ``status`` is that of SIGINT or SIGTERM.
 
         False after a second signal to this process.
         """

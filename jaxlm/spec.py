@@ -324,9 +324,10 @@ def map_layers(change: Callable[[Any], Any], tree: Tree) -> Tree:
 def init(specs: Tree, key: jax.Array | None = None) -> Tree:
     """Arrays with the initial values of ``specs``.
 
-    The key of a leaf is ``key``, folded with the path name of the leaf (without its layer number) and with the index of
-    its layer. So the values of a leaf do not depend on other leaves, on the number of layers, or on the layout (stacked
-    or per-layer). Under jit with ``out_shardings``, the values do not depend on the number of devices.
+    The key of a leaf is ``key``, folded with the path name of the leaf (without its layer number). If the leaf is in a
+    layer, the key is also folded with the index of the layer. So the values of a leaf do not depend on other leaves, on
+    the number of layers, or on the layout (stacked or per-layer). Under jit with ``out_shardings``, the values do not
+    depend on the number of devices.
 
     Args:
         key: a key of any implementation. If it is not a threefry key, a threefry key that is drawn from it is used.

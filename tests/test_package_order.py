@@ -153,6 +153,26 @@ def test_no_module_imports_private_names():
     assert wrong == []
 
 
+def test_a_family_fits_on_two_screens():
+    """So that the code of a model is readable. Long docstrings belong on the page of the family."""
+    lines = {family: len((ROOT / f"jaxlm/models/{family}.py").read_text().splitlines()) for family in FAMILIES}
+    assert lines["gpt"] <= 220
+    assert {family: count for family, count in lines.items() if count > 350} == {}
+
+
+def test_functions_have_at_most_ten_parameters():
+    """A function with more parameters needs an object for some of them."""
+    found = []
+    for path in FILES:
+        for node in nodes(path):
+            if isinstance(node, ast.FunctionDef):
+                arguments = node.args
+                names = [x.arg for x in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)]
+                if len([name for name in names if name not in ("self", "cls")]) > 10:
+                    found.append(f"{path.relative_to(ROOT)}: {node.name}")
+    assert found == []
+
+
 def meshes(source: str) -> list[int]:
     """The numbers of the lines that make a mesh without ``sharding.make_mesh``, or import ``make_mesh`` from jax."""
     lines = []

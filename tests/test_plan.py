@@ -529,6 +529,7 @@ def test_a_plan_compiles_the_step_that_training_runs(cpu_topology):
     assert result.device_kind == "cpu"
     # The table of devices has no CPU, so these fields are None.
     assert result.cycles is result.seconds is result.mfu is result.memory.limit is None
+    assert "times the planned memory" in result.accuracy
     assert json.loads(json.dumps(dataclasses.asdict(result)))["objective"] == "train, causal"
 
 
@@ -544,6 +545,7 @@ def test_plans_are_shown_side_by_side(cpu_topology):
     assert re.search(r"MFU +n/a +n/a", text)
     assert "decode, one token, 32 cache slots" in text
     assert "2*N*rows" in text
+    assert text.count("accuracy: seven steps on an AMD EPYC") == 1
     rejected = dataclasses.replace(plans[1], memory=None, collectives=[])
     show([plans[1], plans[0], rejected], console)
     assert re.search(r"all-reduce +\d+ x, [\d.]+ MiB +0 +n/a", console.export_text())

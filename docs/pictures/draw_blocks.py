@@ -6,7 +6,8 @@ r"""Draw the pictures of the pages in docs/families: one SVG file per family in 
 ``PICTURES`` describes each picture. A line is a node or edges:
 
     KIND NAME COLUMN ROW LABEL   a node: w weights, n norm, m mixes tokens, s state, a elementwise, o circle, t text
-    a > b > c                    arrows, from the bottom of a node to the top of the next one or to the side of a circle
+    a > b > c                    arrows, from the bottom of a node to the top of the next node or to the side of a
+                                 circle; in the same row, from side to side
     a = b                        a dashed arrow from or to a state
     a ~ b @ COLUMN               an arrow around other nodes, along a column, such as a residual connection
     # TEXT                       a line of the caption
@@ -23,6 +24,7 @@ from typing import NamedTuple
 
 FOLDER = Path(__file__).parent / "families"
 COLUMN, ROW, MARGIN = 128, 54, 26
+"""Width of a column, height of a row, and the margin of a picture, in pixels."""
 LINE, CHARACTER = 15, 6.4
 """Height of a line of text, and mean width of a character, in pixels."""
 COLORS = {
@@ -51,7 +53,7 @@ _BERT_BLOCK = """
     norm0 ~ add1 @ 0
     norm1 ~ add2 @ 0
 """
-"""The first block of BERT and RoBERTa, after the line of their input ``tokens``."""
+"""The nodes and edges of the first block of BERT and RoBERTa. A picture defines the input node ``tokens`` before it."""
 
 PICTURES = {
     "gpt": """
@@ -340,7 +342,7 @@ PICTURES = {
         tail = conv
         x ~ add @ -0.3
         # Gated convolution. The residual may come from an earlier block.
-        # Weights are weight-normalised.
+        # Weights are weight-normalized.
     """,
     "alexnet": """
         t x1 0 0 classifier: characters, reversed
@@ -564,7 +566,7 @@ PICTURES = {
 
 
 class Node(NamedTuple):
-    """A node, with the position of its centre and its size in pixels."""
+    """A node, with the position of its center and its size in pixels."""
 
     kind: str
     lines: list[str]
@@ -583,7 +585,10 @@ class Node(NamedTuple):
 
 
 def parse(text: str) -> tuple[dict[str, Node], list[tuple[str, str, str, float]], list[str]]:
-    """The nodes, the edges (kind ``>``, ``=`` or ``~``, source, target, column) and the caption of a picture."""
+    """The nodes, the edges (kind ``>``, ``=`` or ``~``, source, target, column) and the lines of the caption.
+
+    The column is that of a ``~`` edge; other edges have 0.
+    """
     nodes: dict[str, Node] = {}
     edges: list[tuple[str, str, str, float]] = []
     caption: list[str] = []
@@ -604,7 +609,7 @@ def parse(text: str) -> tuple[dict[str, Node], list[tuple[str, str, str, float]]
 
 
 def route(kind: str, a: Node, b: Node, column: float) -> list[tuple[float, float]]:
-    """The corners of an edge."""
+    """The points of the line from node ``a`` to node ``b``. All coordinates and ``column`` are in pixels."""
     if kind == "~":
         start = [(a.x, a.bottom), (a.x, a.bottom + 7)] if b.y > a.y else [(a.x + side(a, column), a.y)]
         end_y = b.y
@@ -622,12 +627,12 @@ def route(kind: str, a: Node, b: Node, column: float) -> list[tuple[float, float
 
 
 def side(node: Node, x: float) -> float:
-    """The horizontal distance from the centre of a node to its side that is nearer to ``x``."""
+    """The x offset from the center of a node to its right side if ``x`` is to the right, else to its left side."""
     return node.width / 2 if x > node.x else -node.width / 2
 
 
 def draw(name: str) -> str:
-    """The text of an SVG file."""
+    """The picture ``name`` as the text of an SVG file."""
     nodes, edges, caption = parse(PICTURES[name])
     columns = [column * COLUMN for kind, _, _, column in edges if kind == "~"]
     left = min([node.x - node.width / 2 for node in nodes.values()] + columns) - MARGIN

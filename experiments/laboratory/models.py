@@ -1,9 +1,9 @@
 """Causal models and encoder-decoders of many families for a given width, number of layers and vocabulary size.
 
 Some families, such as those of other packages, have no entry in this module. The model of such a family has the name of
-the family and the fields of its tiny variant, with larger widths. Experiments run it only if ``--model`` names it. They
-also run ``transformer_xl`` only by name, because its memory is for consecutive segments of a long text. ``alexnet`` has
-no entry, because its causal model is not published.
+the family and the fields of one of its variants (a tiny variant, if possible), with the widths scaled to the given
+width. Experiments run such a model only if ``--model`` names it. The same holds for ``transformer_xl``, because its
+memory is for consecutive segments of a long text. ``alexnet`` has no entry, because its causal model is not published.
 """
 
 from __future__ import annotations

@@ -33,10 +33,11 @@ def results_of_plan(experiment: Experiment, results: Iterable[Result]) -> list[R
 
 
 def best_runs(experiment: Experiment, results: Iterable[Result]) -> dict[Group, list[Result]]:
-    """For each case, model and width, the runs with the learning rate that has the most runs (:func:`results_of_plan`).
+    """For each case, model and width, the runs with the learning rate that has the most runs.
 
-    If several learning rates have equally many runs, the one with the highest validation accuracy is used. When all
-    runs of the experiment are done, this is the learning rate that validation selected (``runs.run_model``).
+    Only the results of :func:`results_of_plan` are used. If several learning rates have equally many runs, the one with
+    the highest validation accuracy is used. When all runs of the experiment are done, this is the learning rate that
+    validation selected (``runs.run_model``).
     """
     groups: dict[Group, dict[float, list[Result]]] = defaultdict(lambda: defaultdict(list))
     for result in results_of_plan(experiment, results):
@@ -49,7 +50,7 @@ def best_runs(experiment: Experiment, results: Iterable[Result]) -> dict[Group, 
 
 
 def models_of(experiment: Experiment, groups: Iterable[Group]) -> list[str]:
-    """The names of the models of the groups: first those of the experiment, then others, such as families by name."""
+    """The names of the models of the groups: first those of the experiment, then those that ``--model`` added."""
     names = {group[1] for group in groups}
     return [*(name for name in experiment.models if name in names), *sorted(names.difference(experiment.models))]
 

@@ -31,7 +31,7 @@ MAX_LENGTH = 20
 """Maximum number of letters of a word and of phonemes of a pronunciation. Two words of CMUdict are longer and are left
 out."""
 MAX_PRONUNCIATIONS = 4
-"""Maximum number of pronunciations of a word in CMUdict without stress."""
+"""Maximum number of pronunciations of a word in CMUdict, after the stress digits are removed."""
 
 _IDS = {symbol: number for number, symbol in enumerate([*LETTERS, *PHONEMES], 2)}
 
@@ -79,7 +79,8 @@ def training_batch(rng: np.random.Generator) -> Batch:
 def test_batch(part: int, rng: np.random.Generator) -> Batch:
     """A batch of 64 random words of a split. Each word has :data:`MAX_PRONUNCIATIONS` consecutive rows.
 
-    A row has one pronunciation of the word. If a word has fewer pronunciations than rows, they are repeated.
+    A row has one pronunciation of the word. If a word has fewer pronunciations than rows, its pronunciations are
+    repeated.
 
     Args:
         part: 1 for the validation split, 2 for the test split.

@@ -134,7 +134,7 @@ class Result:
 
 
 def model_of_case(name: str, case: Case, plan: Plan, width: int) -> Model:
-    """The model of an experiment with this name, case and width. For errors, see ``models.model_of``."""
+    """The model called ``name`` with this width, for a case and a plan. For errors, see ``models.model_of``."""
     model = model_of(name, vocab_size=case.vocab_size, width=width, layers=plan.layers, max_length=case.max_length)
     return model.with_known_fields(**case.fields)
 
@@ -144,8 +144,8 @@ class Training:
 
     For one case and seed, all models and learning rates get the same training batches. All runs of a case get the same
     test batches. If a batch has a source, an encoder-decoder reads the source with its encoder. A causal model reads
-    the source at the beginning of each row. Optimizer: AdamW with weight decay 0.1, a warm-up of 5 % of the planned
-    steps and a cosine schedule to 2 % of the peak learning rate.
+    the source at the beginning of each row. The optimizer is AdamW with weight decay 0.1. The gradient is clipped to
+    norm 1. The learning rate has a warm-up of 5 % of the planned steps, and then a cosine schedule to 2 % of its peak.
     """
 
     def __init__(self, experiment: str, case_name: str, case: Case, plan: Plan, model_name: str, width: int) -> None:

@@ -42,7 +42,7 @@ class PowerLaw:
 
     def __init__(self, x: Sequence[float], loss: Sequence[float]) -> None:
         self._center = float(np.log(x).mean())
-        # With centered x, the errors of the intercept and the slope are independent.
+        # With centered x, the errors of the intercept and the slope are uncorrelated, so `loss` adds their variances.
         self._fit = scipy.stats.linregress(np.log(x) - self._center, np.log(loss))
         freedom = len(x) - 2  # degrees of freedom of the residuals
         self._t_quantile = float(scipy.stats.t.ppf(0.975, freedom)) if freedom else math.nan
@@ -92,7 +92,7 @@ def common_value(runs: Mapping[str, Sequence[Result]], measure: Measure) -> floa
 def table(groups: Iterable[Sequence[Result]]) -> list[str]:
     """Lines of a Markdown table: exponents, and losses at equal FLOPs and at an equal number of parameters.
 
-    The list is empty if no model has runs of two widths.
+    The list is empty if no model has runs of two widths with a measured validation loss.
     """
     runs = runs_by_model(groups)
     if not runs:

@@ -16,7 +16,8 @@ from jaxlm.tasks.question_answering import answer
 class Answer(ModelCommand):
     """Answer questions with spans of a text. Prints each answer and its score, separated by a tab.
 
-    The score is the logit of the answer (its first and last token, summed) minus the logit of "no answer".
+    The score is the logit of the answer minus the logit of "no answer". The logit of an answer is the start logit of
+    its first token plus the end logit of its last token.
     """
 
     question: tuple[str, ...] = ()

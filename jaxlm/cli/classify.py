@@ -14,7 +14,8 @@ from jaxlm.tasks.predict import classify
 class Classify(ModelCommand):
     """Classify texts. Prints the most probable label of each text and its probability, separated by a tab.
 
-    In a label, a line break is printed as \\n, a tab as \\t and a backslash as \\\\.
+    If the model has no label names, the ids of the labels are printed. In a label name, a line break is printed as \\n,
+    a tab as \\t and a backslash as \\\\.
     """
 
     texts: Texts = ()

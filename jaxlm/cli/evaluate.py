@@ -31,7 +31,7 @@ class Evaluate(ModelCommand):
     max_length: int | None = None
     """Maximum tokens that the model reads; None: the model's max_positions, or no limit if it has none."""
     prefix_token_id: int | None = None
-    """Id of the token to put before a text without context; None: the tokenizer's BOS token, or its end token if it has
+    """Id of the token that replaces an empty context; None: the tokenizer's BOS token, or its end token if it has
     no BOS token."""
     max_gen_toks: int = 256
     """Maximum tokens to generate, for tasks that do not set a limit."""

@@ -22,14 +22,14 @@ class Generate(ModelCommand):
     text is printed on one line, with a line break as \\n and a backslash as \\\\.
 
     If max-new-tokens, a sampling option, num-beams or stop is not given, its value is read from generation_config.json
-    of the model. If there is no such file, the value is read from config.json. If the file turns on sampling
-    with do_sample, sampling options that are missing in the file have the defaults of transformers (temperature 1 and
-    top-k 50). All other missing options have the defaults below.
+    of the model. If there is no such file, the value is read from config.json. If the file turns on sampling with
+    do_sample, sampling options that are missing in the file have the defaults of transformers (temperature 1 and top-k
+    50). All other missing options have the defaults below.
     """
 
     texts: Texts = ()
-    """Prompts. If neither prompts nor --file are given, standard input has one prompt per line. Messages count
-    the prompts from 0."""
+    """Prompts. If neither prompts nor --file are given, standard input has one prompt per line.
+    Messages count the prompts from 0."""
     prompt: str | None = None
     """One prompt; the same as a single TEXT."""
     file: Path | None = None

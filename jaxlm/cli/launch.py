@@ -37,12 +37,12 @@ class Launch:
     spot: bool = False
     """Use a spot TPU, which costs less and may be stopped at any time."""
     dry_run: bool = False
-    """Required for a TPU or a GPU node, and not allowed for local:N. It confirms that jaxlm prints the script and never
-    executes it."""
+    """Required for a TPU or a GPU node, and not allowed for local:N. jaxlm only prints the script and never executes
+    it."""
     restarts: int = 0
-    """For local:N: maximum number of restarts. After a failure, all processes end and start again with --resume. There
-    is no restart after a user error (status 2) or a signal to jaxlm launch. With restarts, the command to run must have
-    --output or --resume."""
+    """For local:N: maximum number of restarts. After a failure, all processes end and start again, with --resume if the
+    run has a config.json. There is no restart after a user error (status 2) or a signal to jaxlm launch. With restarts,
+    the command to run must have --output or --resume."""
     lost_after: int = processes.LOST_AFTER
     """For local:N: seconds without a heartbeat after which a process counts as lost."""
 

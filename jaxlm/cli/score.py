@@ -20,8 +20,8 @@ class Score(ModelCommand):
     """
 
     texts: Texts = ()
-    """Texts; SOURCE<tab>TARGET for an encoder-decoder. If neither texts nor --file are given, standard input
-    has one text per line. Messages count the texts from 0."""
+    """Texts; SOURCE<tab>TARGET for an encoder-decoder.
+    Without texts and --file, standard input is read: one text (or pair) per line. Messages count the texts from 0."""
     file: Path | None = None
     """File with one text (or SOURCE<tab>TARGET) per line."""
     batch_size: int = 32

@@ -17,10 +17,10 @@ from jaxlm.decoding.describe import describe
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _SourceCommand(ModelCommand):
     texts: Texts = ()
-    """Sources. If neither sources nor --file are given, standard input has one source per line. Messages count
-    the sources from 0."""
+    """Sources. If neither sources nor --file are given, standard input has one source per line.
+    Messages count the sources from 0."""
     file: Path | None = None
-    """File with one source per line. In the output, a line break is printed as \\n and a backslash as \\\\."""
+    """File with one source per line."""
     prefix: str = ""
     """Text to put before every source, for example "translate English to German: " for the published T5 models."""
     num_beams: int | None = None
@@ -66,7 +66,7 @@ class _SourceCommand(ModelCommand):
 
 @dataclasses.dataclass(frozen=True)
 class Translate(_SourceCommand):
-    """Translate texts. Prints one line per text.
+    """Translate texts. Prints one line per text, with a line break as \\n and a backslash as \\\\.
 
     If num-beams, length-penalty, max-new-tokens or a sampling option is not given, its value is read from
     generation_config.json of the model. If there is no such file, the value is read from config.json. If the file turns
@@ -79,7 +79,7 @@ class Translate(_SourceCommand):
 
 @dataclasses.dataclass(frozen=True)
 class Summarize(_SourceCommand):
-    """Summarize texts. Prints one line per text.
+    """Summarize texts. Prints one line per text, with a line break as \\n and a backslash as \\\\.
 
     If num-beams, length-penalty, max-new-tokens or a sampling option is not given, its value is read from
     generation_config.json of the model. If there is no such file, the value is read from config.json. If the file turns

@@ -163,7 +163,7 @@ class Bucketed:
         return real / padded
 
     def _epoch_batches(self, epoch: int) -> list[tuple[int, np.ndarray]]:
-        """The result of :meth:`_make_epoch`. Two epochs are kept, because prefetched batches may be of the next one."""
+        """The result of :meth:`_make_epoch`. Two epochs are kept: a prefetched batch may be of the next epoch."""
         batches = self._epochs.get(epoch)
         if batches is None:
             batches = self._make_epoch(epoch)

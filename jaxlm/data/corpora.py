@@ -42,7 +42,7 @@ PLAYS = (
 
 
 def play_passages() -> Examples:
-    """Examples ``{"text", "label"}``: passages of at least 60 words, labelled with the title of their play.
+    """Examples ``{"text", "label"}``: passages of at least 60 words, labeled with the title of their play.
 
     A passage consists of consecutive lines. It ends with the line that brings it to 60 words. Lines with the name of a
     speaker (in capitals, with a colon) are removed, because the names identify the play. The last lines of a play are

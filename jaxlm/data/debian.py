@@ -1,7 +1,8 @@
 """Descriptions of Debian packages as a summarization task (description -> synopsis).
 
 ``apt-get update`` downloads the descriptions. In container images of Debian, it downloads only the synopses, because
-these images set ``Acquire::Languages`` to "none". This command writes the descriptions and synopses to a file:
+these images set ``Acquire::Languages`` to "none": set it to "en" first. This command writes the descriptions and
+synopses to a file:
 
     apt-cache show --no-all-versions $(apt-cache pkgnames) > packages.txt
 """
@@ -31,7 +32,7 @@ _AFFIXES = frozenset((
 
 
 def project_name(package: str) -> str:
-    """The project of a package: the parts of its name in lower case that identify the project, joined by "-".
+    """The project of a package: the parts of its lower-case name that identify the project, joined by "-".
 
     The name is split at the characters ``-.+_``. From each part, the prefix "lib" and a version at the end are removed.
     Then numbers, single characters and the parts in ``_AFFIXES`` are removed. If no part is left, the project is the
@@ -59,7 +60,8 @@ def read_descriptions(path: str | Path) -> Examples:
       description, and repeated packages, each with the number of its first line.
     - ``.jsonl``: one object per line with the keys ``text``, ``summary`` and, optionally, ``package``. If the first
       object has a ``package``, every object needs one. Otherwise, ``package`` is not read, and ``package`` and
-      ``project`` of example N are "text N". ``rejected`` lists invalid lines. Repeated packages are kept.
+      ``project`` of the example with index N are "text N". ``rejected`` lists invalid lines. Repeated packages are
+      kept.
 
     Raises:
         FileNotFoundError: the file does not exist.
@@ -121,6 +123,7 @@ def _make_example(record: dict[str, list[str]]) -> Example | None:
     text = "\n".join("" if line == "." else line for line in lines).strip()
     if not (names[0] and summary and text):
         return None
-    # The field Source may have a version in parentheses after the name. Without this field, both names are equal.
+    # The field Source may have a version in parentheses after the name. Without this field, the source package has the
+    # name of the package.
     source = record.get("Source", names)[0].split(" ")[0]
     return {"package": names[0], "project": project_name(source), "text": text, "summary": summary}

@@ -53,10 +53,10 @@ def docstrings(
     Args:
         directories: directories whose entries are packages or modules. None: the standard library and the installed
             packages.
-        max_files: maximum number of files that are read from one package. From a larger package, files at equal
+        max_files: maximum number of files that are read from one package. If a package has more files, files at equal
             distances in the list of its files are read.
-        max_per_package: maximum number of examples from one package. Of more examples, those at equal distances in the
-            list are kept.
+        max_per_package: maximum number of examples from one package. If a package has more examples, those at equal
+            distances in the list are kept.
         min_words: examples whose text has fewer words are removed.
         max_words: examples whose text has more words are removed.
         max_summary_words: examples whose summary has more words, or fewer than 3 words, are removed.

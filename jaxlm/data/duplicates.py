@@ -28,8 +28,8 @@ def group_similar(
     """The group number of each text. Similar texts, and texts with the same key, are in one group.
 
     The groups are the connected components of a graph. An edge joins two texts that have the same key or that were
-    found to be similar. So two texts of a group may be dissimilar, and some similar pairs are not found. The number of
-    a group is the index of its first text. The function is deterministic.
+    found to be similar. So two texts of a group may be dissimilar. A similar pair is not found if its signatures agree
+    in no band. The number of a group is the index of its first text. The function is deterministic.
 
     Args:
         keys: one key for each text, for example the name of its package. None: only the texts are compared.

@@ -1,7 +1,7 @@
-"""Data sets of labelled or paired texts: the class :class:`Examples`, and readers of published file formats.
+"""Data sets of labeled or paired texts: the class :class:`Examples`, and readers of published file formats.
 
     TSV, CSV             one example per row, named columns         GLUE, most classification data sets
-    labelled lines       a label, a space, the text                 TREC, Subj, MR as Kim (2014) used them
+    labeled lines        a label, a space, the text                 TREC, Subj, MR as Kim (2014) used them
     JSONL                one JSON object per line                   SQuAD-like and summarization data sets
     pairs of files       line n of both files is example n          Multi30k, WMT
     datasets.Dataset     a map-style Hugging Face data set          Examples.from_datasets
@@ -272,7 +272,7 @@ class Examples(Sequence[Example]):
 
 
 class _RenamedExamples(Sequence[Example]):
-    """The examples ``numbers`` of a random-access source, with renamed fields. Each access reads the source."""
+    """The examples ``source[n]`` for each n in ``numbers``, with renamed fields. Each access reads the source again."""
 
     def __init__(self, source: Any, fields: Mapping[str, str] | None, name: str, numbers: range | None = None) -> None:
         self._source, self._fields, self._name = source, fields, name
@@ -499,7 +499,11 @@ def _next_row(reader: Iterator[list[str]]) -> list[str] | None:
 
 
 def _read_header(path: str | Path, rows: Iterator[tuple[int, list[str] | ValueError]]) -> list[str]:
-    """The column names in the first row. Raises ``ValueError`` if the first row is missing, empty or malformed."""
+    """The column names in the first row.
+
+    Raises:
+        ValueError: the file is empty, or the first row of a CSV file is empty or malformed.
+    """
     _, names = next(rows, (1, []))
     if isinstance(names, ValueError):
         raise ValueError(f"{path}, line 1: {names}") from names
@@ -620,8 +624,8 @@ def first_object_keys(path: str | Path, encoding: str = "utf-8", one_of: Collect
 def read_labelled_lines(path: str | Path, *, encoding: str = "utf-8", on_error: OnError = "raise") -> Examples:
     """Examples ``{"label", "text"}`` from a file with a label, a space and a text on each line.
 
-    The label ends at the first space, and must not contain a tab. White space at both ends of a text is removed. The
-    arguments and errors are those of :func:`read_table`.
+    The label ends at the first space, and must not contain a tab. White space at both ends of a text is removed.
+    ``encoding``, ``on_error`` and the errors are as in :func:`read_table`.
     """
 
     def make_example(line: str) -> Example:

@@ -51,7 +51,7 @@ _PGN_PIECE = re.compile(  # the search is faster if each alternative begins with
 )
 _PGN_KINDS = {";": "comment", "%": "comment", "{": "brace", "[": "tag", "(": "open", ")": "close", "\n": "empty"}
 """The kind of a match of ``_PGN_PIECE`` by its first character. Other matches are results."""
-_PGN_NUMBER = re.compile(r"\$\d+|(?<!\S)(?:\d+\s*)?\.+|(?<!\S)\d+(?!\S)|\be\.p\.")
+_PGN_IGNORED = re.compile(r"\$\d+|(?<!\S)(?:\d+\s*)?\.+|(?<!\S)\d+(?!\S)|\be\.p\.")
 _PGN_MOVE = re.compile(r"[KQRBNP]?[a-h]?[1-8]?[-x]?[a-h][1-8](?:=?[KQRBNkqrbn])?|[O0]-[O0](?:-[O0])?|--")
 _FIRST_MOVE = re.compile(r"1(?:\.(?!\s*\.)|\s|$)")
 GAMES_PER_EXTRA_PROCESS = 2000
@@ -392,7 +392,7 @@ def _pgn_moves(text: str) -> str:
 
 def _unknown_word(text: str) -> str | None:
     """The first word that is neither a move nor a result, in the moves of a text that :func:`_pgn_games` yields."""
-    words = (word.rstrip("+#!?") for word in _PGN_NUMBER.sub(" ", _pgn_moves(text)).split())
+    words = (word.rstrip("+#!?") for word in _PGN_IGNORED.sub(" ", _pgn_moves(text)).split())
     return next((word for word in words if word and word not in RESULTS and not _PGN_MOVE.fullmatch(word)), None)
 
 
@@ -462,7 +462,7 @@ def _pgn_pieces(text: str) -> Iterator[tuple[int, str, str]]:
 
     The kinds are ``moves``, ``result``, ``tag``, ``open`` and ``close`` (the parentheses of a variation), ``empty`` (an
     empty line) and ``unclosed`` (the ``{`` of a comment that is not closed). A comment is not closed if no ``}``
-    follows, or if a tag and another ``{`` come before the next ``}``. Reading continues at the tag, so that the
+    follows, or if a tag and then another ``{`` come before the next ``}``. Reading continues at the tag, so that the
     following games are read. If there is no tag, the comment ends at the end of the text.
     """
     position = 0

@@ -104,8 +104,8 @@ class MoveTokenizer(EncodeInputsMixin):
             lines: the moves of each game.
 
         Raises:
-            ValueError: the notation is unknown or ``min_count`` is below 1. For ``san``: no word occurs ``min_count``
-                times, or a word that does is not a SAN move.
+            ValueError: the notation is unknown or ``min_count`` is below 1. For ``san``: no word occurs at least
+                ``min_count`` times, or a word that occurs so often is not a SAN move.
         """
         check_notation(notation)
         check_min(1, min_count=min_count)

@@ -40,8 +40,8 @@ def read_squad(path: str | Path, *, on_error: OnError = "raise") -> Examples:
             text is empty or has a surrogate, or an answer is not in the context within :data:`MAX_SHIFT` characters of
             its start. The message names the file, the number of the question and its id (None if the line cannot be
             parsed or has no id). This is a ``ValueError``.
-        ValueError: the file has another format, or is official JSON with a key twice in an object. No question is
-            valid. ``on_error`` is unknown.
+        ValueError: the file is not UTF-8, has another format, or is official JSON with a key twice in an object. No
+            question is valid. ``on_error`` is unknown.
 
     Example:
         >>> read_squad("dev-v1.1.json")[0]["answers"]                # doctest: +SKIP
@@ -113,14 +113,15 @@ def _parse_record(record: Any) -> Mapping[str, Any]:
 def squad_example(record: Mapping[str, Any]) -> Example:
     """The example of a question in SQuAD's format, for example of a row of a data set of ``datasets``.
 
-    The result has ``id``, ``context``, ``question``, ``answers`` and their ``starts``, and ``group`` (the title).
+    The result has the fields that :func:`read_squad` lists.
 
     Args:
         record: ``id``, ``context``, ``question``, ``answers`` and optionally ``title``. ``answers`` is a list of
             ``{"text", "answer_start"}``, or ``{"text": [...], "answer_start": [...]}``.
 
     Raises:
-        ValueError: a field is missing or invalid, or an answer is not at its start in the context.
+        ValueError: a field is missing or invalid, or an answer is not in the context within :data:`MAX_SHIFT`
+            characters of its start.
     """
     for name in ("id", "context", "question", "answers"):
         if name not in record:

@@ -4,8 +4,8 @@ People walk between rooms, and pick up, put down and give away things. Each ques
 lists the kinds of questions, their answers, and the sentences that a reader needs:
 
     where_person   the room of a person                    the sentence about the person's last walk
-    where_thing    the room of a thing                     two sentences: about the person who has or dropped the
-                                                           thing, and about this person's last walk (before a drop)
+    where_thing    the room of a thing                     two sentences: who has or dropped the thing, and this
+                                                           person's last walk (for a drop: the last walk before it)
     who_has        who carries a thing                     the last sentence about the thing
     when           the time of day of a walk               one sentence
     gave_what      the thing that a person gave            one sentence

@@ -3,8 +3,8 @@
 - Encoding: UTF-8, unless the caller passes another encoding. An invalid byte raises an error with its offset and line.
   In UTF-8, a zero byte is invalid too.
 - A UTF-8 byte order mark at the beginning is removed.
-- Line ends: "\\n" ends a line. Readers of lines also remove one "\\r" before it, so a CRLF file gives the same lines.
-  Any other "\\r" is a character of the line. ``read_text`` keeps all characters, including "\\r".
+- Line ends: "\\n" ends a line. Readers of lines also remove one "\\r" at the end of a line, so a CRLF file gives the
+  same lines. Any other "\\r" is a character of the line. ``read_text`` keeps all characters, including "\\r".
 - The case of a suffix, such as ``.GZ``, does not matter.
 - ``.gz`` files are decompressed while they are read. The limit of their decompressed size is 64 MiB or 50 times
   the file size, whichever is larger. Uncompressed files have no limit.
@@ -60,7 +60,7 @@ def decode_pieces(pieces: Iterable[bytes], name: str, encoding: str = "utf-8") -
         try:
             text = decoder.decode(data, final=not data)
         except UnicodeError as error:
-            # For a missing byte order mark, Python 3.13 raises UnicodeDecodeError, and older versions UnicodeError.
+            # If UTF-16 has no byte order mark, Python 3.13 raises UnicodeDecodeError, and older versions UnicodeError.
             if not isinstance(error, UnicodeDecodeError) or "BOM" in error.reason:
                 raise ValueError(f"{name} is not {encoding} text: it does not begin with a byte order mark") from error
             start = offset - len(error.object) + error.start
@@ -173,7 +173,7 @@ def _read_bytes(path: Path) -> Iterator[bytes]:
                 data = file.read(_CHUNK)
             except (EOFError, gzip.BadGzipFile, zlib.error) as error:
                 raise ValueError(
-                    f"{path}: the gzip file is truncated or damaged after {size} bytes: {error}"
+                    f"{path}: the gzip file is truncated or damaged after {size} decompressed bytes: {error}"
                 ) from error
             size += len(data)
             if is_compressed and size > limit:

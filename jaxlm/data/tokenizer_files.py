@@ -169,7 +169,8 @@ def _added_tokens(directory: Path, in_backend: Iterable[Any]) -> dict[str, _Adde
     """Token -> its declaration, for the tokens that are not split, in the order in which transformers adds them.
 
     Args:
-        in_backend: the added tokens of the backend. Only ``added_tokens_decoder`` overrides their options.
+        in_backend: the added tokens of the backend. Only ``added_tokens_decoder`` overrides their options. But tokens
+            of roles and of ``additional_special_tokens`` are always special.
     """
     fields = _token_fields(directory)
     of_roles = [fields[f"{role}_token"] for role in ROLES if f"{role}_token" in fields]
@@ -188,7 +189,7 @@ def _added_tokens(directory: Path, in_backend: Iterable[Any]) -> dict[str, _Adde
         pairs = ((number, token) for token, number in read_if_exists(directory / file).items())
         declared += [(file, token, True) for token in _tokens_by_id(pairs, directory / file).values()]
     found: dict[str, _AddedToken] = {}
-    # A token has each option from its first declaration with this option.
+    # A token has each option from its first declaration with this option. But tokens in special_texts are special.
     for name, token, may_be_new in [*declared, *special]:
         text = _token_text(directory / name, token)
         options = {o: token[o] for o in _ADDED_TOKEN_OPTIONS if o in token} if isinstance(token, dict) else {}
@@ -327,10 +328,12 @@ def _set_template(backend: Any, tokens: Mapping[str, str | None], roles: Sequenc
 
 
 def settings_to_save(backend: Any, settings: Mapping[str, Any]) -> dict[str, bool]:
-    """Name -> value of the settings with which the backend differs from ``tokenizer_config.json``.
+    """``split_special_tokens`` and ``add_prefix_space`` of the backend, if they differ from ``tokenizer_config.json``.
+
+    ``add_prefix_space`` is left out for the classes in ``_CONVERTED_CLASSES``.
 
     Args:
-        settings: the content of ``tokenizer_config.json``. A missing setting is false.
+        settings: the content of ``tokenizer_config.json``. A missing setting counts as false.
     """
     stored = {"split_special_tokens": backend.encode_special_tokens}
     add_space = component_state(backend.pre_tokenizer).get("add_prefix_space")

@@ -41,7 +41,8 @@ _COPIED_FILES = (
     "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
     "vocab.txt", "vocab.json", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model",
 )  # fmt: skip
-"""Files that ``save`` copies from a published tokenizer. Only ``tokenizer_config.json`` may get further fields."""
+"""Files that ``save`` copies from a published tokenizer. Only ``tokenizer_config.json`` and ``special_tokens_map.json``
+may get further fields."""
 TOKENIZER_FILES = (JAXLM_TOKENIZER_FILE, "tokenizer.json", *_COPIED_FILES)
 """Names of the files of a saved tokenizer. ``save`` first removes the files with these names from the directory."""
 NO_TOKEN_TYPES = {"model_input_names": ["input_ids", "attention_mask"]}
@@ -452,6 +453,7 @@ class PretrainedTokenizer(EncodeInputsMixin):
 
         Raises:
             ImportError: the package ``tokenizers`` is not installed.
+            FileNotFoundError: there is neither ``tokenizer.json`` nor ``vocab.json``.
             ValueError: a file cannot be parsed, has an empty vocabulary or an unknown ``truncation_side``, names a
                 role's token that is not in the vocabulary, or gives two tokens the same id. There is no
                 ``tokenizer.json``, and the other files are not those of GPT-2. A setting has a wrong type, or
@@ -504,12 +506,12 @@ class PretrainedTokenizer(EncodeInputsMixin):
 
         transformers and ``load_tokenizer`` read these files. Files of an earlier tokenizer in the directory are
         removed. A special token that cannot be read from the written files, such as the token of an id in
-        ``config.json``, is added to ``special_tokens_map.json`` if its tokens override those of
-        ``tokenizer_config.json``, and otherwise to the latter. If ``tokenizer_config.json`` has no ``tokenizer_class``,
-        the class ``PreTrainedTokenizerFast`` and further missing fields are added: without the class, transformers
-        would choose one by the ``model_type`` in ``config.json``, and this class may add other special tokens.
-        ``add_prefix_space`` and ``split_special_tokens`` are added if the backend does not have the defaults of
-        transformers. All other copied files are unchanged.
+        ``config.json``, is added to ``special_tokens_map.json`` if this file exists and overrides
+        ``tokenizer_config.json``, and otherwise to ``tokenizer_config.json``. If ``tokenizer_config.json`` has no
+        ``tokenizer_class``, the class ``PreTrainedTokenizerFast`` and further missing fields are added: without the
+        class, transformers would choose one by the ``model_type`` in ``config.json``, and this class may add other
+        special tokens. ``add_prefix_space`` and ``split_special_tokens`` are written to ``tokenizer_config.json`` if
+        the backend has other values (a missing field counts as false). All other copied files are unchanged.
         """
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
@@ -575,8 +577,9 @@ def _trims_added_space(processor: Mapping[str, Any]) -> bool:
 def _trimmed_offsets(encoding: Any, texts: Sequence[str]) -> list[tuple[int, int]]:
     """The offsets of a ``tokenizers.Encoding`` whose post-processor trims offsets, without the errors of the package.
 
-    The package takes the space of a token at position 0 for the added space, even if the text begins with a space. It
-    takes the space of any other token for a part of the text, even if it was added after a special token in the text.
+    At position 0, the package treats the space of a token as the added space, even if the text begins with a space. At
+    other positions, it treats the space as a part of the text, even if it added this space after a special token of
+    the text.
     """
     offsets = list(encoding.offsets)
     for number, (token, sequence) in enumerate(zip(encoding.tokens, encoding.sequence_ids, strict=True)):

@@ -61,8 +61,8 @@ def write_tokens(path: str | Path, ids: np.ndarray | Iterable[np.ndarray], vocab
     is never an incomplete file.
 
     Args:
-        ids: one 1-D array, or an iterable of 1-D arrays, which the file concatenates. The function keeps only one of
-            these arrays in memory.
+        ids: one 1-D array, or an iterable of 1-D arrays. The file contains their concatenation. The function keeps
+            only one of these arrays in memory.
         vocab_size: number of ids of the vocabulary. It selects the dtype of the file (:func:`token_dtype`).
 
     Raises:

@@ -117,9 +117,10 @@ def train_tokenizer(
     Raises:
         ImportError: the package ``tokenizers`` is not installed.
         TypeError: ``texts`` or ``extra_tokens`` is a single string, or ``texts`` has an element that is not a string.
-        ValueError: there are no texts; the kind is ``"unigram"``, and all texts consist of white space and special
-            tokens; the kind or template is unknown; ``min_frequency`` is invalid; ``extra_tokens`` contains an empty
-            string; or ``vocab_size`` is too small for the special tokens and one more id (for subwords: 256 more ids).
+        ValueError: there are no texts; a text has a surrogate; the kind is ``"unigram"``, and all texts consist of
+            white space and special tokens; the kind or template is unknown; ``min_frequency`` is invalid;
+            ``extra_tokens`` contains an empty string; or ``vocab_size`` is too small for the special tokens and one
+            more id (for subwords: 256 more ids).
 
     Example:
         >>> tokenizer = train_tokenizer(["to be or not to be"], "word", 100, template="eos")

@@ -1,8 +1,8 @@
 """Beam search: the best hypotheses for each prompt, with one jitted loop per cache size.
 
 The specs of a model state name its ``batch`` axis. Beam search gathers the rows of the state along this axis.
-Shapes: B batch, T prompt length, K beams, R rows of the model state (B * K), N new tokens, V ids that may be generated,
-C candidates of a step.
+Shapes: B batch, T prompt length, K beams, R rows of the model state (B * K), N new tokens, V ids that may be generated
+(in ``_start_search``: all ids of the model), C candidates of a step.
 """
 
 from __future__ import annotations
@@ -273,7 +273,7 @@ def _continue_search(
 
 
 def _split_source(model: Model, state: State) -> tuple[Any, Any]:
-    """A model state (or its specs) in two parts: the encoded source, which is the second part, and all other entries.
+    """Split a model state (or its specs) into (the entries without the encoded source, the encoded source).
 
     Beam search repeats only the rows of the first part, because all hypotheses of a row use the same source. The second
     part is empty if the model is not an encoder-decoder.

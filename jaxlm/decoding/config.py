@@ -25,8 +25,8 @@ class GenerationConfig:
     A field that is None is not set; only ``batch_size=None`` is a value. For a field that is not set, :meth:`resolve`
     reads ``generation_config.json`` in the directory from which the model was loaded. If the directory has no such
     file, ``resolve`` reads ``config.json``, and ignores values that equal the default of transformers. If the file does
-    not set the field, ``resolve`` uses the default below. ``batch_size`` and ``ignored_fields`` are never read from a
-    file.
+    not set the field, ``resolve`` uses its argument ``default``, or else the default below. ``batch_size`` and
+    ``ignored_fields`` are never read from a file.
 
     Attributes:
         max_new_tokens: maximum number of new tokens per text, including the end token. Default: 128.
@@ -124,7 +124,8 @@ class GenerationConfig:
             default: defaults of the calling program, which replace those of the class.
             sampling: values for ``do_sample`` and for fields of :class:`Sampling`, which override the file. A field
                 with the value None counts as not set. This argument is used only if ``self.sampling`` is None. If the
-                mapping sets ``temperature``, its ``do_sample`` has no effect. As in transformers, 0 turns ``top_k`` and
+                mapping sets ``temperature``, its ``do_sample`` has no effect. ``do_sample=True`` does not set a
+                temperature: if no source sets one, decoding is greedy. As in transformers, 0 turns ``top_k`` and
                 ``min_p`` off, and 1 turns ``top_p`` off.
 
         Raises:
@@ -203,13 +204,16 @@ def num_ids(model: Model, tokenizer: Tokenizer) -> int:
 
 
 def settings_file(model: Model) -> str:
-    """The name of the file with the generation settings: ``config.json`` if there is no ``generation_config.json``."""
+    """The name of the file with the generation settings.
+
+    It is ``config.json`` if only this file exists, and ``generation_config.json`` otherwise.
+    """
     in_config = model.metadata.generation_config is None and model.metadata.config
     return CONFIG_FILE if in_config else GENERATION_CONFIG_FILE
 
 
 def _file_hint(error: ValueError, file_fields: Iterable[str], given: Iterable[str], file: str) -> str:
-    """A hint for a message, if it names a field whose value comes from the file. Otherwise an empty text.
+    """A hint to append to the message of ``error`` if the message names a field from the file. Otherwise an empty text.
 
     Args:
         given: names of the fields that the caller set.

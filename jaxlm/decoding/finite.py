@@ -29,7 +29,7 @@ class NotFiniteError(ValueError):
     Attributes:
         what: what ``rows`` counts, for example "row", "prompt" or "text".
         rows: the indices of the rows, prompts or texts with such logits.
-        cause: text that names the parameters that are not finite, or another possible cause.
+        cause: text that names the parameters or state arrays that are not finite, or another possible cause.
     """
 
     def __init__(self, what: str, rows: Sequence[int], cause: str) -> None:

@@ -158,9 +158,10 @@ def check_memory_slots(model: Model, state: State, num_new: int) -> None:
     Speculative decoding calls this function for the state of the target model. A rolling memory
     (``jaxlm.nn.attention.memory``) that is full drops its oldest token for each new token. If a later token may attend
     to a dropped token, one call with several tokens gives other results than several calls with one token.
-    A memory with the number of slots of ``Model.state_specs`` drops no token to which a later token may attend. If
-    tokens attend only to a window, this number is at most the size of the window. The array ``segment_ids`` of a memory
-    has one entry per slot. Inside ``jit``, the number of used slots is unknown and counts as 0.
+    The number of slots that ``Model.state_specs`` gives for all tokens is enough: such a memory drops no token to which
+    a later token may attend. If tokens attend only to a window, this number is at most the size of the window. The
+    array ``segment_ids`` of a memory has one entry per slot. Inside ``jit``, the number of used slots is unknown and
+    counts as 0.
     """
     if model.has_cache:  # see check_free_slots
         return
@@ -227,7 +228,7 @@ def check_ids(
 
 
 def _check_no_gaps(segment_ids_BT: np.ndarray) -> None:
-    """Raise ``ValueError`` if a row has no prompt token, padding between prompt tokens, or a segment id above 1."""
+    """Raise ``ValueError`` if a row has no prompt token, padding between prompt tokens, or an id other than 0 and 1."""
     for row, segments in enumerate(segment_ids_BT):
         real = np.flatnonzero(segments)
         if real.size == 0:

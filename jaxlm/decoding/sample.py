@@ -4,7 +4,8 @@
 runs both in one ``jit``. To stream tokens, call :func:`prefill` once and :func:`advance` several times. The tokens are
 equal to those of :func:`generate`.
 
-Shapes: B batch, T prompt length, N new tokens, V ids of the model, of which a limit may exclude the last ones.
+Shapes: B batch, T prompt length, N new tokens, V number of ids: all ids of the model, or only the ids below
+``allowed_ids`` (in ``seen``, always the latter if ``allowed_ids`` is given).
 """
 
 from __future__ import annotations
@@ -445,7 +446,7 @@ def _prefill(
     state, logits_BV = read_prompts(model, params, prompts_BT, segment_ids_BT, settings.slots, state)
     if sampling.repetition_penalty != 1.0:
         seen_BT = widen_ids(prompts_BT)
-        if segment_ids_BT is not None:  # padding gets the id `num_ids`, which mode="drop" ignores below
+        if segment_ids_BT is not None:  # padding gets the id `num_ids`; `.set(..., mode="drop")` below ignores it
             seen_BT = jnp.where(segment_ids_BT > 0, seen_BT, num_ids)
         seen_BV = jnp.zeros((B, num_ids), bool) if seen_BV is None else seen_BV
         seen_BV = seen_BV.at[rows_B[:, None], seen_BT].set(True, mode="drop")

@@ -35,7 +35,8 @@ CHUNK_LOGITS = 2**22
 class TokenScores(NamedTuple):
     """The scores of tokens given the tokens before them.
 
-    Tokens that are not predicted are padding, first tokens of documents, and tokens that follow padding.
+    Padding is not predicted. In :func:`token_scores`, the first token of a document and a token directly after padding
+    are not predicted either.
 
     Attributes:
         log_probs: [B, T] float32, log-probability of each token in nats; 0 for tokens that are not predicted.
@@ -51,8 +52,8 @@ def log_likelihood(model: Model, params: Params, tokens: Array, segment_ids: Arr
     """``log p(tokens[:, t + 1] | tokens[:, :t + 1])`` in nats, [B, T - 1] float32.
 
     The value is 0 if ``tokens[:, t + 1]`` is padding, begins another document, or follows padding (so put padding
-    before or after a document, not inside it). Logits are computed in chunks of time
-    steps. A chunk has at most ``CHUNK_LOGITS`` logits, but at least one time step.
+    before or after a document, not inside it). Logits are computed in chunks of time steps. A chunk has at most
+    ``CHUNK_LOGITS`` logits, but at least one time step.
 
     If logits are not finite, the function raises an error. For this check it waits until the result is computed. Inside
     ``jit`` or another transformation it cannot raise this error.
@@ -130,7 +131,8 @@ def target_log_likelihood(
 
     Raises:
         TypeError: the model is not an encoder-decoder, or the ids or segment ids are not an array.
-        ValueError: an id (or ``start_id``) is outside the vocabulary, an array is empty, or a shape is wrong.
+        ValueError: the model has no head; an id (or ``start_id``) is outside the vocabulary; an array is empty; or a
+            shape or dtype is wrong.
         NotFiniteError: as in :func:`log_likelihood`.
     """
     return target_token_scores(

@@ -69,10 +69,10 @@ def generate_text(
     its new prompt, and the random numbers come from other keys. So a long text may change the other texts in its batch;
     to prevent this, use ``batch_size=1``. In beam search and speculative decoding, each text must fit into the context.
 
-    A model that needs the whole text (``Model.needs_whole_text``) cannot continue with a new prompt, and an error is
-    raised. If a text may exceed the context and there are no end ids and no stop strings, the error is raised before
-    any generation. Otherwise it is raised when a text has filled the context and has not ended. In this case, all texts
-    of the call are lost; :func:`stream_text` yields the text before this error.
+    A model that needs the whole text (``Model.needs_whole_text``) cannot continue with a new prompt, so a text that
+    exceeds the context is an error. If a text may exceed the context and there are no end ids and no stop strings, the
+    error is raised before any generation. If there are some, it is raised when a text has filled the context and has
+    not ended. Then all texts of the call are lost; :func:`stream_text` yields the text before it raises this error.
 
     Args:
         texts: all prompts or sources, as strings or as token ids.
@@ -111,10 +111,10 @@ def generate_text(
         raise ValueError(f"num_proposed={num_proposed} needs a draft model: pass draft=(model, params)")
     rows = generator.encode(texts)
     results = [""] * len(rows)
-    for numbers in length_batches([ids.size for ids in rows], config.batch_size):
-        outputs = generator.texts([rows[number] for number in numbers], numbers)
-        for number, output in zip(numbers, outputs, strict=True):
-            results[number] = output
+    for text_indices in length_batches([ids.size for ids in rows], config.batch_size):
+        outputs = generator.texts([rows[i] for i in text_indices], text_indices)
+        for i, output in zip(text_indices, outputs, strict=True):
+            results[i] = output
     return results
 
 
@@ -246,7 +246,7 @@ class _TextGenerator:
         )
 
     def use_draft(self, draft: tuple[Model, Params], num_proposed: int) -> None:
-        """Generate with the proposals of a draft model. Raises an error if it cannot propose tokens."""
+        """Generate with the proposals of a draft model. Raise an error if the draft model cannot propose tokens."""
         if not (isinstance(draft, tuple) and len(draft) == 2 and hasattr(draft[0], "apply")):
             got = f"a tuple of {len(draft)}" if isinstance(draft, tuple) else type(draft).__name__
             raise TypeError(f"draft must be the pair (model, params), got {got}")
@@ -330,7 +330,7 @@ class _TextGenerator:
         return np.asarray([self._max_length - ids.size for ids in prompts])
 
     def _positions_needed(self, prompts: Sequence[np.ndarray]) -> int:
-        """The number of positions that a batch needs if its longest row does not end early.
+        """The number of positions that a batch needs if no row ends early.
 
         The model does not read the last new token, so this token needs no position.
         """
@@ -351,33 +351,35 @@ class _TextGenerator:
         """The tokens that the decoder reads first. ``batch`` has prompts or, for an encoder-decoder, sources."""
         return batch if self._start is None else [self._start] * len(batch)
 
-    def texts(self, batch: Sequence[np.ndarray], numbers: np.ndarray) -> list[str]:
+    def texts(self, batch: Sequence[np.ndarray], text_indices: np.ndarray) -> list[str]:
         """The text of each row.
 
         Args:
             batch: token ids of each prompt or source.
-            numbers: [B] index of each text.
+            text_indices: [B] index of each text.
         """
         prompts = self._prompts(batch)
         has_one_window = self.num_beams > 1 or self._speculative is not None or self._model.needs_whole_text
         if len(batch) > 1 and has_one_window and self._exceeds_context(prompts):
             # A row alone may need fewer positions: it has no padding and its own limit.
-            return [text for i, ids in enumerate(batch) for text in self.texts([ids], numbers[i : i + 1])]
+            return [text for i, ids in enumerate(batch) for text in self.texts([ids], text_indices[i : i + 1])]
         if self.num_beams > 1:
-            return self._beam_texts(batch, prompts, numbers)
+            return self._beam_texts(batch, prompts, text_indices)
         if self._speculative is not None:
-            return self._speculative_texts(self._speculative, batch, prompts, numbers)
-        *_, texts = self.partial_texts(batch, numbers, CHUNK if self.stop else None)
+            return self._speculative_texts(self._speculative, batch, prompts, text_indices)
+        *_, texts = self.partial_texts(batch, text_indices, CHUNK if self.stop else None)
         return texts
 
-    def _beam_texts(self, batch: Sequence[np.ndarray], prompts: Sequence[np.ndarray], numbers: np.ndarray) -> list[str]:
+    def _beam_texts(
+        self, batch: Sequence[np.ndarray], prompts: Sequence[np.ndarray], text_indices: np.ndarray
+    ) -> list[str]:
         """The text of the best hypothesis for each row."""
         request, limits = self._request, self._limits(prompts)
         state = None
         if self._model.reads_source:
             state = read_sources(self._model, request.params, batch, int(limits.max()))
         tokens_BT, segment_ids_BT = pad_prompts(prompts, self._model.max_positions, int(limits.max()))
-        with rename_rows_in_errors(self._input_name, numbers):
+        with rename_rows_in_errors(self._input_name, text_indices):
             beams = beam_search(
                 self._model, request.params, tokens_BT, segment_ids_BT, max_new_tokens=limits, beams=self._beams,
                 end_id=request.end_ids, allowed_ids=request.num_ids, state=state,
@@ -385,15 +387,19 @@ class _TextGenerator:
         return self._final_texts(prompts, np.asarray(beams.tokens[:, 0]), np.asarray(beams.lengths[:, 0]))
 
     def _speculative_texts(
-        self, models: SpeculativeModels, batch: Sequence[np.ndarray], prompts: Sequence[np.ndarray], numbers: np.ndarray
+        self,
+        models: SpeculativeModels,
+        batch: Sequence[np.ndarray],
+        prompts: Sequence[np.ndarray],
+        text_indices: np.ndarray,
     ) -> list[str]:
         """The text of each row, generated with the proposals of a draft model."""
         request, limits = self._request, self._limits(prompts)
         max_new_tokens = int(limits.max())
         if self._exceeds_context(prompts):
             raise ValueError(
-                f"{self._input_name} {numbers[0]} has {batch[0].size} tokens. With {max_new_tokens} new tokens and "
-                f"num_proposed={models.num_proposed} it needs {self._positions_needed(prompts)} positions, but the "
+                f"{self._input_name} {text_indices[0]} has {batch[0].size} tokens. With {max_new_tokens} new tokens "
+                f"and num_proposed={models.num_proposed} it needs {self._positions_needed(prompts)} positions, but the "
                 f"target model or the draft model has {models.max_positions}: reduce max_new_tokens, or generate "
                 "without a draft model"
             )
@@ -402,10 +408,10 @@ class _TextGenerator:
             read_sources(model, params, batch, length) if model.reads_source else None for model, params in models.pairs
         )
         tokens_BT, segment_ids_BT = pad_prompts(prompts, models.max_positions, length)
-        with rename_rows_in_errors(self._input_name, numbers):
+        with rename_rows_in_errors(self._input_name, text_indices):
             generation = speculative_generate(
                 models, tokens_BT, segment_ids_BT, max_new_tokens=max_new_tokens, sampling=request.sampling,
-                key=None if request.key is None else row_keys(request.key, numbers),
+                key=None if request.key is None else row_keys(request.key, text_indices),
                 end_id=request.end_ids, allowed_ids=request.num_ids, states=(target_state, draft_state),
             ).generation  # fmt: skip
         lengths_B = np.minimum(np.asarray(generation.lengths), limits)
@@ -420,14 +426,16 @@ class _TextGenerator:
         ]
         return [_final_part(text, self.stop, is_complete=True)[0] for text in texts]
 
-    def partial_texts(self, batch: Sequence[np.ndarray], numbers: np.ndarray, chunk: int | None) -> Iterator[list[str]]:
+    def partial_texts(
+        self, batch: Sequence[np.ndarray], text_indices: np.ndarray, chunk: int | None
+    ) -> Iterator[list[str]]:
         """Yield the part of each row's text that later tokens cannot change, after the first token and each chunk.
 
         The last texts are complete.
 
         Args:
             batch: token ids of each prompt or source.
-            numbers: [B] index of each text.
+            text_indices: [B] index of each text.
             chunk: number of tokens between two results. None: one chunk has all remaining tokens of a window.
         """
         prompts = self._prompts(batch)
@@ -435,8 +443,8 @@ class _TextGenerator:
         max_new_tokens = int(limits.max())
         new_texts = [self._new_text(prompt) for prompt in prompts]
         sources = None if self._start is None else batch
-        with rename_rows_in_errors(self._input_name, numbers):
-            windows = WindowedGeneration(self._request, prompts, numbers, max_new_tokens, sources)
+        with rename_rows_in_errors(self._input_name, text_indices):
+            windows = WindowedGeneration(self._request, prompts, text_indices, max_new_tokens, sources)
         chunk = max_new_tokens if chunk is None else chunk
         while True:
             # Copy the arrays, because their buffers are donated to the next call.
@@ -457,7 +465,7 @@ class _TextGenerator:
             ended |= np.array(has_stop)
             if windows.is_finished or ended.all():
                 return
-            with rename_rows_in_errors(self._input_name, numbers):
+            with rename_rows_in_errors(self._input_name, text_indices):
                 windows.advance(ended, chunk)
 
     def _decoded_ids(self, ids: np.ndarray, prompt_length: int) -> np.ndarray:

@@ -1,7 +1,8 @@
 """The generation loop for a batch of texts. Each jitted call generates several tokens.
 
-If the model has no encoder, a prompt and its continuation may become longer than the context of the model
-(``Model.max_positions``). Generation then continues in a new window: the last tokens of each row are the new prompt.
+If a prompt and its continuation become longer than the context of the model (``Model.max_positions``), generation
+continues in a new window: the last tokens of each row are the new prompt. For a model that needs the whole text
+(``Model.needs_whole_text``), an error is raised instead.
 
 Shapes: B batch, S source time, T prompt time.
 """
@@ -79,9 +80,9 @@ def next_window_error(model: Model, what: str, num_tokens: int) -> ValueError:
     """
     return ValueError(
         f"{what}: the model must read {num_tokens} tokens of the prompt and its continuation, but "
-        f"max_positions={model.max_positions}, and {model.family} must read a text from its first token, so it cannot "
-        "continue in a new window: reduce the number of new tokens, or, if the shape of no parameter depends on "
-        "max_positions, use model.with_fields(max_positions=...)"
+        f"max_positions={model.max_positions}. {model.family} cannot continue in a new window, because it must read a "
+        "text from its first token. Reduce the number of new tokens. If no parameter shape depends on max_positions, "
+        "you can also increase it with model.with_fields(max_positions=...)"
     )
 
 
@@ -116,7 +117,8 @@ class WindowedGeneration:
     Args:
         request: the model and the settings that all batches share.
         prompts: token ids of each prompt; for an encoder-decoder, the start id.
-        numbers: [B] index of each text. The random key of a row is ``request.key`` folded with this index.
+        text_indices: [B] index of each text. In the first window, the random key of a row is ``request.key`` folded
+            with this index. Later windows use other keys (:meth:`_open`).
         max_new_tokens: maximum number of new tokens in each row.
         sources: token ids of each source, for an encoder-decoder.
 
@@ -129,12 +131,12 @@ class WindowedGeneration:
         self,
         request: BatchSettings,
         prompts: Sequence[np.ndarray],
-        numbers: np.ndarray,
+        text_indices: np.ndarray,
         max_new_tokens: int,
         sources: Sequence[np.ndarray] | None = None,
     ) -> None:
-        self._request, self._numbers = request, numbers
-        self._remaining, self._window = max_new_tokens, 0
+        self._request, self._text_indices = request, text_indices
+        self._remaining, self._window_index = max_new_tokens, 0
         self.rows = list(prompts)
         state = None if sources is None else read_sources(request.model, request.params, sources, max_new_tokens)
         self.progress = self._open(self.rows, state)
@@ -156,7 +158,9 @@ class WindowedGeneration:
             # The first window uses the key of the request unchanged, so that its tokens equal those of `generate`.
             # Later windows need other keys, because the number that is folded into the key for each token begins again
             # at 0.
-            key = row_keys(key if self._window == 0 else jax.random.fold_in(key, self._window), self._numbers)
+            key = row_keys(
+                key if self._window_index == 0 else jax.random.fold_in(key, self._window_index), self._text_indices
+            )
         settings = check_and_make_settings(
             request.model, tokens_BT, segment_ids_BT, new_tokens, request.sampling, key, request.end_ids,
             request.num_ids, state,
@@ -197,9 +201,9 @@ class WindowedGeneration:
         assert limit is not None
         if self._request.model.needs_whole_text:
             row = int(np.argmin(ended))
-            raise next_window_error(self._request.model, f"prompt {self._numbers[row]}", self.rows[row].size)
+            raise next_window_error(self._request.model, f"prompt {self._text_indices[row]}", self.rows[row].size)
         self._remaining -= self.progress.tokens.shape[1]
-        self._window += 1
+        self._window_index += 1
         prompts = [ids[-max(limit // 2, 1) :] for ids in self.rows]
         progress = self._open(prompts, seen=self.progress.seen)  # the repetition penalty applies to all windows
         # `_open` draws a token for every row. Discard the tokens of rows that have ended.

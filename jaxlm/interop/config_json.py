@@ -3,7 +3,8 @@
 ``Model.metadata`` contains the contents of the loaded files. If a model is saved in the format in which it was loaded,
 the new ``config.json`` is made from the loaded one (:func:`_merge_loaded`):
 
-- A loaded field that jaxlm does not set is kept. It is dropped only if it contradicts a changed field.
+- A loaded field that jaxlm does not set is kept. It is dropped only if it contradicts a changed field, or describes a
+  head that has been replaced.
 - A field that describes the model is replaced if its value has changed since loading. All fields that describe the
   model are replaced if the file would otherwise describe another model.
 
@@ -103,7 +104,7 @@ def _architecture(table: Format, model: Model) -> str | None:
 
 
 def _fixed_fields(table: Format) -> dict[str, Any]:
-    """The config fields that have the same value in all models of this format, which has no HF fields for them."""
+    """Config field -> its value in all models of this format, for the fields that have no HF field in the format."""
     return {field: value for field, value in table.default_fields.items() if field not in table.hf_name_of_field}
 
 
@@ -168,7 +169,8 @@ def describe_model(config: dict[str, Any], path: Path, overrides: dict[str, Any]
         config_class = family(name).Config
         task_in_files = {**fields, **implied}.get("task", getattr(config_class, "task", None))
         makes_label_head = overrides.get("task") in _LABEL_TASKS and "num_labels" not in overrides
-        needs_labels = task_in_files in _LABEL_TASKS or makes_label_head  # the labels of other files may be invalid
+        # Labels that the model does not need are not read, because they may be invalid.
+        needs_labels = task_in_files in _LABEL_TASKS or makes_label_head
         if needs_labels and hasattr(config_class, "num_labels"):
             labels = _labels(config)
             if labels is not None:  # transformers writes id2label instead of num_labels
@@ -283,7 +285,8 @@ def _published_fields(config: dict[str, Any], table: Format, config_class: type)
             value = values[value]
         else:
             config_lib.check_value(hints[name], value, hf_name)
-        # Check this before ``read_fields`` makes lists with an entry for each layer, which would fill the memory.
+        # Reject a huge number of layers before ``read_fields`` makes lists with an entry for each layer. These lists
+        # would fill the memory.
         config_lib.check_num_layers(name, value, hf_name)
         fields[name] = value
     return fields
@@ -339,13 +342,13 @@ def special_token_fields(config: Mapping[str, Any], path: Path) -> dict[str, Any
 def model_config_json(model: Model, dtype: Any, tokenizer: Tokenizer | None = None) -> dict[str, Any]:
     """The contents of ``config.json`` for saving a model.
 
+    If the loaded config has another model type than the new config, only these fields are kept: its padding, BOS and
+    EOS ids, which describe the vocabulary, and its labels and ``problem_type`` if the model has the loaded head.
+
     Args:
         dtype: dtype of the parameters. If they have several dtypes, the dtype of the largest number of entries.
         tokenizer: its special token ids are written. None: the ids of the loaded config are written. If there is no
             loaded config, the ids of the published models are written (null for an id outside the vocabulary).
-
-    If the loaded config has another model type than the new config, only these fields are kept: its padding, BOS and
-    EOS ids, which describe the vocabulary, and its labels and ``problem_type`` if the model has the loaded head.
 
     Raises:
         ValueError: the format cannot represent the special token ids, or the tokenizer needs more ids than the model
@@ -439,7 +442,7 @@ def _merge_loaded(model: Model, model_fields: dict[str, Any], loaded: Mapping[st
     for field in previous.keys() - model_fields.keys():  # for example the labels of a removed head
         result.pop(field, None)
     rotary_changed = any(model_fields.get(field) != previous.get(field) for field in _ROTARY_FIELDS)
-    if rotary_changed:  # in transformers 5, rope_parameters takes precedence over all of these fields
+    if rotary_changed:  # in transformers 5, rope_parameters takes precedence over these fields, except head_dim
         result.pop("rope_parameters", None)
     for field, value in model_fields.items():
         if field in previous and previous[field] == value and not (rotary_changed and field in _ROTARY_FIELDS):
@@ -567,7 +570,7 @@ def generation_config_json(model: Model, tokenizer: Tokenizer | None = None) -> 
 
 
 def loaded_decoder_start_id(model: Model) -> int | None:
-    """The ``decoder_start_id`` that the loaded config describes."""
+    """The ``decoder_start_id`` that the loaded config describes; None if there is no loaded config or no such id."""
     loaded = model.metadata.config
     try:
         return getattr(describe_model(dict(loaded), Path("config.json"), {}).model.config, "decoder_start_id", None)

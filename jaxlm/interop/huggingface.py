@@ -88,20 +88,21 @@ def load_pretrained(
     With the override ``task`` or ``num_labels``, the head of the model may differ from the head in the files. Then a
     head (or pooler) that the files lack is initialized as in ``model.init``, and the tensors of other heads are not
     loaded. A head for labels is always initialized if the files are for another task or have another number of labels.
-    If ``task`` is not the task of the files, the head in the files counts as another head, and other parts that the
-    model lacks, such as the decoder of T5 with ``task="none", num_decoder_layers=0``, are not loaded either. But of a
-    part that the model has, the files must not contain more layers or more parameters in a layer.
+    If ``task`` is not the task of the files, the head for the task of the files is not loaded. Other parts that the
+    model lacks, such as the decoder of T5 with ``task="none", num_decoder_layers=0``, are not loaded either. But in a
+    part that the model has, the files must not contain more layers, or more parameters of a layer, than the model.
 
     ``model.metadata.initialized`` lists the initialized parameters. ``model.metadata.unused_tensors`` lists the tensors
-    of poolers, heads and such other parts that are not loaded. The logger "jaxlm" reports both.
+    of poolers, heads and other parts that are not loaded. The logger "jaxlm" reports both.
 
     In addition to the result, host memory holds the initialized parameters, and one loaded parameter at a time (with
     all its layers if it is stacked).
 
     Args:
         directory: contains ``config.json`` and either ``model.safetensors`` or shards with an index file.
-        param_dtype: dtype of the parameters; None: the dtype in the files. This argument is required if the tensors of
-            a parameter are float64 or have several dtypes.
+        param_dtype: dtype of the parameters; None: the dtype in the files (for initialized parameters, the dtype to
+            which JAX promotes the dtypes of the loaded parameters). This argument is required if the tensors of a
+            parameter are float64 or have several dtypes.
         sharding: the shardings of the parameters; None: all parameters are on the default device.
         seed: random seed for the initialized parameters.
         overrides: fields of the family's ``Config``, such as ``task="classification"``, ``dtype="bfloat16"`` (dtype of
@@ -224,7 +225,8 @@ def save_pretrained(
         written = [*weights, *other_files, CONFIG]
         old_settings = {GENERATION_CONFIG, *(TOKENIZER_FILES if tokenizer is not None else ())} - set(written)
         # Shards are moved one by one. The old index is deleted first. So a mixture of old and new shards has no index,
-        # and cannot be loaded. The new checksums.json does not list old settings, so they must not remain either.
+        # and cannot be loaded. Old settings are also deleted first. The new checksums.json does not list them, so
+        # loading would not notice that they do not belong to the new weights.
         delete_first = sorted(old_settings | ({INDEX} & set(weights)))
         integrity.install_files(temporary, directory, written, delete_first=delete_first)
     for file in os.listdir(directory):
@@ -470,8 +472,9 @@ def _with_current_names(tensors: dict[str, _Tensor], table: Format, directory: P
 def _check_counts(description: ModelDescription, num_tensors: int, directory: Path) -> None:
     """Raise ``ValueError`` if the config has more layers or experts than there are tensors in the files.
 
-    This check comes before all others, because with a wrong, huge number, the specs and tensor names would fill the
-    memory. The number of experts is checked only if each expert has its own tensors.
+    In a published format, this check comes before the specs and the tensor names of the model are computed. With a
+    wrong, huge number, they would fill the memory. The number of experts is checked only if each expert has its own
+    tensors.
     """
     has_expert_tensors = any("{expert}" in name for name in description.format.tensors.values())
     for model in filter(None, (description.model, description.model_in_files)):
@@ -480,7 +483,7 @@ def _check_counts(description: ModelDescription, num_tensors: int, directory: Pa
             if number > num_tensors:
                 raise ValueError(
                     f"{directory}: {number} {what.replace('_', ' ')} in {CONFIG}, but only {num_tensors} tensors in "
-                    "its files"
+                    "the weight files"
                 )
 
 
@@ -549,7 +552,8 @@ def _match_tensors(description: ModelDescription, tensors: dict[str, _Tensor], d
         if path is None:
             return name in table.tied_tensors or (bool(prefix) and not name.startswith(prefix))
         group = path.partition("/")[0]
-        # In recurrent families, each layer is a group. A layer does not belong to a head.
+        # A group has all parameters whose paths begin with the same key, for example the parameters of a head. In
+        # recurrent families, each layer is a group.
         is_removed = group not in groups and not re.fullmatch(r"layer_\d+", group)
         return path in initialized or (other_task and is_removed)
 

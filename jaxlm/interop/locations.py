@@ -82,7 +82,7 @@ class Location:
         """The parameter with this shape and dtype. Vocabulary padding is 0.
 
         Args:
-            tensors: the :attr:`rows` of the tensor of each of :attr:`names`, read by the caller.
+            tensors: for each of :attr:`names`, the :attr:`rows` of its tensor, which the caller has read.
         """
         array = np.zeros(shape, dtype)
         matrices, unpadded = self.matrices(array), tuple(slice(size) for size in self.model_shape)

@@ -100,7 +100,9 @@ def load_adapter(directory: str | os.PathLike[str], model: Model) -> tuple[LoRA,
             - An option is invalid or not supported (DoRA, different ranks or scales per module, trained biases, ...).
             - A tensor is missing (also if only some layers have an adapter), has a wrong shape or does not belong to
               the model.
-            - A tensor belongs to a parameter that :func:`save_adapter` rejects.
+            - A LoRA factor belongs to a weight that is not the weight of a linear module (see :func:`save_adapter`).
+            - The tensor of a parameter that is trained in full also contains other parameters, or the transformers
+              class uses it twice (see :func:`save_adapter`).
     """
     directory = Path(directory)
     if not directory.is_dir():
@@ -197,8 +199,8 @@ def save_adapter(
               is a token embedding.
             - PEFT rejects the module of a weight with LoRA factors (``out_proj`` of Mamba-2 and Falcon-H1).
             - The tensor of a parameter that is trained in full also contains other parameters.
-            - The transformers class uses the tensor of a parameter that is trained in full twice (the token embedding
-              of a model with a tied head, and of T5).
+            - A parameter is trained in full, and the transformers class uses its tensor twice (the token embedding of
+              a model with a tied head, and of T5).
             - Only some parameters of a module are trained in full.
             - The name of another module ends with the name of a module that is trained in full. PEFT compares only the
               ends of names, so it would confuse these modules.
@@ -495,7 +497,7 @@ def _rank_and_alpha(config: dict[str, Any], path: Path) -> tuple[int, float]:
 
 
 def _weight_name_and_suffix(name: str, weight_of: dict[str, _Weight], directory: Path) -> tuple[str, str]:
-    """The name of a tensor's weight, and the suffix of a LoRA factor (``""`` if the tensor is the weight itself).
+    """The name of the weight to which a tensor belongs, and the suffix of a LoRA factor (``""`` for the weight itself).
 
     Raises:
         ValueError: the tensor does not belong to the model, is a weight of the base model, or is a LoRA factor of a

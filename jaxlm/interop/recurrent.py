@@ -97,8 +97,8 @@ def from_keras(weights: Sequence[Any], *, reset: GRUReset | None = None) -> Para
 
     Args:
         weights: ``get_weights()`` of the layer: [kernel, recurrent_kernel], and the bias if ``use_bias`` is True.
-        reset: "after" if ``reset_after`` is True, otherwise "before". Required for a GRU without a bias. Ignored for a
-            GRU with a bias, whose shape determines ``reset_after``, and for an LSTM.
+        reset: "after" if ``reset_after`` is True, otherwise "before". Required for a GRU without a bias. Ignored for an
+            LSTM, and for a GRU with a bias, because the shape of the bias determines ``reset_after``.
 
     Raises:
         ValueError: the number or the shapes of the arrays do not fit an LSTM or GRU, or ``reset`` is missing or
@@ -130,7 +130,8 @@ def from_keras(weights: Sequence[Any], *, reset: GRUReset | None = None) -> Para
 def to_keras(params: Mapping[str, Any]) -> list[np.ndarray]:
     """The arrays for ``set_weights`` of a Keras ``LSTM`` or ``GRU``.
 
-    If ``params`` contains ``bias_hidden``, the Keras layer must have ``reset_after=True``.
+    The Keras layer must have a bias. If ``params`` contains ``bias_hidden``, a GRU must have ``reset_after=True``,
+    otherwise ``reset_after=False``.
     """
     arrays = {name: np.asarray(x) for name, x in params.items()}
     if arrays["bias"].shape[0] == 3:

@@ -65,11 +65,11 @@ class Config(common.ModelConfig):
     output_dim: int = 500
     """Width of the head's input: maxout units (bahdanau) or the attentional state h~ (luong)."""
     copy: bool = False
-    """Mix the distributions of generated and of copied tokens (See et al. 2017); needs source_vocab_size=None."""
+    """Mix distributions of generated and copied tokens (See et al. 2017); source_vocab_size and window must be None."""
     dropout: float = 0.0
     """Dropout rate on embeddings, between layers, and on the head's input."""
     init_bound: float = 0.1
-    """Initial weights are uniform in [-init_bound, init_bound]."""
+    """Initial weights, except those of recurrent layers, are uniform in [-init_bound, init_bound]."""
     recurrent_init_bound: float | None = None
     """``init_bound`` of the weights of the recurrent layers; None means 1 / sqrt(hidden_dim)."""
     decoder_start_id: int = dataclasses.field(default=0, metadata={"minimum": 0})
@@ -208,7 +208,7 @@ def encode(
     cfg: Config, params: Params, source: jax.Array, *, segment_ids: jax.Array | None = None,
     key: jax.Array | None = None,
 ) -> jax.Array:  # fmt: skip
-    """The encoder's states at each source token, [B, S, C]: of both directions (bahdanau) or the last layer (luong).
+    """The encoder's states at each source token, [B, S, C]: of both directions (bahdanau) or of the last layer (luong).
 
     Args:
         source: [B, S] integer ids. An id outside the vocabulary gives NaN, also for other tokens of its document.

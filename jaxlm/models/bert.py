@@ -99,11 +99,12 @@ def apply(
     Args:
         tokens: [B, T] integer ids. An id outside the vocabulary gives NaN, also for other tokens of the row.
         segment_ids: [B, T] int32, 0 for padding and n for document n. Documents do not interact. Default: one document.
-        positions: [B, T] int32. Default: the position within the document. A position below 0, or of
-            ``max_positions`` or more, gives NaN.
+        positions: [B, T] int32. Default: the position within the document. A position outside [0, max_positions) gives
+            NaN, also for other tokens of the row.
         key: random key for dropout; None: no dropout.
-        token_types: [B, T] integers, the index of each token's sentence in its document. Default: 0. An index below 0,
-            or of ``num_token_types`` or more, gives NaN. The sentences of a document attend to each other.
+        token_types: [B, T] integers, the index of each token's sentence in its document. Default: 0. An index outside
+            [0, num_token_types) gives NaN, also for other tokens of the row. The sentences of a document attend to each
+            other.
 
     Raises:
         ValueError: ``state`` is not None; the inputs are not integers of the same shape; or there are more tokens than
@@ -178,11 +179,11 @@ def _mlp(cfg: Config, weights: Params, x: jax.Array, key: jax.Array | None) -> j
 
 
 def logits(cfg: Config, params: Params, hidden: jax.Array) -> jax.Array:
-    """The logits of the task's head for hidden states [B, P, D], float32: [B, P, V], or logits of labels.
+    """The logits of the task's head, float32: tokens [B, P, V] (V padded, see ``vocab_multiple``), or labels.
 
-    For task masked, V is padded (``vocab_multiple``). In training, pass only the hidden states of the masked positions.
-    For the shapes of the logits of labels, see ``heads.head_logits``. For task classification, ``hidden`` is the output
-    of :func:`pool`.
+    ``hidden`` is [B, P, D]. For task masked, pass only the hidden states of the masked positions in training. For the
+    shapes of the logits of labels, see ``heads.head_logits``. For task classification, ``hidden`` is the output of
+    :func:`pool`.
 
     Raises:
         ValueError: the task is none.

@@ -27,7 +27,7 @@ class ModelConfig:
 
     A value must have the type of its field. An integer field must be at least the ``minimum`` in the metadata of its
     ``dataclasses.field`` (default: 1). A field whose name ends in ``dropout`` is a rate in [0, 1). A field whose name
-    ends in ``epsilon`` or ``init_bound`` must be at least 0.
+    ends in ``epsilon`` or ``init_bound`` must be at least 0. A rotary base must exceed 1.
     """
 
     vocab_multiple: int = 1
@@ -208,7 +208,7 @@ def gather_weights(specs: Any, params: Params) -> Any:
 
 
 def time_axis_name(length: int, num_tokens: int) -> str | None:
-    """The name of a time axis: ``seq`` if ``length``, its size, is a multiple of ``num_tokens``, or None.
+    """The name of a time axis: ``seq`` if its size ``length`` is a multiple of ``num_tokens``, otherwise None.
 
     An axis that also has a memory or a query stream is longer than the number of new tokens. If its size is a multiple
     of this number, devices that split the tokens evenly split the axis evenly, too.

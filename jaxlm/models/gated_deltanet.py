@@ -170,10 +170,10 @@ def apply_with_routing(
 
     layers = None if state is None else state["layers"]
     x, layers, statistics = common.run_layers_with_outputs(block, x, params["layers"], layers, key, remat=cfg.remat)
-    hidden, past = restore_order(layout, rms_norm(params["final_norm"], x, cfg.norm_epsilon))
+    hidden, past_segment_ids = restore_order(layout, rms_norm(params["final_norm"], x, cfg.norm_epsilon))
     if "attention" in common.layer_kinds(cfg):
         hidden, state = common.decoder_outputs(hidden, layers, context, state)
-    return hidden, None if state is None else {**state, "layers": layers, "past": past}, statistics
+    return hidden, None if state is None else {**state, "layers": layers, "past": past_segment_ids}, statistics
 
 
 def _delta_rule(
@@ -279,18 +279,19 @@ def state_specs(cfg: Config, batch: int, length: int) -> dict[str, Any]:
     """The specs of the state of ``batch`` rows of at most ``length`` tokens each, padding included.
 
     A layer with a delta rule has the state of the delta rule (``memory``) and the last inputs of the convolution
-    (``tail``). The sizes of both do not depend on ``length``. A layer with attention has a key-value cache. ``past``
-    are the segment ids of the last ``conv_width - 1`` real tokens.
+    (``tail``). The sizes of both do not depend on ``length``. A layer with attention has a key-value cache. If there
+    is such a layer, the state also has the arrays that all caches share (``cache.cache_specs``). ``past`` contains the
+    segment ids of the last ``conv_width - 1`` real tokens.
     """
-    dtype, H, reach = jnp.dtype(cfg.dtype), cfg.delta_value_heads, cfg.conv_width - 1
+    dtype, H, tail_length = jnp.dtype(cfg.dtype), cfg.delta_value_heads, cfg.conv_width - 1
     memory = ArraySpec((batch, H, cfg.delta_key_dim, cfg.delta_value_dim), ("batch", "heads", None, None))
-    delta_rule = {"tail": tail_specs(batch, reach, conv_channels(cfg), dtype), "memory": memory}
+    delta_rule = {"tail": tail_specs(batch, tail_length, conv_channels(cfg), dtype), "memory": memory}
     layer_specs, caches = {"delta_rule": delta_rule}, {}
     if "attention" in common.layer_kinds(cfg):
         caches = cache.cache_specs(1, batch, length, cfg.num_kv_heads, cfg.head_dim, dtype, stacked=False)
         layer_specs["attention"] = caches["layers"][0]
     layers = spec.layers((layer_specs[mixer] for mixer in common.layer_kinds(cfg)), stacked=cfg.scan_layers)
-    return {**caches, "layers": layers, "past": past_segment_specs(batch, reach)}
+    return {**caches, "layers": layers, "past": past_segment_specs(batch, tail_length)}
 
 
 def carried_state_length(cfg: Config) -> int | None:

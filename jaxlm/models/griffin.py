@@ -111,11 +111,11 @@ def apply(
     """
     common.check_tokens(tokens, segment_ids, None, None)
     tokens, layout = window.move_padding_last(tokens, segment_ids, None if state is None else state["segment_ids"])
-    is_first, keep = None, None  # None: each row is one document without padding
+    is_first, is_real = None, None  # None: each row is one document without padding
     if layout.segment_ids is not None:
         last_segment = None if state is None else state["segment_ids"][:, -1]
-        is_first, keep, _ = segment_boundaries(layout.segment_ids, last_segment, include_first=True)
-    context, new_state = window_cache.make_context(tokens, state, is_first, keep, cfg.window)
+        is_first, is_real, _ = segment_boundaries(layout.segment_ids, last_segment, include_first=True)
+    context, new_state = window_cache.make_context(tokens, state, is_first, is_real, cfg.window)
     angles = rotary_angles(context.positions, cfg.embed_dim // cfg.num_heads // 2, cfg.rotary_base)
 
     x = embed(params["token_embedding"], tokens, jnp.dtype(cfg.dtype), size=cfg.vocab_size)
@@ -131,7 +131,7 @@ def apply(
                 cfg, weights["attention"], normed, layer_state, context, angles, fold_in_name(layer_key, "attention")
             )
         else:
-            mixed, layer_state = _recurrent(weights["recurrent"], normed, layer_state, layout, is_first, keep)
+            mixed, layer_state = _recurrent(weights["recurrent"], normed, layer_state, layout, is_first, is_real)
         x = constrain(x + mixed, ("batch", "seq", "activation_embed"))
         x = x + swiglu(weights["mlp"], rms_norm(weights["mlp_norm"], x, cfg.norm_epsilon), jax.nn.gelu)
         return constrain(x, ("batch", "seq", "activation_embed")), layer_state
@@ -143,13 +143,13 @@ def apply(
 
 
 def _recurrent(
-    weights: Params, x: jax.Array, state: State | None, layout: window.TokenLayout, is_first: Any, keep: Any
+    weights: Params, x: jax.Array, state: State | None, layout: window.TokenLayout, is_first: Any, is_real: Any
 ) -> tuple[jax.Array, Any]:
     """The output of a recurrent block, [B, T, D], and its new state (None without a state)."""
     gate, x = (constrain(linear(weights[name], x), ("batch", "seq", "mlp")) for name in ("gate", "input"))
     tail, hidden = (None, None) if state is None else (state["tail"], state["hidden"])
     x, tail = causal_depthwise_convolution(weights["convolution"], layout, x, tail)
-    x, hidden = rg_lru(weights["rg_lru"], x, hidden, reset_BT=is_first, keep_BT=keep)
+    x, hidden = rg_lru(weights["rg_lru"], x, hidden, reset_BT=is_first, keep_BT=is_real)
     x = linear(weights["output"], jax.nn.gelu(gate) * x)
     return x, None if state is None else {"tail": tail, "hidden": hidden}
 
@@ -165,7 +165,7 @@ def _attention(
 ) -> tuple[jax.Array, Any]:
     """The output of local attention, [B, T, D], and its new cache (None without a state)."""
     q, k, v = (linear(weights[name], x) for name in ("query", "key", "value"))
-    q = constrain(q, ("batch", "seq", "heads", "kv"))  # k and v are not sharded: they have few heads
+    q = constrain(q, ("batch", "seq", "heads", "kv"))  # k and v have few heads, which are not sharded
     q, k = rotate(q, angles), rotate(k, angles)  # the angles rotate only the first half of each head
     kv, (k, v) = window_cache.append_and_read(kv, (k, v), context)
     x = attention(
@@ -232,8 +232,8 @@ def state_specs(cfg: Config, batch: int, length: int) -> dict[str, Any]:
     """The specs of the state of ``batch`` rows. The state has the same size for every ``length``.
 
     A recurrent block has the state of its RG-LRU (``hidden``) and the last inputs of its convolution (``tail``). An
-    attention block has the keys and values of the last ``window`` tokens. ``segment_ids`` are those of the last
-    ``conv_width - 1`` real tokens.
+    attention block has the keys and values of the last ``window`` tokens. The state also has ``segment_ids`` (of
+    the last ``conv_width - 1`` real tokens), ``num_tokens`` and ``document_start`` (``window_cache``).
     """
     dtype, W, head_dim = jnp.dtype(cfg.dtype), lru_width(cfg), cfg.embed_dim // cfg.num_heads
     layer_specs = {

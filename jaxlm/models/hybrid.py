@@ -117,11 +117,11 @@ class Multipliers:
     x: float = 1.0
     """Multiplier of the input x of the state space model, before the convolution."""
     B: float = 1.0
-    """Multiplier of B, the input weights that a mixer computes for each token, before the convolution."""
+    """Multiplier of B, the input matrix that a mixer computes for each token; applied before the convolution."""
     C: float = 1.0
-    """Multiplier of C, the output weights that a mixer computes for each token, before the convolution."""
+    """Multiplier of C, the output matrix that a mixer computes for each token; applied before the convolution."""
     dt: float = 1.0
-    """Multiplier of the step sizes dt, before softplus."""
+    """Multiplier of the step sizes dt, before dt_bias is added and softplus is applied."""
     mixer_output: float = 1.0
     """Multiplier of the output of a Mamba-2 mixer."""
     attention_input: float = 1.0

@@ -4,8 +4,8 @@ The initial states of the decoder are the final states of the encoder. The query
 decoder layer *after* token t, h[t]. The result is the context vector c[t]. The head reads the attentional state
 h~[t] = tanh(W_c [c[t]; h[t]]). The first layer of the decoder also reads h~[t], at token t + 1 (input feeding).
 
-Shapes: B batch, T target time, S source time, E embedding, C = H encoder width, G gates, H hidden width, D width of the
-head's input.
+Shapes: B batch, T target time, S source time, E embedding width, C = H encoder width, G gates, H hidden width, D width
+of the head's input.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ def encode(cfg: Config, weights: Params, x: jax.Array, segments_BS: jax.Array, k
 def initial_states(cfg: Config, weights: Params, source: dict[str, Any], in_document_BTS: jax.Array) -> dict[str, Any]:
     """The decoder's initial state for the document of each target position, [B, T, ...].
 
-    The state contains the encoder's states after the last source token of the document, and zeros for ``feed``.
+    The state contains the encoder's states after the last source token of the document, and zeros for ``feed``. For a
+    document without source tokens, the caller must replace the state.
 
     Args:
         source: the result of :func:`encode`.

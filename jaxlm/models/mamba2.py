@@ -169,10 +169,10 @@ def apply(
 
     layers = None if state is None else state["layers"]
     x, layers = common.run_layers(block, x, params["layers"], layers, key, remat=cfg.remat)
-    hidden, past = restore_order(layout, rms_norm(params["final_norm"], x, cfg.norm_epsilon).astype(dtype))
+    hidden, past_segment_ids = restore_order(layout, rms_norm(params["final_norm"], x, cfg.norm_epsilon).astype(dtype))
     if has_attention(cfg):
         hidden, state = common.decoder_outputs(hidden, layers, context, state)
-    return hidden, None if state is None else {**state, "layers": layers, "past": past}
+    return hidden, None if state is None else {**state, "layers": layers, "past": past_segment_ids}
 
 
 def _mixer(
@@ -218,7 +218,7 @@ def logits(cfg: Config, params: Params, hidden: jax.Array) -> jax.Array:
 
 
 def has_attention(cfg: Config) -> bool:
-    """Whether a block has attention."""
+    """Whether at least one block has attention."""
     return set(common.layer_kinds(cfg)) != {"mamba2"}
 
 
@@ -274,13 +274,13 @@ def state_specs(cfg: Config, batch: int, length: int) -> dict[str, Any]:
     convolutions. The sizes of these arrays do not depend on ``length``. A block with attention has a key-value cache.
     ``past`` are the segment ids of the last K - 1 real tokens.
     """
-    reach, dtype = cfg.conv_width - 1, jnp.dtype(cfg.dtype)
+    tail_length, dtype = cfg.conv_width - 1, jnp.dtype(cfg.dtype)
     mixer = {
-        "x": tail_specs(batch, reach, mixer_width(cfg), dtype),
-        "BC": tail_specs(batch, reach, 2 * cfg.num_groups * cfg.state_size, dtype),
+        "x": tail_specs(batch, tail_length, mixer_width(cfg), dtype),
+        "BC": tail_specs(batch, tail_length, 2 * cfg.num_groups * cfg.state_size, dtype),
         "hidden": ArraySpec((batch, num_heads(cfg), cfg.state_size, cfg.head_dim), ("batch", "heads", None, None)),
     }
-    past = past_segment_specs(batch, reach)
+    past = past_segment_specs(batch, tail_length)
     if not has_attention(cfg):
         return {"layers": _layers(cfg, mixer, {}), "past": past}
     caches = hybrid.cache_specs(cfg, batch, length)

@@ -446,7 +446,8 @@ class Model:
 
         Raises:
             TypeError: the family has no state, or the config's ``task`` or ``direction`` rules out a state.
-            ValueError: ``length`` exceeds the model's ``max_positions``.
+            ValueError: ``length`` exceeds the model's ``max_positions``; the model has no decoder; or its memory would
+                have no slots.
         """
         if not hasattr(self.module, "state_specs"):
             raise TypeError(

@@ -32,7 +32,7 @@ Task = Literal["causal", "classification", "token_classification", "none"]
 
 
 class LayerFunctions(NamedTuple):
-    """A kind of recurrent layer.
+    """The functions of a kind of recurrent layer.
 
     Attributes:
         layer: ``recurrence.lstm`` or ``recurrence.gru``.
@@ -92,7 +92,7 @@ class RecurrentConfig(common.ModelConfig, abc.ABC):
     @property
     @abc.abstractmethod
     def cell(self) -> LayerFunctions:
-        """The type of the recurrent layers."""
+        """The functions of the recurrent layers."""
 
 
 def apply(

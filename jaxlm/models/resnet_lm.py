@@ -1,11 +1,11 @@
 """GCNN (Dauphin et al. 2017): a causal language model with gated convolutions and residual connections.
 
 A block with C channels applies a causal convolution with 2C outputs, and multiplies the first half of the outputs by
-the sigmoid of the second half (GLU). Then the block may add a residual, which is its own input or the input of an
-earlier block, and scale the sum by sqrt(0.5). All convolutions and linear layers are weight-normalized, but not the
-head. There are no position embeddings. The output for a token depends only on the tokens of its document in the
-receptive field, not on padding. The code follows fairseq's ``fconv_lm``, but the head is a linear layer without bias
-instead of an adaptive softmax.
+the sigmoid of the second half (GLU). If the block has a residual, which is its own input or the input of an earlier
+block, it adds the residual and scales the sum by sqrt(0.5). All convolutions and linear layers except the head are
+weight-normalized. There are no position embeddings. The output for a token depends only on the tokens of its document
+in the receptive field, not on padding. The code follows fairseq's ``fconv_lm``, but the head is a linear layer without
+bias instead of an adaptive softmax.
 
 Shapes: B batch, T time, C channels.
 """
@@ -30,7 +30,7 @@ from jaxlm.spec import ArraySpec, Normal, Params, State, fold_in_name
 Task = Literal["causal", "none"]
 Block = tuple[int, int, int]
 """Channels, kernel size and residual of a block. Residual 0 adds nothing, 1 adds the input of the block itself, and n
-adds the input of the block n - 1 blocks earlier."""
+adds the input of the block n - 1 blocks earlier. If its number of channels differs, it is projected."""
 
 
 def _wikitext_103_blocks() -> tuple[Block, ...]:

@@ -116,8 +116,8 @@ def apply(
 
     layers = None if state is None else state["layers"]
     (x, _), layers = common.run_layers(block, (x, None), params["layers"], layers, key, remat=cfg.remat)
-    hidden, past = restore_order(layout, layer_norm(params["final_norm"], x, cfg.norm_epsilon))
-    return hidden, None if state is None else {"layers": layers, "segment_ids": past}
+    hidden, past_segment_ids = restore_order(layout, layer_norm(params["final_norm"], x, cfg.norm_epsilon))
+    return hidden, None if state is None else {"layers": layers, "segment_ids": past_segment_ids}
 
 
 def _time_mix(

@@ -26,7 +26,7 @@ from jaxlm import spec
 from jaxlm.models import common, heads
 from jaxlm.nn.activation import activation
 from jaxlm.nn.attention import attention, cache
-from jaxlm.nn.attention.bias import AttentionBias, for_several_layers
+from jaxlm.nn.attention.bias import AttentionBias, dense_if_shared_by_layers
 from jaxlm.nn.attention.bucket_bias import bias_of_each_distance, distance_buckets
 from jaxlm.nn.attention.distance_bias import distance_bias, distance_bias_at_positions
 from jaxlm.nn.attention.mask import Mask, document_mask
@@ -136,7 +136,7 @@ def apply(
         state: the result of :func:`init_decode_state`, or the state that the call for the preceding tokens returned. A
             row whose tokens do not fit into the cache gives NaN. Row b reads source ``b // (B / N)`` of the N sources.
         segment_ids: [B, T] int32, 0 for padding and n for document n. Documents do not interact. Default: one document.
-        positions: [B, T] int32. Default: positions in the document. Without a state, they count padding inside it.
+        positions: [B, T] int32. Default: positions in the document. Without a state, padding inside it counts.
         key: random key for dropout; None: no dropout.
 
     Raises:
@@ -185,15 +185,9 @@ def apply(
 
 
 def _attention(
-    cfg: Config,
-    layer: Params,
-    name: str,
-    x: jax.Array,
-    kv: tuple[Any, Any],
-    mask: Mask,
-    bias: Any,
+    cfg: Config, layer: Params, name: str, x: jax.Array, kv: tuple[Any, Any], mask: Mask, bias: Any,
     key: jax.Array | None,
-) -> jax.Array:
+) -> jax.Array:  # fmt: skip
     weights, key = layer[name], fold_in_name(key, name)
     q = constrain(linear(weights["query"], x), ("batch", "seq", "heads", "kv"))
     key, probabilities_key = fold_in_name(key, "output"), fold_in_name(key, "probabilities")
@@ -249,7 +243,7 @@ def _bias_fn(
 
     if cfg.bias_per_layer:
         return bias
-    shared = bias(params) if positions is not None else for_several_layers(bias(params), length, length)
+    shared = bias(params) if positions is not None else dense_if_shared_by_layers(bias(params), length, length)
     return lambda weights: shared
 
 

@@ -98,7 +98,7 @@ def apply(
         segment_ids: [B, T] int32, 0 for padding and n for document n. Documents do not interact. Default: one document.
         key: random key for dropout; None: no dropout.
         token_types: [B, T] int32, such as 0 and 1 for the two sentences of a pair. The attention bias of two tokens
-            depends on whether their types are equal. Default: no such bias, unlike equal types for all tokens.
+            depends on whether their types are equal. Default: no such bias (equal types for all tokens give a bias).
         right_to_left: [B] bool, True for rows whose tokens are in reverse order; their distances are negated.
         order: [B, T] int32, the rank of each position in the factorization order (Yang et al. 2019, eq. 3). Several
             positions may have the same rank. The content stream attends to positions of the same or a lower rank. The
@@ -291,7 +291,7 @@ def specs(cfg: Config) -> dict[str, Any]:
     V = round_up(cfg.vocab_size, cfg.vocab_multiple)
     normal = Normal(cfg.init_stddev)
     projection = linear_specs((D, H, K), ("embed", "heads", "kv"), normal, bias=False)
-    score_bias = ArraySpec((H, K), ("heads", "kv"), normal)
+    query_bias = ArraySpec((H, K), ("heads", "kv"), normal)
     block = {
         "attention": {
             "query": projection,
@@ -300,9 +300,9 @@ def specs(cfg: Config) -> dict[str, Any]:
             "relative": projection,
             "output": linear_specs((H, K, D), ("heads", "kv", "embed"), normal, num_input_axes=2, bias=False),
             # Added to the queries for their products with keys, distance encodings and type_embedding, respectively.
-            "content_bias": score_bias,
-            "position_bias": score_bias,
-            "type_bias": score_bias,
+            "content_bias": query_bias,
+            "position_bias": query_bias,
+            "type_bias": query_bias,
             "type_embedding": ArraySpec((2, H, K), (None, "heads", "kv"), normal, decay=True),
         },
         "attention_norm": layer_norm_specs(D),

@@ -1,11 +1,11 @@
 """xLSTM (Beck et al. 2024), and xLSTM 7B (Beck et al. 2025), which has only mLSTM layers.
 
-A causal model with pre-norm blocks: a recurrent layer, then a gated MLP. The recurrent layer is an mLSTM, whose state
-is a matrix per head, or an sLSTM, in which each head reads its own previous output. ``Config.pattern`` gives the order
-of the two kinds. The blocks of both kinds are as in xLSTM 7B. The mLSTM is also as in xLSTM 7B: it has no convolution
-and no projection to a larger width, and its input and forget gates are soft-capped. The sLSTM is as in the first paper:
-its input and forget gates read the output of a convolution, its matrices are block diagonal, and it has a norm per
-head.
+The model is causal. Each pre-norm block has a recurrent layer and then a gated MLP. The recurrent layer is an mLSTM,
+whose state is a matrix per head, or an sLSTM, in which each head reads its own previous output. ``Config.pattern``
+gives the order of the two kinds. The blocks of both kinds are as in xLSTM 7B. The mLSTM is also as in xLSTM 7B: it has
+no convolution and no projection to a larger width, and its input and forget gates are soft-capped. The sLSTM is as in
+the first paper: its input and forget gates read the output of a convolution, its matrices are block diagonal, and it
+has a norm per head.
 
 Shapes: B batch, T time, D model width, H heads, K width of queries and keys of a head, V width of values of a head,
 P = D / H width of a head of an sLSTM (Q: the same width, on the output axis of a matrix), G gates.
@@ -123,8 +123,8 @@ def apply(
 
     layers = None if state is None else state["layers"]
     x, layers = common.run_layers(block, x, params["layers"], layers, key, remat=cfg.remat)
-    hidden, past = restore_order(layout, rms_norm(params["final_norm"], x, cfg.norm_epsilon))
-    return hidden, None if state is None else {"layers": layers, "past": past}
+    hidden, past_segment_ids = restore_order(layout, rms_norm(params["final_norm"], x, cfg.norm_epsilon))
+    return hidden, None if state is None else {"layers": layers, "past": past_segment_ids}
 
 
 def _mlstm(
@@ -195,7 +195,8 @@ def specs(cfg: Config) -> dict[str, Any]:
 
     The initial values are those of Hugging Face's ``transformers``, with one exception: the weights of output gates and
     MLP gates are random here, and zeros in ``transformers``. There is no sLSTM in ``transformers``. The initial biases
-    of an sLSTM are those of the authors' code with the option ``small_init``.
+    of an sLSTM are those of the authors' code with ``bias_init="small_init"``: 3 to 6 for the forget gate, 0 for the
+    other gates.
     """
     D, H, F, L = cfg.embed_dim, cfg.num_heads, cfg.mlp_dim, cfg.num_layers
     K, V, P = cfg.key_dim // H, cfg.value_dim // H, D // H
@@ -246,16 +247,19 @@ def state_specs(cfg: Config, batch: int, length: int) -> dict[str, Any]:
     The size of the state does not depend on ``length``. The state of an sLSTM layer includes the last inputs of its
     convolution (``tail``).
     """
-    H, reach = cfg.num_heads, cfg.conv_width - 1
+    H, tail_length = cfg.num_heads, cfg.conv_width - 1
     layer_specs = {
         "mlstm": mlstm_state_specs(batch, H, cfg.key_dim // H, cfg.value_dim // H),
         "slstm": {
-            "tail": tail_specs(batch, reach, cfg.embed_dim, jnp.dtype(cfg.dtype)),
+            "tail": tail_specs(batch, tail_length, cfg.embed_dim, jnp.dtype(cfg.dtype)),
             "cell": slstm_state_specs(batch, H, cfg.embed_dim // H),
         },
     }
     layers = spec.layers((layer_specs[mixer] for mixer in common.layer_kinds(cfg)), stacked=cfg.scan_layers)
-    return {"layers": layers, "past": past_segment_specs(batch, reach if "slstm" in common.layer_kinds(cfg) else 1)}
+    return {
+        "layers": layers,
+        "past": past_segment_specs(batch, tail_length if "slstm" in common.layer_kinds(cfg) else 1),
+    }
 
 
 def carried_state_length(cfg: Config) -> int:

@@ -1,4 +1,4 @@
-"""Activation functions by name, so that a config can contain the name, and a soft cap."""
+"""Activation functions by name (so that a config can contain the name), and a soft cap."""
 
 from __future__ import annotations
 

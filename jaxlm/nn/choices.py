@@ -77,8 +77,8 @@ is faster. Two cases have another minimum: attention without biases on a single 
 MIN_BLOCKWISE_QUERIES_CPU = 128
 """Minimum number of queries for ``blockwise`` on one CPU device, without biases.
 
-CPU time in ms (16,384 queries in all rows, 2 causal heads of width 32; AMD EPYC (Zen 4), jaxlib 0.10.2, median of 7).
-In each pair of numbers, the first is for ``reference`` and the second for ``blockwise``. The rows "both" are the
+CPU time in ms (16,384 queries in all rows together, 2 causal heads of width 32; AMD EPYC (Zen 4), jaxlib 0.10.2, median
+of 7). In each pair of numbers, the first is for ``reference`` and the second for ``blockwise``. The rows "both" are the
 forward and the backward pass together:
 
     queries per row          64            128           256
@@ -95,8 +95,9 @@ whole rows of scores. With so few keys, ``splash`` has one block of keys, so it 
 MAX_DECODE_QUERIES = 8
 """Maximum number of queries for which ``decode`` is chosen."""
 MIN_DECODE_SLOTS = 128
-"""Minimum number of cache slots that ``decode`` reads. If the cache has fewer slots, ``decode`` reads all of them.
-``decode`` compiles several branches, each of which reads about twice as many slots as the branch before it."""
+"""Minimum number of cache slots that a branch of ``decode`` reads. ``decode`` compiles several branches, each of which
+reads about twice as many slots as the branch before it. For a cache with at most twice this number of slots, there is
+only one branch, which reads all slots. ``decode`` is chosen only for longer caches."""
 
 AttentionImplementation = Literal["reference", "blockwise", "decode", "splash", "pallas", "cudnn"]
 
@@ -304,9 +305,9 @@ def recurrence(unsupported: str | None, *, remat: bool) -> Literal["chunked", "p
 def recurrence_chunk(batch: int, steps: int) -> int:
     """The number of steps of a chunk of an LSTM, GRU or sLSTM layer.
 
-    On a single CPU device, a chunk has ``CHUNK_ROWS`` rows, so the result may exceed ``steps``. The arrays of a chunk
-    should fit into the CPU cache, and allocating large arrays is slow (0.4 ms/MB for arrays over 32 MB). Otherwise, one
-    chunk has all steps.
+    On a single CPU device, it is the number of steps that fit into ``CHUNK_ROWS`` rows, at least 1. It may exceed
+    ``steps``. The arrays of a chunk should fit into the CPU cache, and allocating large arrays is slow (0.4 ms/MB for
+    arrays over 32 MB). In all other cases, one chunk has all steps.
     """
     return max(1, CHUNK_ROWS // max(1, batch)) if _is_single_cpu() else steps
 
@@ -329,7 +330,7 @@ def linear_scan(unsupported: str | None) -> Literal["sequential", "chunked", "pa
 MIN_CHUNKED_STEPS = 8
 """Minimum number of steps for which the functions of :func:`matrix_scan` run in chunks."""
 LINEAR_ATTENTION_CHUNK = {"cpu": 32}
-"""Steps of a chunk of ``linear_attention`` and ``ssd``, by platform. Platforms without an entry have
+"""Steps of a chunk of ``linear_attention``, ``ssd`` and ``mlstm``, by platform. Platforms without an entry have
 ``LINEAR_ATTENTION_CHUNK_ACCELERATOR`` steps, because their matrix units need more rows."""
 LINEAR_ATTENTION_CHUNK_ACCELERATOR = 128
 
@@ -388,7 +389,7 @@ def kernel_chunk(steps: int) -> int:
 
 
 def linear_attention_chunk() -> int:
-    """The number of steps of a chunk of ``linear_attention`` and ``ssd`` outside the TPU kernels."""
+    """The number of steps of a chunk of ``linear_attention``, ``ssd`` and ``mlstm`` outside the TPU kernels."""
     return LINEAR_ATTENTION_CHUNK.get(sharding.platform(), LINEAR_ATTENTION_CHUNK_ACCELERATOR)
 
 
@@ -421,8 +422,9 @@ GENERALIZED_DELTA_RULE_CHUNK_BOUNDED = 64
 """Steps of a chunk of ``generalized_delta_rule`` on an accelerator, if the log decays have a known bound.
 
 Cycles of the forward and backward pass (B 8, T 1,024, H 32, K 64, bfloat16, bound -0.61; TPU compiler's estimate for a
-v5e): 69 M with chunks of 64 steps, 110 M with 16. On a CPU (the shapes and the processor of the table above), chunks of
-8, 16, 32 and 64 steps take 112, 72, 85 and 106 ms with a bound, and 130, 139, 150 and 185 ms without it.
+v5e): 69 M with chunks of 64 steps, 110 M with 16. On a CPU (shapes as in the table of
+``GENERALIZED_DELTA_RULE_CHUNK``), forward and backward with chunks of 8, 16, 32 and 64 steps take 112, 72, 85 and 106
+ms with a bound, and 130, 139, 150 and 185 ms without it.
 """
 
 

@@ -19,9 +19,9 @@ class custom_vjp:
     In ``shard_map``, JAX tracks over which mesh axes each array varies. If weights vary over fewer axes than the
     inputs, their gradient must be summed over the other axes. JAX expects this sum from the backward rule of
     ``jax.custom_vjp``. This class casts all arguments to vary over the same axes before it calls the function. The
-    gradient of this cast is the sum, so the backward rule needs none.
+    gradient of this cast is the sum, so the backward rule need not compute it.
 
-    With Explicit axes, JAX requires the sharding of the result of each matmul that sums over a sharded axis. The
+    With Explicit axes, a matmul that sums over a sharded axis needs the sharding of its result (``out_sharding``). The
     backward rule does not know these shardings. So it runs with Auto axes, for which the compiler chooses the
     shardings. Then each gradient gets the sharding of its argument.
 

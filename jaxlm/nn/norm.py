@@ -34,7 +34,7 @@ def layer_norm(params: Params, x: jax.Array, epsilon: float) -> jax.Array:
         # One pass computes the sums of x and x**2. On a TPU, XLA fuses this pass with the computation of x. The
         # difference of the mean of x**2 and the square of the mean has a cancellation error. If the mean is at most
         # about 1000 standard deviations, this error is smaller than the error of rounding x to half precision. If the
-        # mean is larger, the rounding of x has already removed the deviations from the mean.
+        # mean is larger, the rounding error of x is itself a large part of the standard deviation, or exceeds it.
         variance = jnp.maximum(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) - jnp.square(mean), 0.0)
     else:
         variance = jnp.mean(jnp.square(centered), axis=-1, keepdims=True)

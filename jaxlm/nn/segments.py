@@ -105,8 +105,8 @@ def check_masks(
     """Check that each mask is None or a boolean array of the ``shape`` [B, T].
 
     Raises:
-        ValueError: a mask has another shape or dtype. The message contains ``what``, the name of the array whose first
-            two axes have the sizes B and T.
+        ValueError: a mask has another shape or dtype. For a wrong shape, the message contains ``what``, the name of the
+            array whose first two axes have the sizes B and T.
         TypeError: a mask is not an array.
     """
     require_arrays(reset_BT=reset_BT, keep_BT=keep_BT)
@@ -122,7 +122,8 @@ def check_state(state: State, batch: int, specs: Mapping[str, ArraySpec]) -> Non
 
     Args:
         batch: the size of the first axis of each array, which may be 0.
-        specs: the specs of the state of one row, because a spec cannot have an axis of size 0.
+        specs: the specs for a batch of 1. They do not depend on ``batch``, because a spec cannot have an axis of size
+            0.
 
     Raises:
         ValueError: an array is missing or has another shape.

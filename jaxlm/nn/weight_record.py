@@ -15,10 +15,11 @@ import jax
 Kind = Literal["causal", "bidirectional", "source", "pool"]
 """The kind of attention.
 
-``causal``: queries attend to no later key. ``bidirectional``: ``jaxlm.nn.attention`` without a causal mask, such as
-self-attention of an encoder (also of an XLNet without the task ``permutation``), and cross-attention. ``source``:
-attention of a recurrent decoder to its source. ``pool``: a classifier pools the tokens of a text with these weights; H
-is the number of pooled vectors, T is 1.
+``causal``: queries attend to no key with a higher order. The order is normally the position. In XLNet, it may be a
+factorization order. ``bidirectional``: ``jaxlm.nn.attention`` without a causal mask. Examples are self-attention of an
+encoder, cross-attention, and XLNet with any task except ``permutation``. ``source``: attention of a recurrent decoder
+to its source. ``pool``: a classifier pools the tokens of a text with these weights; H is the number of pooled vectors,
+T is 1.
 """
 
 
@@ -42,7 +43,10 @@ _RECORD: contextvars.ContextVar[list[RecordedWeights] | None] = contextvars.Cont
 
 
 def is_recording() -> bool:
-    """Whether attention weights are being recorded. If so, attention must compute them as an array."""
+    """Whether attention weights are being recorded.
+
+    If so, ``jaxlm.nn.attention`` runs its reference implementation, because fused kernels do not store the weights.
+    """
     return _RECORD.get() is not None
 
 
@@ -57,9 +61,9 @@ def record(weights_BHTS: jax.Array, kind: Kind) -> None:
 def record_weights() -> Iterator[list[RecordedWeights]]:
     """A context manager whose ``as`` target is a list. Each call of attention in the context appends its weights to it.
 
-    In a function under ``jax.jit``, the function must enter the context and return the weights. Layers must run in a
-    Python loop without ``jax.checkpoint``: weights recorded in ``lax.scan`` or ``jax.checkpoint`` would be leaked
-    tracers.
+    Under ``jax.jit``, the jitted function must enter the context in its body and return the weights. Layers must run in
+    a Python loop without ``jax.checkpoint``, because weights recorded in ``lax.scan`` or ``jax.checkpoint`` would be
+    leaked tracers.
     """
     recorded: list[RecordedWeights] = []
     token = _RECORD.set(recorded)

@@ -95,7 +95,7 @@ class Batch:
         inputs: further keyword arguments of ``apply``: ``token_types``, ``source``, ``source_segment_ids``, ...
         reset: [B] bool, True for rows whose model state is reset, because a new stream begins. None: no row is reset.
         target_positions: [B, P] integers, the position of each target in its row. Logits are computed only at these
-            positions. None: the model returns one hidden state per target.
+            positions. None: for targets [B, P], the model returns one hidden state per target.
     """
 
     tokens: Any
@@ -187,8 +187,8 @@ def token_loss_with_load_balance(coefficient: float, *, z_coefficient: float = 0
 
     The mean loss, ``total / weight``, is the sum of three numbers: the mean negative log-likelihood, ``coefficient``
     times the load-balance loss, and ``z_coefficient`` times the router z-loss (``jaxlm.nn.experts``). The router losses
-    are means over all tokens of the batch except padding. With gradient accumulation, ``shard_map`` or ``pmap``, they
-    are computed for each part of the batch separately.
+    are computed from all tokens of the batch except padding. With gradient accumulation, ``shard_map`` or ``pmap``,
+    they are computed for each part of the batch separately.
 
     The terms ``load_balance_loss`` and ``router_z_loss`` (:class:`LossWithTerms`) are the losses of the routers without
     their coefficients. They are also reported if the coefficients are 0.

@@ -1,12 +1,13 @@
 """Masked language modeling (Devlin et al. 2019, section 3.1): masked tokens are predicted from both sides.
 
-A fraction ``rate`` of the tokens is selected as targets. In the input, by default,
+Some of the tokens are selected as targets. In the input, by default,
 
     80 %  of them are replaced by the mask token    10 %  are replaced by a random id    10 %  are unchanged
 
-There are two ways to select:
+There are two ways to select the targets:
 
-- With ``rate``, the default, tokens (or words) are selected independently of each other, as in ``transformers``.
+- With ``rate``, the default, each token (or word) is selected with probability ``rate``, independently of the others,
+  as in ``transformers``.
 - With ``num_predict``, at most this number of tokens is selected in each row, as in BERT's published code. Then logits
   and their gradients are computed only at these positions, typically 15 % of all positions. If a word has more tokens
   than the row may still select, it is not selected. So long words are selected less often. The published code also
@@ -57,7 +58,7 @@ class MaskingConfig:
     """Ids that are never selected, such as ``[CLS]`` and ``[SEP]``. The mask token and padding (segment 0) are never
     selected either."""
     rate: float = 0.15
-    """Fraction of the tokens that are selected."""
+    """The probability with which a token (or a word) is selected."""
     num_predict: int | None = None
     """P, the maximum number of tokens to select in each row. It replaces ``rate``. The batch then has
     ``target_positions`` [B, P]. If fewer tokens are selected in a row, the other target positions have weight 0."""

@@ -170,8 +170,8 @@ def _choose_sentences(
     """The locations of A and B: for each text, the index of its row and its slice of this row.
 
     A begins at ``start`` and ends at the end of a sentence, or at a random position if no sentence ends after
-    ``start``. If ``others`` has rows, B is with probability 0.5 a text of the same length from one of these rows. In
-    all other cases, B is the text after A.
+    ``start``. B is the text after A. But if ``others`` has rows, B is with probability 0.5 a text from one of these
+    rows, as long as the text after A.
     """
     boundaries = np.arange(start + 1, N)
     if sentences is not None and np.any(sentences[start + 1 :] != sentences[start:-1]):
@@ -225,9 +225,9 @@ def span_mask(
     """A mask of exactly ``num_targets`` tokens, [T] bool.
 
     The mask has spans of n tokens, each in a context of at least ``n * alpha // beta`` other tokens (fewer at the end).
-    n is drawn from 1 to ``max_span_length`` with probability proportional to 1 / n. A span begins at the start of a
-    word. As in the code of Yang et al., n counts tokens instead of words. After the last span, single tokens at random
-    positions are added until the mask has ``num_targets`` tokens.
+    n is drawn from 1 to ``max_span_length`` with probability proportional to 1 / n, and is reduced if fewer than n
+    targets are missing. A span begins at the start of a word. As in the code of Yang et al., n counts tokens instead of
+    words. After the last span, single tokens at random positions are added until the mask has ``num_targets`` tokens.
 
     Args:
         word_starts: [T] bool, True for tokens at which a span may begin.

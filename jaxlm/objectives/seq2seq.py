@@ -38,7 +38,7 @@ def batch(
 
     Raises:
         ValueError: source, targets or their segment ids are not integers [batch, time] with at least one token per row,
-            shapes do not match, or a target is outside int32.
+            shapes do not match, or a value is outside int32.
         TypeError: an argument is not an array.
     """
     common.check_tokens(source, source_segment_ids, None, None, name="source")

@@ -142,8 +142,8 @@ def counted_training_flops(model: Model, loss: Loss, batch: Batch, state: Any = 
     """FLOPs of a training step: three times the FLOPs of its loss, which are counted in the jaxpr of the loss.
 
     The factor is 3 because the backward pass has two products for each product of the forward pass. The jaxpr of the
-    backward pass is not used, because it contains recomputation, such as the chunks of a chunked scan. For the same
-    reason, the model of the loss is :func:`without_recomputation`.
+    backward pass is not used, because it contains recomputation, such as that in a chunked scan. For the same reason,
+    the model of the loss is :func:`without_recomputation`.
 
     Args:
         batch: a batch of arrays or of ``jax.ShapeDtypeStruct``.
@@ -234,9 +234,10 @@ class KernelCall(NamedTuple):
 
     Attributes:
         grid: number of grid steps.
-        bytes: bytes that are copied between HBM and VMEM: for each array, the sum of the blocks of all grid steps, but
-            at most the size of the array. A block that consecutive steps share is copied once. The number is too small
-            if a block is copied again after other blocks.
+        bytes: estimate of the bytes that are copied between HBM and VMEM. For each array, this is the sum of the blocks
+            of all grid steps, but at most the size of the array, because a block that consecutive steps share is copied
+            once. The number is too small if a block is copied again after other blocks. It is too large if steps share
+            blocks and do not read the whole array.
     """
 
     grid: int

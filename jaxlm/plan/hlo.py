@@ -172,7 +172,7 @@ def _end_of_parentheses(text: str, start: int) -> int:
 
 
 def array_shapes(shape: str) -> tuple[tuple[int, ...], ...]:
-    """The sizes of the axes of an array with this shape; for a tuple, of each element."""
+    """The shapes of the arrays in ``shape``: one shape for an array, or one for each element of a tuple."""
     return tuple(_sizes(sizes) for _, sizes in _ARRAY.findall(shape))
 
 
@@ -231,7 +231,7 @@ def _instruction_named(computation: list[Instruction], name: str) -> Instruction
 
 
 def _through_copies(computation: list[Instruction], instruction: Instruction) -> Instruction:
-    """The instruction whose value ``instruction`` is, before any copies, bitcasts and conversions."""
+    """The instruction that computes the value of ``instruction``, before any copies, bitcasts and conversions."""
     while instruction.opcode in ("copy", "bitcast", "convert", "copy-done", "copy-start"):
         source = _instruction_named(computation, instruction.operands[0])
         if source is None:
@@ -379,7 +379,10 @@ def _add_computation(program: Program, name: str, times: int, total: Costs) -> N
 
 
 def _size_of_costs(costs: Costs) -> tuple[float, int, int]:
-    """A key that orders the costs of branches. Only the compiler for TPUs estimates cycles."""
+    """A key that orders branches: cycles, number of operations, bytes of collectives.
+
+    Only the compiler for TPUs estimates cycles. For other compilers, the other numbers decide.
+    """
     return costs.cycles, len(costs.operations), sum(op.times * op.bytes for op in costs.collectives)
 
 

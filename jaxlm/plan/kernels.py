@@ -16,7 +16,7 @@ from pathlib import Path
 
 _BUNDLE = re.compile(r"^\s*(?:0x[0-9a-f]+|0)\s+(?:(LH|LB|LE|PB|PF|CT))?:\s*((?:> *)*)\{")
 _FLAGS = "--xla_jf_dump_to={} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=final_bundles"
-_DUMP = re.compile(r"--xla_jf_dump_to=(\S+)")
+_DUMP_FLAG = re.compile(r"--xla_jf_dump_to=(\S+)")
 
 
 Schedule = tuple[int, ...]
@@ -43,7 +43,7 @@ def dump_schedules() -> None:
     function does nothing.
     """
     flags = os.environ.get("LIBTPU_INIT_ARGS", "")
-    if _DUMP.search(flags):
+    if _DUMP_FLAG.search(flags):
         return
     directory = tempfile.TemporaryDirectory(prefix="jaxlm-plan-")
     _dump_directories.append(directory)
@@ -60,7 +60,7 @@ def schedule_of(kernel: str, since: int) -> Schedule | None:
         since: ``time.time_ns()`` before the compilation of the program. Older dumps, which belong to other programs,
             are ignored.
     """
-    flags = _DUMP.search(os.environ.get("LIBTPU_INIT_ARGS", ""))
+    flags = _DUMP_FLAG.search(os.environ.get("LIBTPU_INIT_ARGS", ""))
     if flags is None:
         return None
     file_name = re.compile(rf"^(\d+)-{re.escape(kernel)}-\d+-final_bundles\.txt$")

@@ -22,6 +22,13 @@ from jaxlm.training.optimizer import OptimizerConfig
 NUM_TOP_OPERATIONS = 10
 """Maximum number of most expensive operations in a plan."""
 
+ACCURACY = {
+    "cpu": "seven steps on an AMD EPYC (Zen 4) needed 1.02 to 1.28 times the planned memory; a CPU plan has no time",
+    "tpu": "no plan was compared with a TPU yet; memory and times are those that the TPU compiler computes",
+    "gpu": "no plan was compared with a GPU yet; memory is that which the GPU compiler computes",
+}
+"""How exact plans were, by platform. ``python -m benchmarks.plans`` compares plans with steps (docs/tpu.md)."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
@@ -94,9 +101,10 @@ class KernelStats:
         grid: grid steps per call; None if unknown.
         bundles: number of VLIW bundles (one per cycle) at each loop depth (see ``jaxlm.plan.kernels``); None if there
             is no dump of the schedule.
-        cycles: the cycles of all calls; None if the schedule or the grid is unknown. Those of a call are bundles times
-            grid steps or, if they take longer, the copies of its arrays between HBM and VMEM. The bundles include
-            instructions that a grid step skips (``pl.when``), and one iteration of each inner loop.
+        cycles: the cycles of all calls; None if the schedule or the grid is unknown. The cycles of one call are the
+            larger of two numbers: the cycles of its bundles (``jaxlm.plan.kernels.cycles``), and, if the clock rate is
+            known, the cycles of the copies between HBM and VMEM. The bundles include instructions that a grid step
+            skips (``pl.when``), and one iteration of each inner loop.
     """
 
     name: str
@@ -133,6 +141,7 @@ class Plan:
             an unknown device.
         most_expensive: the operations with the most cycles, at most ``NUM_TOP_OPERATIONS``. Pallas kernels are not
             included.
+        accuracy: how exact plans for this platform were (:data:`ACCURACY`).
         notes: costs that the numbers omit or overestimate.
         compile_seconds: time to trace and compile the step.
     """
@@ -162,6 +171,7 @@ class Plan:
     most_expensive: list[OperationStats] = dataclasses.field(default_factory=list)
     kernels: list[KernelStats] = dataclasses.field(default_factory=list)
     notes: list[str] = dataclasses.field(default_factory=list)
+    accuracy: str
     compile_seconds: float
 
 
@@ -221,7 +231,7 @@ def plan(
         Plan, model=model.family, topology=topology_name, mesh=mesh, objective=step.objective,
         dtype=str(getattr(model.config, "dtype", "float32")), batch=batch, sequence=sequence, tokens=step.tokens,
         devices=len(devices.devices), device_kind=devices.devices[0].device_kind, flops=step.flops.amount,
-        flops_formula=step.flops.formula,
+        flops_formula=step.flops.formula, accuracy=ACCURACY[devices.devices[0].platform],
         min_memory_seconds=_min_memory_seconds(model, step, parts["state"], devices.device) if decode else None,
     )  # fmt: skip
     try:
@@ -392,7 +402,7 @@ def _notes(costs: hlo.Costs, kernel_stats: list[KernelStats]) -> list[str]:
             notes.append(f"kernel with inner loops, whose iterations are counted once: {kernel.name}")
     if kernel_stats and all(kernel.cycles is not None for kernel in kernel_stats):
         notes.append(
-            "kernel cycles are bundles times grid steps, which include code that a grid step skips, or, if they take "
-            "longer, the copies between HBM and VMEM"
+            "kernel cycles are bundles times grid steps, including code that a grid step skips; if the copies between "
+            "HBM and VMEM take longer, kernel cycles are the cycles of the copies"
         )
     return notes

@@ -81,7 +81,8 @@ def abstract_batch(model: Model, batch: int, sequence: int, sharding: Sharding) 
     source, and span corruption determines the length of the target.
 
     Raises:
-        ValueError: ``batch`` is not divisible by the number of shards of the batch axis.
+        ValueError: ``batch`` or the length of the target is not divisible by the number of shards of its axis, or the
+            source is too short for span corruption.
     """
     task = model.task
     rows = sharding.named_sharding(("batch",), (batch,), "a batch")

@@ -15,7 +15,8 @@ from jaxlm.plan.planning import Memory, Plan
 def show(plans: Sequence[Plan], console: Console) -> None:
     """Print plans as a table with one row per quantity and one column per plan, then the details of each plan.
 
-    The details are: why the step does not fit, the most expensive operations, the kernels, and notes.
+    The details are: why the step does not fit, the most expensive operations, the kernels, and notes. The last line
+    says how exact such plans are.
 
     Args:
         plans: at least one plan. All must be plans of the same model and the same kind of step, because the heading
@@ -32,6 +33,8 @@ def show(plans: Sequence[Plan], console: Console) -> None:
     console.print(f"{first.objective}; FLOPs: {first.flops_formula}", highlight=False, markup=False)
     for plan in plans:
         _details(plan, console, with_title=len(plans) > 1)
+    for accuracy in dict.fromkeys(plan.accuracy for plan in plans):
+        console.print(f"accuracy: {accuracy}", highlight=False, markup=False)
 
 
 def _rows(plans: Sequence[Plan]) -> Iterator[tuple[str, Callable[[Plan], str]]]:

@@ -98,8 +98,8 @@ def next_move_accuracy(
     Raises:
         TypeError: the tokenizer is not a ``MoveTokenizer``, or ``games`` is one string.
         ValueError: there are no games; ``batch_size`` is below 1; a game has no moves, has an illegal move or is longer
-            than the model's positions; the model does not predict next tokens; or the tokenizer has more tokens than
-            the model.
+            than the model's positions; the model does not predict next tokens; the tokenizer has more tokens than the
+            model; or the notation of a ``chess_llama`` is not UCI.
     """
     check_model(model, tokenizer)
     check_games("games", games, batch_size)
@@ -157,8 +157,8 @@ def legal_move_rate(
     Raises:
         TypeError: the model has no state, or the tokenizer is not a ``MoveTokenizer``.
         ValueError: ``games`` or ``max_moves`` is below 1, ``max_moves`` exceeds the model's positions, the temperature
-            is outside its range, the model does not predict next tokens, or the tokenizer has more tokens than the
-            model.
+            is outside its range, the model does not predict next tokens, the tokenizer has more tokens than the model,
+            or the notation of a ``chess_llama`` is not UCI.
     """
     check_min(1, games=games, max_moves=max_moves)
     reader, legal_moves, rng = MoveReader(model, params, tokenizer), LegalMoves(tokenizer), np.random.default_rng(seed)

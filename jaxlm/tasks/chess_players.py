@@ -77,7 +77,7 @@ class ModelPlayer:
 
     Raises:
         TypeError: the model has no state, or the tokenizer is not a ``MoveTokenizer``.
-        ValueError: the model does not predict next tokens, the tokenizer has more tokens than the model, the
+        ValueError: the model does not predict next tokens or cannot use the tokenizer (``check_model``), the
             temperature is outside its range, or ``search`` is set without ``masked``.
     """
 
@@ -288,12 +288,12 @@ def play_match(
 
     All games are played in parallel: each call of ``choose`` gets all boards on which the player must move. A game ends
     with checkmate, stalemate, insufficient material, threefold repetition, 50 moves by each player without a capture or
-    pawn move, or an illegal move. A game with ``max_moves`` moves ends as a draw.
+    pawn move, or an illegal move. A game that has not ended in this way after ``max_moves`` moves is a draw.
 
     Args:
         opening_moves: number of random moves at the beginning of a game. Games 2k and 2k + 1 have the same opening.
             Without random openings, deterministic players repeat the same game. At most :data:`MAX_OPENING_MOVES`.
-        seed: seed of all random choices except those of an engine (as for ``np.random.default_rng``).
+        seed: seed for ``np.random.default_rng``. It controls all random choices except those of an engine.
 
     Raises:
         ValueError: ``games`` or ``max_moves`` is below 1; :func:`check_opening_moves` does not accept

@@ -1,8 +1,8 @@
 """Chess positions for language models: ids of legal moves, and logits and probabilities of the next move.
 
 A model reads a game as tokens of a ``MoveTokenizer``: the BOS token, then one token per move. An encoder-decoder reads
-these tokens as its source, and its target is the next move. The first token of its decoder input is
-``jaxlm.decoding.decoder_start_id``.
+these tokens as its source. Its decoder reads the start token (``jaxlm.decoding.decoder_start_id``) and predicts the
+next move.
 
 Shapes: B games or boards, T tokens of a game, V token ids of the tokenizer (in jitted functions: of the model).
 """
@@ -35,9 +35,11 @@ if TYPE_CHECKING:
     import chess
 
 LENGTH_MULTIPLE = 32
-"""Games are padded to a multiple of this number of tokens, so that few shapes are compiled."""
+"""Games that a model reads from the beginning are padded to a multiple of this number of tokens, but at most to the
+model's ``max_positions``. So few shapes are compiled."""
 MIN_CAPACITY = 128
-"""Minimum capacity, in tokens, of the model state of a ``MoveReader``."""
+"""Minimum capacity, in tokens, of the model state of a ``MoveReader``. If the model has fewer positions, the capacity
+is ``max_positions``."""
 
 
 class LegalMoves:
@@ -105,10 +107,10 @@ def next_move_probabilities(
 
     Raises:
         TypeError: the tokenizer is not a ``MoveTokenizer``, or ``games_so_far`` is one string.
-        ValueError: the model does not predict next tokens, or its logits are NaN; the tokenizer has more tokens than
-            the model; there are no games; ``batch_size`` is below 1; or a game has a word that is not a move, or is
-            longer than the model's positions. With ``legal_only``: a game has an illegal move or has ended, or the
-            vocabulary has no legal move of a position.
+        ValueError: the model does not predict next tokens, cannot use the tokenizer (:func:`check_model`), or has NaN
+            logits; there are no games; ``batch_size`` is below 1; or a game has a word that is not a move, or (with
+            BOS) more tokens than the model has positions. With ``legal_only``: a game has an illegal move or has ended,
+            or the vocabulary has no legal move of a position.
     """
     check_model(model, tokenizer)
     check_games("games_so_far", games_so_far, batch_size)
@@ -181,7 +183,7 @@ class MoveReader:
 
     Raises:
         TypeError: the model has no state, or the tokenizer is not a ``MoveTokenizer``.
-        ValueError: the model does not predict next tokens, or the tokenizer has more tokens than the model.
+        ValueError: the model does not predict next tokens, or cannot use the tokenizer (:func:`check_model`).
     """
 
     def __init__(self, model: Model, params: Params, tokenizer: MoveTokenizer) -> None:
@@ -296,7 +298,8 @@ class MoveReader:
     def _new_state(self, longest: int) -> int:
         """Create an empty model state for rows of up to ``longest`` tokens, and return the padded length of the rows.
 
-        The capacity has space for further moves, unless the model has too few positions.
+        The capacity has space for further moves, unless the model has too few positions. If ``longest`` is 1 or 2, the
+        rows are not padded to a multiple of ``LENGTH_MULTIPLE``.
         """
         limit = self.model.max_positions
         length = longest if longest <= 2 else -(-longest // LENGTH_MULTIPLE) * LENGTH_MULTIPLE

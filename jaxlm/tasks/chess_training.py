@@ -49,12 +49,12 @@ def game_batches(
 
     Args:
         games: one line of moves per game, in the tokenizer's notation.
-        length: number of tokens that the model reads per row. Only the first ``length`` moves of a longer game are
-            used, because the model cannot know the board at which the rest begins. For an encoder-decoder: maximum
-            number of tokens of a source, including BOS.
+        length: for a causal model, number of tokens that the model reads per row. Only the first ``length`` moves of a
+            longer game are used, because the model cannot know the board at which the rest begins. For an
+            encoder-decoder, maximum number of tokens of a source, including BOS.
         positions_per_game: for an encoder-decoder, number of positions at which each game is cut. They are drawn
             uniformly with replacement from 1 to ``length`` (for a shorter game, to its last token).
-        target_length: maximum number of tokens of a target.
+        target_length: for an encoder-decoder, maximum number of tokens of a target.
         seed: seed of the order of the data and of the drawn positions.
 
     Raises:
@@ -188,9 +188,9 @@ def write_test(
 ) -> None:
     """Write ``samples.jsonl`` with the :func:`move_samples` of the games, and an attention map of the first game.
 
-    The map has BOS and the first moves of the game, at most :data:`MAP_TOKENS` tokens. For an encoder-decoder, these
-    tokens are the columns, and they end at the middle of the game at the latest. The rows are the next moves, at most
-    ``target_length``. For families without attention, no map is written.
+    The map has BOS and the first moves of the game, at most :data:`MAP_TOKENS` tokens, or fewer if the model has fewer
+    positions. For an encoder-decoder, these tokens are the columns, and they end at the middle of the game at the
+    latest. The rows are the next moves, at most ``target_length``. For families without attention, no map is written.
 
     Raises:
         ValueError: as in :func:`move_samples`.

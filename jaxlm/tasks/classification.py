@@ -37,9 +37,9 @@ def encode(
 
     Raises:
         ValueError: There are no examples, fewer than two labels, or another number of labels than the model has. An
-            example lacks a field or has an unknown label. A text (or both texts of a pair) has no tokens. A text or
-            pair has more tokens than the model has positions, or an id that the model does not have. ``max_length`` is
-            too small for the special tokens and one token of each text.
+            example lacks a field or has an unknown label. A text (or both texts of a pair) has no tokens, not counting
+            special tokens. A text or pair has more tokens than the model has positions, or an id that the model does
+            not have. ``max_length`` is too small for the special tokens and one token of each text.
     """
     if len(labels) < 2:
         raise ValueError(f"the labels of {examples.name} are {list(labels)}: a classifier needs at least two labels")
@@ -79,13 +79,13 @@ def to_batch(num_labels: int) -> Callable[[BucketBatch], Batch]:
     Rows without an example have weight 0.
     """
 
-    def make(rows: BucketBatch) -> Batch:
+    def convert(rows: BucketBatch) -> Batch:
         segment_ids = rows.segment_ids("tokens")
         labels = np.where(rows.indices < 0, classification.IGNORED_LABEL, rows.fields["label"])
         inputs = {name: rows.fields[name] for name in ("token_types",) if name in rows.fields}
         return classification.batch(rows.fields["tokens"], labels, segment_ids, num_labels=num_labels, inputs=inputs)
 
-    return make
+    return convert
 
 
 def batches(
@@ -102,8 +102,8 @@ def batches(
             example has more than ``max_length`` tokens.
     """
     source = Bucketed(encoded, batch_size, num_buckets, shuffle=False, max_length=max_length)
-    make = to_batch(num_labels)
-    return [make(source.batch(index, range(batch_size))) for index in range(source.steps_per_epoch)]
+    convert = to_batch(num_labels)
+    return [convert(source.batch(index, range(batch_size))) for index in range(source.steps_per_epoch)]
 
 
 def predict(model: Model, params: Params, encoded: Sequence[Encoded], batch_size: int = 32) -> np.ndarray:

@@ -31,8 +31,8 @@ class HarnessModel(LM):
     """The harness's ``LM`` interface for a model of any generative family.
 
     Args:
-        model, params, tokenizer, options: the arguments of :class:`jaxlm.tasks.text_requests.TextRequests`. The methods
-            of ``TextRequests`` describe how long texts are truncated.
+        model, params, tokenizer, options: the arguments of :class:`jaxlm.tasks.text_requests.TextRequests`. For the
+            truncation of long texts, see the methods of ``TextRequests``.
 
     Raises:
         ValueError: as in ``TextRequests``. The method :meth:`apply_chat_template` always raises it.

@@ -19,7 +19,9 @@ def load(directory: str | Path, dtype: str | None = None) -> tuple[Model, Any, T
         dtype: compute dtype, for example bfloat16. None: the dtype of the model's config.
 
     Raises:
-        ValueError: the vocabulary sizes of tokenizer and model do not match.
+        FileNotFoundError, ImportError, ValueError: as in ``load_pretrained`` and ``load_tokenizer``.
+        ValueError: the vocabulary sizes of tokenizer and model do not match, as in
+            ``jaxlm.training.checks.check_tokenizer``.
     """
     directory = Path(directory)
     directory = directory / "model" if (directory / "model").is_dir() else directory

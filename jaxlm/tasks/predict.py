@@ -80,8 +80,8 @@ def classify(
         ValueError: The model is not a classifier. Its outputs are regression scores: its files have
             ``problem_type="regression"``, or it has a single output without
             ``problem_type="multi_label_classification"``. There are no texts, or the numbers of texts and pairs differ.
-            A text (or both texts of a pair) has no tokens. A text or pair has more tokens than the model has positions,
-            or ids or token types that the model does not have. ``batch_size`` is below 1.
+            A text (or both texts of a pair) has no tokens, not counting special tokens. A text or pair has more tokens
+            than the model has positions, or ids or token types that the model does not have. ``batch_size`` is below 1.
         NotFiniteError: logits are not finite. The message names the texts, and the parameters that are not finite or
             another possible cause.
 
@@ -438,12 +438,12 @@ def input_batches(
 
     Args:
         ids: the token ids of each text, [T].
-        token_types: the token types of each text, [T]. An empty sequence means that all token types are 0. They are
-            ignored if the model does not read token types.
+        token_types: the token types of each text, [T]. An empty sequence means that all token types are 0. This
+            argument is ignored if the model does not read token types.
 
     Raises:
-        ValueError: the model has no embedding for a token type, a text has no tokens or more tokens than the model has
-            positions, or ``batch_size`` is below 1.
+        ValueError: the model has no embedding for a token type, a text has more tokens than the model has positions,
+            all texts of a batch have no tokens, or ``batch_size`` is below 1.
     """
     for numbers in length_batches([row.size for row in ids], batch_size):
         length = bucket_length(max(ids[number].size for number in numbers), model.max_positions)
@@ -453,9 +453,9 @@ def input_batches(
 
 
 def token_type_inputs(model: Model, token_types: Sequence[np.ndarray], length: int) -> dict[str, np.ndarray]:
-    """The keyword argument ``token_types`` [B, ``length``] of ``apply``; none if ``token_types`` is empty.
+    """``{"token_types": array}`` for ``apply``, with the token types padded to [B, ``length``].
 
-    There is also none if the model does not read token types.
+    The result is empty if ``token_types`` is empty or the model does not read token types.
 
     Raises:
         ValueError: the model has no embedding for a token type.

@@ -76,7 +76,8 @@ def training_windows(
         ValueError: The model is not for task "span_qa". ``max_length`` is below 1 or exceeds the model's positions.
             ``stride`` is negative or not below ``max_length``. The model has no embedding for a token type. For the
             following errors, the message has the example's id: the question, the context or the answer has no tokens,
-            an id is outside the vocabulary, no window has the whole answer, or ``max_length`` is too small. It is too
+            an id is outside the vocabulary, the example has answers but no ``starts``, the context does not have the
+            answer at its start position, no window has the whole answer, or ``max_length`` is too small. It is too
             small if the texts need several windows, and the question and the special tokens leave at most ``stride``
             tokens of a window for the context.
     """

@@ -58,7 +58,7 @@ def encode(
 
 
 def check_sources(examples: Examples, tokenizer: Tokenizer) -> None:
-    """Raise ``ValueError`` if a ``source`` has no tokens, because no text can be generated from it.
+    """Raise ``ValueError`` if a ``source`` has no tokens except special tokens. No text can be generated from it.
 
     Call this function with the test split before the training, because generation would fail after the training.
     """
@@ -66,16 +66,16 @@ def check_sources(examples: Examples, tokenizer: Tokenizer) -> None:
     for number, encoding in enumerate(tokenizer.encode_inputs_batch(sources)):
         if not encoding.has_text:
             raise ValueError(
-                f"example {number} of {examples.name} has the source {sources[number]!r}, which has no tokens: leave "
-                "the example out, or use a tokenizer that has tokens for it"
+                f"example {number} of {examples.name} has the source {sources[number]!r}, which has no tokens except "
+                "special tokens: leave the example out, or use a tokenizer that has tokens for it"
             )
 
 
 def to_batch(model: Model, tokenizer: Tokenizer) -> Callable[[BucketBatch], Batch]:
     """A function that converts a batch of encoded examples to a batch of ``jaxlm.objectives.seq2seq``.
 
-    Rows without an example have weight 0. The function raises ``ValueError`` if a row has an id that the model does not
-    have.
+    Rows without an example have weight 0. The returned function raises ``ValueError`` if a row has an id that the model
+    does not have.
 
     Raises:
         ValueError: there is no start token (:func:`jaxlm.decoding.decoder_start_id`).
@@ -83,7 +83,7 @@ def to_batch(model: Model, tokenizer: Tokenizer) -> Callable[[BucketBatch], Batc
     start_id = decoder_start_id(model, tokenizer)
     vocab_sizes = {"source": source_vocab_size(model), "target": model.config.vocab_size}
 
-    def make(rows: BucketBatch) -> Batch:
+    def convert(rows: BucketBatch) -> Batch:
         for name, size in vocab_sizes.items():
             check_tokens(rows.fields[name].ravel(), size, name=f"the {name} of a batch")
         batch = seq2seq.batch(
@@ -93,7 +93,7 @@ def to_batch(model: Model, tokenizer: Tokenizer) -> Callable[[BucketBatch], Batc
         weights = batch.weights * (rows.indices >= 0)[:, None].astype(np.float32)
         return dataclasses.replace(batch, weights=weights)
 
-    return make
+    return convert
 
 
 def batches(
@@ -106,9 +106,9 @@ def batches(
             positions, or as in :func:`to_batch`.
     """
     limit = model.max_positions
-    source = Bucketed(encoded, batch_size, num_buckets, shuffle=False, equal_tokens=True, max_length=limit)
-    make = to_batch(model, tokenizer)
-    return [make(source.batch(index, range(batch_size))) for index in range(source.steps_per_epoch)]
+    bucketed = Bucketed(encoded, batch_size, num_buckets, shuffle=False, equal_tokens=True, max_length=limit)
+    convert = to_batch(model, tokenizer)
+    return [convert(bucketed.batch(index, range(batch_size))) for index in range(bucketed.steps_per_epoch)]
 
 
 METRICS: dict[str, Any] = {"loss": seq2seq.loss, "token_accuracy": token_accuracy}
@@ -119,7 +119,7 @@ def write_test(
     run: Path, model: Model, params: Params, tokenizer: Tokenizer, sources: Sequence[str], references: Sequence[str],
     outputs: Sequence[str],
 ) -> None:  # fmt: skip
-    """Write ``samples.jsonl`` of a run with at most 40 outputs, and the attention maps of four of these outputs.
+    """Write ``samples.jsonl`` of a run with at most 40 outputs, and the attention maps of at most four of them.
 
     The outputs are selected at random with a fixed seed. The maps are those of the first four outputs that are not
     empty. For families without attention, no maps are written.

@@ -7,9 +7,9 @@
     induction           recall the token after a special token (Gu and Dao 2024, section 4.1.2)
     needle              recall a number that replaces a part of a text (not from a paper)
 
-Each of these functions draws a batch of ``rows`` rows with a numpy generator, so equal generators give equal batches.
-The batches are for causal models. Only the positions in ``Batch.target_positions`` have targets, so the loss and the
-metrics ignore all other positions.
+Each of these functions draws a batch of ``rows`` rows with a NumPy generator. Generators in equal states give equal
+batches. The batches are for causal models. Only the positions in ``Batch.target_positions`` have targets, so the loss
+and the metrics ignore all other positions.
 
 Shapes: N rows, P targets of a row, G elements of a group, S tokens of a text.
 """

@@ -143,7 +143,7 @@ class TextRequests:
                 num_truncated += 1
             contexts.append(context if max_context is None else context[-max_context:])
             continuations.append(ids)
-        self._report("log_likelihoods", num_truncated, len(pairs), "have a truncated context")
+        self._count_and_warn("log_likelihoods", num_truncated, len(pairs), "have a truncated context")
         scores = self._score(contexts, continuations)
         return list(zip(scores.log_likelihoods.tolist(), scores.greedy.tolist(), strict=True))
 
@@ -151,7 +151,9 @@ class TextRequests:
         """The log-likelihood of each text in nats, given the prefix token. A text without tokens has log-likelihood 0.
 
         The special tokens that the tokenizer adds before a text are also scored. For an encoder-decoder, the special
-        tokens after the text are scored, too. So an empty text of an encoder-decoder can have tokens.
+        tokens after the text are scored, too. So for an encoder-decoder, an empty text can still have special tokens,
+        and then its log-likelihood is not 0. A text that begins with the text of the prefix token gets no special
+        tokens.
 
         A text of more than ``max_length`` tokens is scored in windows of ``max_length`` tokens. Each token is scored
         once. The context of a window is the token before it. If the last window is shorter, its context has more
@@ -172,7 +174,7 @@ class TextRequests:
                 windows += text_windows
                 text_numbers += [number] * len(text_windows)
         num_split = int(np.sum(np.bincount(text_numbers, minlength=len(texts)) > 1)) if text_numbers else 0
-        self._report("rolling_log_likelihoods", num_split, len(texts), "were scored in several windows")
+        self._count_and_warn("rolling_log_likelihoods", num_split, len(texts), "were scored in several windows")
         if not text_numbers:
             return [0.0] * len(texts)
         scores = self._score([context for context, _ in windows], [ids for _, ids in windows])
@@ -230,7 +232,7 @@ class TextRequests:
             )  # fmt: skip
             for number, text in zip(numbers, texts, strict=True):
                 results[number] = text
-        self._report("generate", num_truncated, len(requests), "have a truncated context")
+        self._count_and_warn("generate", num_truncated, len(requests), "have a truncated context")
         return results
 
     def generation_config(self, options: Mapping[str, Any]) -> GenerationConfig:
@@ -296,7 +298,8 @@ class TextRequests:
             raise ValueError(
                 f"{what} has {num_tokens} tokens, but max_length={self.max_length} has space for {limit}, and "
                 f"{self.model.family} must read a text from its first token: shorten it, or set a larger max_length "
-                "(if no parameter depends on max_positions, use model.with_fields(max_positions=...))"
+                "(at most the model's max_positions; if no parameter depends on max_positions, "
+                "model.with_fields(max_positions=...) can increase it)"
             )
 
     def _score(self, contexts: Sequence[np.ndarray], continuations: Sequence[np.ndarray]) -> TextScores:
@@ -311,7 +314,7 @@ class TextRequests:
         decode, ids = self.tokenizer.decode, range(num_ids(self.model, self.tokenizer))
         return {text: i for i in ids if (text := decode([i])) and not decode([i], skip_special_tokens=True)}
 
-    def _report(self, method: str, count: int, total: int, what: str) -> None:
+    def _count_and_warn(self, method: str, count: int, total: int, what: str) -> None:
         """Add ``count`` to ``truncated[method]``, and log a warning if ``count`` is not 0.
 
         Args:
@@ -389,8 +392,8 @@ def rolling_windows(ids: np.ndarray, prefix_id: int, length: int) -> list[tuple[
     Args:
         ids: [tokens].
         prefix_id: the id of the token that is the context of the first token.
-        length: maximum number of scored tokens of a window. The context of a window and its scored tokens, without the
-            last one, also have at most ``length`` tokens. These are the tokens that a causal model reads.
+        length: maximum number of scored tokens of a window. The context and all scored tokens except the last have
+            together at most ``length`` tokens. These are the tokens that a causal model reads.
 
     Example:
         >>> [(c.tolist(), t.tolist()) for c, t in rolling_windows(np.arange(1, 8), 0, 4)]

@@ -325,9 +325,9 @@ def test_bfloat16_is_finite_and_near_float32(name):
 @every_variant
 def test_bfloat16_parameters_give_the_same_results_as_the_same_values_in_float32(name):
     model, params, tokens = setup(name)
-    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
-    exact = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), half)
-    assert relative_error(hidden_of(model, half, tokens), hidden_of(model, exact, tokens)) < 1e-5
+    rounded = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
+    widened = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), rounded)
+    assert relative_error(hidden_of(model, rounded, tokens), hidden_of(model, widened, tokens)) < 1e-5
 
 
 @every_variant
@@ -760,9 +760,9 @@ def check_sharded_step(name, mesh, *, scan_layers=False):
 
 @every_decoder
 def test_the_length_of_a_state_need_not_be_divisible_by_the_sequence_axis(name):
-    """The size of the mesh axis ``sequence`` must divide the number of new tokens, but not the length of the state.
+    """The size of the mesh axis ``sequence`` must divide the number of new tokens.
 
-    The test only traces the call.
+    It need not divide the length of the state. The test only traces the call.
     """
     model = tiny_model(name)
     tokens = random_tokens(model, 2, 16)

@@ -59,7 +59,7 @@ def with_stacked_layers(model: Model) -> Model:
 
 
 def can_stack_layers(model: Model) -> bool:
-    """Whether all layers of the model are of one kind, so that their parameters can be stacked."""
+    """Whether the config accepts ``scan_layers=True``. For this, all layers must be of one kind."""
     if not hasattr(model.config, "scan_layers"):
         return False
     try:
@@ -132,7 +132,7 @@ def initial_values(specs: spec.Tree, seed: int = 0) -> Any:
 
 
 def initialized_params(model: Model, seed: int = 0) -> Any:
-    """``model.init`` in ``jit``. Models with equal specs share one compiled function."""
+    """The parameters of ``model.init`` in ``jit``. Models with equal specs share one compiled function."""
     named_specs, treedef = jax.tree_util.tree_flatten_with_path(model.specs)
     return jax.tree.map(jax.device_put, _initialized_values(tuple(named_specs), treedef, seed))
 
@@ -166,7 +166,7 @@ def _drawn_values(named_specs: tuple[Any, ...], seed: int) -> list[np.ndarray]:
 
 
 def _draw(init: Any, key: tuple[Any, Any], shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """The values of an initializer. Only Gaussian, uniform and constant ones are drawn without JAX."""
+    """The values of an initializer. NumPy draws float32 Gaussian and uniform values, JAX draws other random values."""
     if isinstance(init, spec.Constant):
         return np.full(shape, init.value, dtype)
     if dtype == np.float32 and isinstance(init, (spec.Normal, spec.Uniform)):

@@ -1,8 +1,9 @@
-"""Checks of an experiment. They run before the first training step, so that a wrong setting does not fail later.
+"""Checks of an experiment. They run before the first training step, so that a run with a wrong setting fails early.
 
-``jaxlm.training.experiment.command_line`` calls :func:`check_settings` and :func:`check_output` before any data is
-read. ``jaxlm.training.experiment.prepare_run`` runs directly before training. It calls :func:`check_output` again, and
-all other checks of this module except :func:`check_settings`. Config classes check the ranges of their own fields.
+``jaxlm.training.experiment.command_line`` calls :func:`check_settings` and, if ``--output`` or ``--resume`` is given,
+:func:`check_output` before any data is read. ``jaxlm.training.experiment.prepare_run`` runs directly before training.
+It calls all checks of this module except :func:`check_settings`. The config classes of the model, the training and the
+optimizer check the ranges of their own fields.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ MINIMUMS = {
     "stories": 1, "sentences": 1, "largest_group": 1, "positions_per_game": 1, "target_length": 1, "folds": 2,
     "stride": 0, "games": 0, "mates": 0, "sampled": 0, "random": 0, "engine": 0, "opening_moves": 0, "temperature": 0,
 }  # fmt: skip
-"""The minimum of each setting. A key is the last part of a dotted name: ``largest_group`` for ``data.largest_group``.
+"""Minimums of settings. A key is the last part of a dotted name: ``largest_group`` for ``data.largest_group``.
 
 :func:`check_settings` checks these minimums and the ranges of fractions, ``similarity`` and ``epochs``. The config
 classes check the settings of ``training`` and ``optimizer``. All other settings have no minimum."""
@@ -116,7 +117,7 @@ NO_EFFECT_RULES: tuple[tuple[str, Callable[[_Get], bool], str], ...] = (
     ("training.steps", lambda get: get("epochs") is not None, "epochs determines the number of steps"),
     (
         "training.sequence_length training.evaluation_batches", lambda get: get("buckets") is not None,
-        "batches are made of complete texts, and evaluations use the complete validation split",
+        "batches are made of examples with similar lengths, and evaluations use the complete validation split",
     ),
     ("training.keep_last", lambda get: get("training.checkpoint_every") is None, "no checkpoints are saved"),
     (
@@ -210,8 +211,8 @@ def _is_unused(directory: Path) -> bool:
 def check_tokenizer(model: Model, tokenizer: Tokenizer) -> None:
     """Check that the vocabulary sizes of a tokenizer and a model match.
 
-    The model may have more ids than the tokenizer, because vocabularies are padded. The ids of an encoder-decoder are
-    those of its smaller vocabulary (source or target).
+    The model may have more ids than the tokenizer, because vocabularies are padded. For an encoder-decoder, the
+    smaller vocabulary (source or target) determines the number of ids.
 
     Raises:
         ValueError: the tokenizer needs more ids than the model has (``num_required_ids``), or the number of its ids is

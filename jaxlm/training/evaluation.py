@@ -131,7 +131,7 @@ def first_epoch(data: Batches, max_batches: int) -> list[Any]:
     no row counts twice.
 
     Args:
-        data: an iterator over batches of an objective that has not returned a batch yet.
+        data: the batches of an objective. No batch may have been read from this iterator yet.
     """
     size, num_rows = data.source.batch_size, data.source.rows_per_epoch
     batches = []

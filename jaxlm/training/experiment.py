@@ -74,8 +74,8 @@ class ExperimentTraining(TrainingConfig):
     """Maximum number of batches per evaluation. Experiments with the setting buckets do not use it: they evaluate on
     the complete validation split."""
     tracker: TrackerName | None = None
-    """Also log the metrics to this service: TensorBoard (in the run directory), Weights & Biases, or Trackio. The
-    service shows a resumed run as a new run. In Python, pass trackers to ``Run``."""
+    """Also log the metrics to this service: TensorBoard (in the run directory), Weights & Biases, or Trackio.
+    Weights & Biases and Trackio show a resumed run as a new run. In Python, pass trackers to ``Run``."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -125,31 +125,35 @@ class ModelConfig:
         return train() if saved is None else load_tokenizer(saved)
 
     def build(
-        self, seed: int = 0, tokenizer_fields: Mapping[str, Any] | None = None, **fixed: Any
+        self, seed: int = 0, tokenizer_fields: Mapping[str, Any] | None = None, **data_fields: Any
     ) -> tuple[Model, Any]:
         """The model and its initial parameters (None: random initialization).
 
         Args:
             seed: seed for initializing parameters that ``pretrained`` does not contain, such as a new head.
-            tokenizer_fields: config fields that follow from the tokenizer, such as ``vocab_size``. They are not used
-                with ``pretrained``, because its config has these fields.
-            fixed: config fields that follow from the data, such as ``num_labels``.
+            tokenizer_fields: config fields that follow from the tokenizer, such as ``vocab_size``. With
+                ``pretrained``, the config in that directory determines these fields.
+            data_fields: config fields that follow from the data, such as ``num_labels``.
 
         Raises:
-            ValueError: ``name`` or a field in ``set`` is unknown; or ``set`` has a field of ``tokenizer_fields`` or
-                ``fixed``, or (with ``pretrained``) an argument of ``load_pretrained`` that is not a config field.
+            ValueError: ``name`` is unknown; a field in ``set`` is unknown; ``set`` has a field that is also in
+                ``tokenizer_fields`` or ``data_fields``; or ``pretrained`` is set, and ``set`` has the name of a
+                parameter of ``load_pretrained``, such as ``seed``.
         """
         tokenizer_fields = tokenizer_fields or {}
         changes = config_lib.assignments("model.set", self.set)
         for field in changes:
-            if field in fixed or field in tokenizer_fields:
-                raise ValueError(f"--model.set {field}={changes[field]}: {field} follows from the data, leave it out")
+            if field in data_fields or field in tokenizer_fields:
+                raise ValueError(
+                    f"--model.set {field}={changes[field]}: {field} follows from the data, the tokenizer or the "
+                    "pretrained weights, leave it out"
+                )
         if self.pretrained is not None:
             for field, value in changes.items():
                 if field in inspect.signature(load_pretrained).parameters:
                     raise ValueError(f"--model.set {field}={value}: {field} is not a config field, leave it out")
-            return load_pretrained(self.pretrained, param_dtype="float32", seed=seed, **fixed, **changes)
-        return get_model(self.name, **fixed, **tokenizer_fields, **changes), None
+            return load_pretrained(self.pretrained, param_dtype="float32", seed=seed, **data_fields, **changes)
+        return get_model(self.name, **data_fields, **tokenizer_fields, **changes), None
 
 
 def build_encoder_decoder(
@@ -201,7 +205,8 @@ def command_line(
 ) -> int:
     """Run the experiment ``name`` and return its exit status (``jaxlm.command_line`` lists the values).
 
-    The settings and the output directory are checked before ``run`` reads data (``jaxlm.training.checks``).
+    The settings and, if ``--output`` or ``--resume`` is given, the directory are checked before ``run`` reads data
+    (``jaxlm.training.checks``).
 
     Args:
         default: the configuration without ``--preset`` and ``--resume``.
@@ -241,7 +246,8 @@ def command_line(
 def _make_cpu_devices(count: int) -> None:
     """Divide the CPU into ``count`` devices, if JAX has no devices yet and ``XLA_FLAGS`` does not set their number.
 
-    Otherwise, ``cpu_sharding`` checks whether there are enough devices.
+    Otherwise, nothing changes. ``TrainingConfig.trainer`` later raises an error if there are too few devices
+    (``jaxlm.sharding.cpu_sharding``).
     """
     if count > 1 and "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         with contextlib.suppress(RuntimeError):  # JAX already has its devices
@@ -399,8 +405,8 @@ def make_run(directory: Path, experiment: Any, resume: Path | None, parent: Any 
 def export(directory: Path, model: Model, result: Result, tokenizer: Tokenizer | None = None) -> bool:
     """If the run finished, write ``model/`` (Hugging Face layout) and ``loss.png``. Returns whether the run finished.
 
-    Files with samples and attention maps are deleted. They exist if the run finished before and was resumed, and they
-    would remain if the tests after this training wrote no new ones.
+    Old files with samples and attention maps are deleted, because the tests after this training may write no new ones.
+    Such files exist if a finished run is resumed without further steps.
     """
     if result.interrupted is not None:
         return False
@@ -417,19 +423,21 @@ def export(directory: Path, model: Model, result: Result, tokenizer: Tokenizer |
 
 
 def with_steps_of_epochs(config: T, epochs: float | None, steps_per_epoch: int) -> T:
-    """``config`` with the number of steps of ``epochs`` passes over the training split.
+    """``config`` with the number of steps of ``epochs`` passes over the training split, rounded to whole steps.
 
     Args:
         epochs: number of passes, which may be a fraction; None returns ``config`` unchanged.
 
     Raises:
-        ValueError: the number of steps is less than 1.
+        ValueError: the rounded number of steps is 0.
     """
     if epochs is None:
         return config
     steps = round(epochs * steps_per_epoch)
     if steps < 1:
-        raise ValueError(f"epochs={epochs:g} of {steps_per_epoch} steps are less than one step: increase epochs")
+        raise ValueError(
+            f"epochs={epochs:g} with {steps_per_epoch} steps per epoch gives less than one step: increase epochs"
+        )
     return dataclasses.replace(config, steps=steps)
 
 
@@ -465,7 +473,7 @@ def report(
     }
     if result.step != result.last_step:
         details["best_step"] = result.step
-    measured = {name: round(value, 1) for name, value in speed.items() if math.isfinite(value)}  # NaN: no step was run
+    measured = {name: round(value, 1) for name, value in speed.items() if math.isfinite(value)}  # NaN: not measured
     write_results(
         directory, task=task, family=model.family, parameters=model.num_parameters, minutes=minutes, scores=scores,
         steps=result.last_step, compilations=result.compilations, **measured, **details,

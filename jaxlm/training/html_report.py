@@ -264,9 +264,9 @@ def _column_names(names: Sequence[str]) -> str:
 
 
 def _token(token: str) -> str:
-    """A token as visible HTML text. A line break becomes ⏎, and a token of only spaces becomes ␣ for each character.
+    """A token as visible HTML text. A line break becomes ⏎. If it then has only white space, each character becomes ␣.
 
-    Without these replacements, such tokens would look like empty labels."""
+    An empty token becomes ␣. Without these replacements, such tokens would look like empty labels."""
     text = token.replace("\n", "⏎")
     return escape(text) if text.strip() else "␣" * max(len(text), 1)
 

@@ -19,17 +19,19 @@ from jax.experimental.layout import Format, Layout
 class LayoutStep:
     """A compiled step with the signature ``(state, batch) -> (state, results)``. It donates the state.
 
-    The first call compiles the step, and the compiler chooses the layouts of the state. Steps for other shapes of the
-    batch have the same layouts. A call copies the arrays of the state that have another layout, such as those of the
-    first state, and donates the originals. The step cannot be called in a function that JAX traces.
+    The first call compiles the step, and the compiler chooses the layouts of the state. For a batch with other shapes,
+    a call compiles the step again, with the same layouts. A call copies the arrays of the state that have another
+    layout, such as those of the first state, and donates the originals. The step cannot be called in a function that
+    JAX traces.
 
     Attributes:
-        formats: the layout and the sharding of each array of the state; None before the first call.
+        formats: the layout and the sharding of each array of the state (only the sharding of random keys); None before
+            the first call.
 
     Args:
         function: the step.
-        shardings: those of the state, of the batch and of the results. None: the step runs on one device, to which the
-            arrays are committed, or on the default device.
+        shardings: the shardings of the state, of the batch and of the results. None: the step runs on the device to
+            which the arrays are committed. If they are not committed, it runs on the default device.
     """
 
     def __init__(self, function: Callable[[Any, Any], Any], shardings: tuple[Any, Any, Any] | None = None) -> None:
@@ -71,7 +73,9 @@ class LayoutStep:
 
 
 def auto_formats(tree: Any, shardings: Any = None) -> Any:
-    """For each array, a ``Format`` with its sharding and with the layout that the compiler will choose.
+    """For each array, ``Format(Layout.AUTO, sharding)``, so that the compiler chooses the layout.
+
+    For a random key, the result is only the sharding.
 
     Args:
         shardings: a tree of shardings; None leaves them to ``jax.jit``.

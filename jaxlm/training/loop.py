@@ -178,7 +178,7 @@ class TrainingConfig:
 
 
 def _check_config(config: TrainingConfig, trainer: Trainer, data: Batches) -> None:
-    """Raise ``ValueError`` if ``trainer`` or ``data`` have another value of a field that has not its default value."""
+    """Raise ``ValueError`` if a field has neither its default value nor the value of ``trainer`` or ``data``."""
 
     def check(name: str, actual: Any, described: str) -> None:
         value = getattr(config, name)
@@ -261,7 +261,7 @@ class Result:
         tokens_per_second: tokens that the model read per second. The first step and the first step after each
             evaluation or rollback are excluded. The time of saving checkpoints is included. NaN if no step remains.
         examples_per_second: examples per second, measured over the same steps; NaN if no step remains.
-        compilations: number of distinct batch shapes. The step was compiled once for each shape.
+        compilations: number of distinct batch shapes in this process. The step was compiled once for each shape.
         tokens: number of tokens that the model has read up to the last step, including the tokens before a resume.
         earlier_seconds: seconds that earlier processes of a resumed run spent in :func:`train`, up to the checkpoint
             from which this process continued.
@@ -332,6 +332,7 @@ def train(
             ``best_metric`` or ``best_mode`` than this call. Or ``evaluate`` does not return ``config.best_metric``. Or
             there are several processes without ``trainer.sharding``, or several processes that save checkpoints without
             a shared directory.
+        TypeError: ``evaluate`` does not return a dict of numbers.
     """
     if trainer.sharding is None and jax.process_count() > 1:
         raise ValueError(
@@ -431,7 +432,7 @@ class _Loop:
             )
 
     def _model_params(self, state: TrainState) -> Any:
-        """The parameters for evaluation and export. With ``shard_map``, this is the copy of one device."""
+        """The parameters for evaluation and export. With ``shard_map``, these are the copies on one device."""
         params = self._jitted_model_params(state)
         return jax.tree.map(lambda x: x.addressable_data(0), params) if self._trainer.shard_map else params
 

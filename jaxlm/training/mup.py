@@ -185,6 +185,6 @@ def _factors(name: str, leaf: ArraySpec, base: ArraySpec, table_ratio: float) ->
 
 
 def _is_head(name: str, leaf: ArraySpec) -> bool:
-    """Whether a parameter is the matrix of an output head over the vocabulary."""
+    """Whether a parameter is the matrix of an output head over the vocabulary or over clusters of the vocabulary."""
     is_named_head = name.split("/")[0] == "head" or name.rsplit("/", 1)[-1] == "cluster_weight"
     return is_named_head and len(leaf.shape) > 1 and is_table(name, leaf)

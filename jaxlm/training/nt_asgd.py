@@ -2,8 +2,8 @@
 
 The chain of ``make_optimizer(OptimizerConfig("nt_asgd", ...))`` includes :func:`averaging`. After each evaluation, the
 training loop calls :func:`should_start_averaging`. When the result is True for the first time, the loop calls
-:func:`start_averaging`. Evaluation and export use :func:`mean_params`. The training steps use the current parameters,
-which are not averaged.
+:func:`start_averaging`. Evaluation and export use :func:`mean_params`, unless the trainer has ``ema_decay``. The
+training steps use the current parameters, which are not averaged.
 
 >>> optimizer = optax.chain(optax.clip_by_global_norm(0.25), optax.sgd(30.0), averaging())
 >>> state = optimizer.init(params := {"w": jnp.ones(3)})
@@ -114,8 +114,8 @@ def mean_params(state: Any, params: Params | None = None) -> Any:
 
     Args:
         state: an optimizer state.
-        params: the current parameters. They replace the parameters that :func:`averaging` does not get, for example
-            inside ``optax.partition``. None: all parameters have a mean.
+        params: the current parameters. The result has these values for parameters without a mean, which are masked in
+            the state, for example inside ``optax.partition``. None: all parameters have a mean.
 
     Raises:
         ValueError: ``state`` does not contain exactly one state of :func:`averaging`.

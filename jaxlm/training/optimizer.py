@@ -35,9 +35,9 @@ class OptimizerConfig:
 
     name: OptimizerName = "adamw"
     """adamw: Loshchilov & Hutter 2019. adafactor: Shazeer & Stern 2018, without momentum; updates are scaled by the RMS
-    of the parameters. muon: Jordan 2024 for the hidden matrices, with momentum 0.95; AdamW for all other parameters.
-    sgd: SGD with momentum beta1. nt_asgd: sgd that also computes the mean of the parameters (Merity et al. 2017).
-    adadelta: Zeiler 2012."""
+    of the parameters. muon: Jordan 2024 for the hidden matrices, with Nesterov momentum 0.95; AdamW for all other
+    parameters. sgd: SGD with momentum beta1. nt_asgd: sgd that also computes the mean of the parameters (Merity et al.
+    2017). adadelta: Zeiler 2012."""
     learning_rate: float = 1e-3
     """Peak learning rate."""
     schedule: Schedule = "cosine"

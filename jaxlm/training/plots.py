@@ -60,7 +60,7 @@ class Theme:
     palette: tuple[str, ...]
 
 
-# The palette of Okabe and Ito for color-blind readers, without its light yellow.
+# The palette of Okabe and Ito for color-blind readers, without yellow, and with dark gray instead of black.
 PNG_THEME = Theme("#222222", "#dddddd", ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#555555"))
 
 # `svg` replaces these colors with CSS variables, so that one figure works in the light and the dark theme of a page.
@@ -186,8 +186,8 @@ def _token_label(token: str) -> str:
 def svg(panel: Panel, identifier: str) -> str:
     """One panel as an ``<svg>`` element without a fixed size.
 
-    The page must define its colors, the CSS variables ``--text``, ``--line`` and ``--series-0`` to ``--series-6``. Text
-    remains text in the element, so the page can set its font.
+    The page must define the CSS variables of the colors: ``--text``, ``--line`` and ``--series-0`` to ``--series-6``.
+    Text remains text in the element, so the page can set its font.
 
     Args:
         identifier: prefix of the ids in the element; it must be unique in the page.

@@ -10,7 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from jaxlm import processes, sharding
 
-SECONDS_BETWEEN_LINES = 10.0
+SECONDS_BETWEEN_LINES = 10.0  # minimum time between two lines in a log file
 SECONDS_BETWEEN_UPDATES = 0.25
 """Minimum time between two updates of the live line in a notebook."""
 
@@ -20,7 +20,7 @@ class ProgressBar:
 
     On a terminal, it is a progress bar. Otherwise, :meth:`update` prints a line after step 1, after step ``steps``, and
     when :data:`SECONDS_BETWEEN_LINES` seconds have passed since the last line. In a notebook, each line replaces the
-    line before it, and :data:`SECONDS_BETWEEN_UPDATES` seconds are enough. With several processes, only the first
+    line before it, and the interval is :data:`SECONDS_BETWEEN_UPDATES` seconds. With several processes, only the first
     process prints, unless ``console`` is given.
 
     Args:

@@ -39,7 +39,8 @@ METRIC_NAMES = frozenset((
     *NON_METRIC_FIELDS, "loss", "gradient_norm", "parameter_norm", "weight", "skipped", "skipped_in_a_row",
     "learning_rate", "tokens", "examples", "tokens_per_second", "examples_per_second", "time",
 ))  # fmt: skip
-"""Names of the fields of ``metrics.jsonl``, except validation metrics. Terms of a loss must have other names."""
+"""Names of the fields of ``metrics.jsonl``, except validation metrics and terms of a loss. A term must not have one of
+these names."""
 SPIKE_WINDOW = 128
 """Number of recent losses with which a new loss is compared to detect a spike (``Trainer.spike_deviations``)."""
 
@@ -60,7 +61,7 @@ def reset_rows(model: Model, carry_size: CarriedStateSize, state: Any, batch: An
 
 
 def carry_size_of(model: Model, rows: int) -> CarriedStateSize | None:
-    """``Trainer.carry_size`` for batches of ``rows`` rows; None if training this model carries no state."""
+    """``Trainer.carry_size`` for batches with this number of rows; None if training this model carries no state."""
     length = model.carried_state_length
     return None if length is None else (rows, length)
 
@@ -518,8 +519,9 @@ class Trainer:
     def pmap_step(self) -> Step:
         """:meth:`step`, compiled with ``jax.pmap`` for data parallelism.
 
-        The state (``flax.jax_utils.replicate``), the batch and the metrics have a leading device axis: the tokens of a
-        batch are [devices, B / devices, T]. The input state is donated. The field ``sharding`` is not used.
+        The state, the batch and the metrics have a leading device axis: the tokens of a batch are
+        [devices, B / devices, T]. ``flax.jax_utils.replicate`` adds this axis to a state. The input state is donated.
+        The field ``sharding`` is not used.
         """
 
         def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
@@ -566,7 +568,7 @@ def _to_host_if_local(x: Any) -> Any:
 def _micro_batches(batch: Any, count: int) -> Any:
     """The batch [B, ...] as [A, B / A, ...].
 
-    Micro-batch a has the rows a, a + A, ... So each device keeps its rows if A divides their number.
+    Micro-batch a has the rows a, a + A, ... So each device keeps its rows if A divides the number of its rows.
 
     Raises:
         ValueError: A does not divide B, or the mesh does not divide B / A.

@@ -116,7 +116,7 @@ def test_wrong_options_print_an_error(tmp_path, capsys):
         (["--full", "--page", str(no_page)], f"{no_page} has no lines"),
         (
             ["--full", "--page", str(page)],
-            f"--page shows all directories in {tmp_path}, and {tmp_path / 'source'} has no result files",
+            f"--page shows all directories in {tmp_path}. {tmp_path / 'source'} has no result files",
         ),
         ([], "give one of the options --full and --quick"),
         (["--full", "--quick"], "give one of the options --full and --quick"),

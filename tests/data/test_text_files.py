@@ -123,8 +123,8 @@ def compressed_lines(text="1 line\n"):
     ("data", "message"),
     [
         (compressed_lines()[:-9], "the gzip file is truncated or damaged after"),
-        (compressed_lines()[:5], "the gzip file is truncated or damaged after 0 bytes"),
-        (b"plain", "the gzip file is truncated or damaged after 0 bytes: Not a gzipped file"),
+        (compressed_lines()[:5], "the gzip file is truncated or damaged after 0 decompressed bytes"),
+        (b"plain", "the gzip file is truncated or damaged after 0 decompressed bytes: Not a gzipped file"),
         (compressed_lines()[:200] + b"\x00" * 50 + compressed_lines()[250:], "the gzip file is truncated or damaged"),
         (gzip.compress(b"1 caf\xe9"), "is not UTF-8 text: byte 0xe9 at offset 5, line 1"),
         (None, "is not a file"),

@@ -269,7 +269,7 @@ def test_folds_use_every_example_for_testing_once(files, tmp_path, capsys):
     ("change", "message"),
     [
         (("--data.train", "none.tsv"), "none.tsv is not a file"),
-        (("--model.set", "num_labels=3"), "--model.set num_labels=3: num_labels follows from the data, leave it out"),
+        (("--model.set", "num_labels=3"), "--model.set num_labels=3: num_labels follows from the data, the"),
         (("--model.set", "name=gru"), "lstm has no field 'name'"),
         (("--model.set", "hidden"), "cannot read --model.set 'hidden': write name=value"),
         (("--model.name", "lstn"), "no model is called 'lstn': did you mean 'lstm'"),

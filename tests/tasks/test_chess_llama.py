@@ -144,7 +144,7 @@ def test_generation_stops_with_an_error_when_the_window_is_full():
         model, params, TOKENIZER, " ".join(LINE[:2]), GenerationConfig(20, GREEDY, end_ids=(TOKENIZER.eos_id,))
     )
     pieces = []
-    with pytest.raises(ValueError, match="prompt 0: the model must read 13 tokens .* max_positions=12, and chess_"):
+    with pytest.raises(ValueError, match="prompt 0: the model must read 13 tokens .* max_positions=12. chess_"):
         pieces += iter(stream)
     assert TOKENIZER.encode("".join(pieces)).size == 11
 
@@ -160,8 +160,8 @@ def requests_of(max_length):
             lambda: generate_text(
                 *one_window(), TOKENIZER, [LINE[0], " ".join(LINE[:2])], GenerationConfig(12, GREEDY, end_ids=())
             ),
-            "prompt 1: the model must read 13 tokens .* max_positions=12, and chess_llama must read a text from its "
-            "first token, .* reduce the number of new tokens, or, .*with_fields",
+            "prompt 1: the model must read 13 tokens .* max_positions=12. chess_llama cannot continue in a new window, "
+            "because it must read a text from its first token. Reduce the number of new tokens. .*with_fields",
         ),
         (
             lambda: perplexity(*one_window(), TOKENIZER.encode(" ".join(LINE)), window=8, stride=4),

@@ -4,8 +4,9 @@ A published format has the tensor names of published files, which are in most ca
 module ``jaxlm.interop.formats.NAME`` has the published formats of the family NAME in a tuple ``FORMATS``. A registered
 family (``jaxlm.register_family``) has its published formats in an attribute ``FORMATS``.
 
-``save_pretrained`` writes jaxlm's own names if no published format of the family can represent the model: there is
-none, it has no class with the ``task`` of the model, or it has no value for another field of the config.
+``save_pretrained`` writes jaxlm's own names if the family has no published format that can represent the model. A
+published format cannot represent a model if it has no class with the ``task`` of the model, or no value for another
+field of the config.
 """
 
 from __future__ import annotations

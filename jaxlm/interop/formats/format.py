@@ -30,11 +30,11 @@ JAXLM_PREFIX = "jaxlm-"
 class Format:
     """The names of tensors and config fields in the HF files of one ``model_type``.
 
-    A family has a tuple of formats. If the tensor names of the classes of a ``model_type`` have different
-    prefixes, there is a format for each prefix.
+    A family has a tuple of formats. If the tensor names of the classes of a ``model_type`` have different prefixes,
+    there is a format for each prefix.
 
     If ``config.json`` lacks a field, the field gets its value in ``default_fields``. If it has no value there, it gets
-    the default of jaxlm's ``Config``. So this value must be equal to the default in transformers.
+    the default of jaxlm's ``Config``. In both cases, the value must be the default in transformers.
 
     Attributes:
         architectures: class name in ``config.json`` -> the jaxlm config fields that this class implies, such as
@@ -50,8 +50,8 @@ class Format:
         none_means: jaxlm config field -> a function from jaxlm's ``Config`` to the value that None stands for. If
             ``default_fields`` has None for the field, the format can also represent a model with this value.
         read_fields: a function from ``config.json`` to jaxlm config fields, for fields that need a computation. Its
-            result replaces entries of ``default_fields``. If the function raises a ``ValueError``, the caller adds the
-            path of the file to the message.
+            result replaces values from ``default_fields`` and ``hf_name_of_field``. If the function raises a
+            ``ValueError``, the caller adds the path of the file to the message.
         write_fields: the inverse function, from jaxlm's ``Config`` to HF config fields.
         tensors: path of a jaxlm parameter -> name of the HF tensor. ``{layer}`` stands for the index of the layer. If
             files have one tensor for each expert, ``{expert}`` stands for the index of the expert. If a model has no
@@ -126,7 +126,7 @@ def linear_tensors(path: str, name: str, /, **layers: str) -> dict[str, str]:
 
 
 def norm_tensors(path: str, name: str, /, **norms: str) -> dict[str, str]:
-    """``Format.tensors`` of norms with a scale and a bias. Files call a scale weight. See :func:`linear_tensors`."""
+    """``Format.tensors`` of norms with a scale (``weight`` in files) and a bias. See :func:`linear_tensors`."""
     kinds = {"scale": "weight", "bias": "bias"}
     return {f"{path}{key}/{kind}": f"{name}{norm}.{kinds[kind]}" for key, norm in norms.items() for kind in kinds}
 
@@ -158,10 +158,10 @@ def read_integer(config: Mapping[str, Any], name: str, default: int | None = Non
     """The integer in the field ``name`` of ``config.json``; ``default`` if the field is missing.
 
     Args:
-        nullable: whether the value may also be null (None).
+        nullable: whether the result may also be None: the value is null, or the field and the default are missing.
 
     Raises:
-        ValueError: the value is not an integer, or the field is missing and has no default (unless ``nullable``).
+        ValueError: the result would be neither an integer nor, if ``nullable``, None.
     """
     value = config.get(name, default)
     check_value(int | None if nullable else int, value, name)

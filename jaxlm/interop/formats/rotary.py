@@ -7,7 +7,7 @@ from typing import Any, get_args
 
 from jaxlm.nn.attention.rotary import RotaryScaling, ScalingKind
 
-_SCALING = {
+_HF_SCALING_FIELDS = {
     "factor": ("factor", get_args(ScalingKind)),
     "original_positions": ("original_max_position_embeddings", ("llama3", "yarn")),
     "low_frequency_factor": ("low_freq_factor", ("llama3",)),
@@ -32,8 +32,8 @@ def read_rotary(config: Mapping[str, Any], fraction: float | None) -> dict[str, 
             ``rotary_fraction``, so any fraction is allowed.
 
     Raises:
-        ValueError: the kind of scaling, one of its fields or the fraction is not supported, or a required field is
-            missing.
+        ValueError: the kind of scaling, one of its fields or the fraction is not supported; a required field is
+            missing; the fields ``rope_type`` and ``type`` differ; or the value is not a JSON object.
     """
     fields: dict[str, Any] = {}
     name = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
@@ -51,12 +51,13 @@ def read_rotary(config: Mapping[str, Any], fraction: float | None) -> dict[str, 
             raise ValueError(
                 f"partial_rotary_factor={factor!r} in {name} must be {fraction}: this family has no other fraction"
             )
-    kinds = [hf_scaling.pop(field) for field in ("rope_type", "type") if field in hf_scaling]
-    if len(kinds) == 2 and kinds[0] != kinds[1]:
+    given_kinds = [hf_scaling.pop(field) for field in ("rope_type", "type") if field in hf_scaling]
+    if len(given_kinds) == 2 and given_kinds[0] != given_kinds[1]:
         raise ValueError(
-            f"{name} has rope_type={kinds[0]!r} and type={kinds[1]!r}, two names of the same field: remove one of them"
+            f"{name} has rope_type={given_kinds[0]!r} and type={given_kinds[1]!r}, two names of the same field: remove "
+            "one of them"
         )
-    kind: Any = kinds[0] if kinds else "default"
+    kind: Any = given_kinds[0] if given_kinds else "default"
     if kind == "default":
         unused = [field for field, value in hf_scaling.items() if value is not None]
         if unused:
@@ -66,13 +67,13 @@ def read_rotary(config: Mapping[str, Any], fraction: float | None) -> dict[str, 
         hf_scaling.pop("original_max_position_embeddings", None)  # transformers does not read this field
     if kind == "yarn":
         hf_scaling.pop("finetuned", None)  # a note in the files of the authors of YaRN; transformers does not read it
-        if hf_scaling.get("truncate", True) is None:  # for transformers, null means false, but a missing field true
+        if hf_scaling.get("truncate", True) is None:  # transformers reads null as false, but a missing field as true
             hf_scaling["truncate"] = False
     if kind not in get_args(ScalingKind):
         raise ValueError(
             f"rope_type={kind!r} is not supported in {name}: choose from default, {', '.join(get_args(ScalingKind))}"
         )
-    field_of = {hf_field: field for field, (hf_field, kinds) in _SCALING.items() if kind in kinds}
+    field_of = {hf_field: field for field, (hf_field, kinds) in _HF_SCALING_FIELDS.items() if kind in kinds}
     hf_scaling = {name: value for name, value in hf_scaling.items() if value is not None}
     for field, value in hf_scaling.items():
         if field not in field_of or isinstance(value, str):
@@ -106,6 +107,8 @@ def write_rotary(scaling: RotaryScaling | None, max_positions: int | None) -> di
             "written to a Hugging Face file, because transformers computes the base from the length of each text: set "
             f"max_positions={scaling.original_positions}, or use linear or yarn scaling"
         )
-    hf_scaling = {name: getattr(scaling, field) for field, (name, kinds) in _SCALING.items() if scaling.kind in kinds}
+    hf_scaling = {
+        name: getattr(scaling, field) for field, (name, kinds) in _HF_SCALING_FIELDS.items() if scaling.kind in kinds
+    }
     hf_scaling = {name: value for name, value in hf_scaling.items() if value is not None}
     return {"rope_scaling": {"rope_type": scaling.kind, **hf_scaling}}

@@ -68,8 +68,8 @@ def _reader(default: str) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
                 "not supported: only 'relu' without a gate and 'gelu_new' with a gate are supported"
             )
         fields["mlp"] = mlp[0]
-        # transformers 5 writes tie_word_embeddings=True for all models. The head is tied if scale_decoder_outputs is
-        # true.
+        # transformers 5 writes tie_word_embeddings=True for all models. If scale_decoder_outputs is present, it tells
+        # whether the head is tied.
         scale_outputs = config.get("scale_decoder_outputs")
         if isinstance(scale_outputs, bool):
             fields["tie_embeddings"] = scale_outputs

@@ -51,8 +51,9 @@ def attention(
         mask: which keys each query may attend to. Default: all keys.
         scale: factor of the scores. Default: ``1 / sqrt(K)``.
         bias: added to the scaled scores. It is either a dense array [1 or B, 1 or H, T, S], or one or several attention
-            biases (``jaxlm.nn.attention.bias``, ``jaxlm.nn.attention.distance_bias``). ``blockwise`` and ``pallas``
-            compute attention biases tile by tile, ``reference`` and ``decode`` as dense arrays.
+            biases (``jaxlm.nn.attention.bias``, ``jaxlm.nn.attention.distance_bias``). ``blockwise``
+            computes attention biases tile by tile, ``reference`` and ``decode`` compute dense arrays, and ``pallas``
+            uses both ways.
         dropout, key: dropout rate and random key. Without a key, there is no dropout.
         implementation: None chooses the fastest one known for the platform and the arguments. While attention weights
             are recorded (``jaxlm.nn.weight_record``), and for an empty batch, ``reference`` is always used. The
@@ -64,7 +65,8 @@ def attention(
             - ``splash``: a TPU kernel; no biases, no dropout, no ``Mask.query_order``, no mesh that splits the
               time axis.
             - ``pallas``: a TPU kernel (v5 and later) that computes whole rows of scores; supports ``Mask.query_order``
-              and biases with a ``KernelBiasFn``; at most 4096 keys, and fewer if many heads are in one block; no
+              and biases with a ``KernelBiasFn``; dense biases only if G = H, and with at most 512 queries and keys;
+              with other biases or none, at most 4096 keys; these limits are lower if many heads are in one block; no
               dropout, no mesh that splits the time axis.
             - ``cudnn``: NVIDIA GPUs (Ampere and later), half precision; head widths that are multiples of 8 up to 128,
               the same for keys and values; no biases, no dropout, no ``Mask.query_order``, no
@@ -129,7 +131,7 @@ def _choose(
 ) -> Implementation:  # fmt: skip
     """The implementation to run: ``implementation``, or the fastest known one if ``implementation`` is None.
 
-    While attention weights are recorded, and for an empty batch, it is always ``reference``.
+    While attention weights are recorded, and for an empty batch, the result is always ``reference``.
     """
     is_known = implementation in (None, *get_args(Implementation))
     if is_known and (is_recording() or not q_BTHK.shape[0]):

@@ -3,12 +3,12 @@
 An :class:`AttentionBias` consists of arrays and of a function of these arrays, its ``bias_fn``. An implementation of
 attention calls the function for one tile of the scores at a time, and also computes the gradients of the arrays tile by
 tile. So a bias needs no array [H, T, S]. The implementations ``reference`` and ``decode`` are exceptions: they call
-:func:`dense_bias`. ``pallas`` also calls it, for short inputs and biases that all rows share. The function declares
-which slices of the float arrays a tile needs (``required_slices``) and gets only these slices. It slices the integer
-arrays itself (``Tile.query_column``, ``Tile.key_row``).
+:func:`dense_bias`. ``pallas`` also calls it, for short inputs and biases that all rows share. The ``bias_fn`` declares
+which slices of the float arrays a tile needs (``required_slices``) and gets these slices. A float array without a
+declared slice is passed whole. The ``bias_fn`` reads integer arrays with ``Tile.query_column`` and ``Tile.key_row``.
 
-Shapes: B batch, T query time, S key time, H heads, K head width, R rows of a tile, E columns of a tile, N rows of a
-table, P = R + E columns of a strip (the columns that a tile needs from a table with one column per distance).
+Shapes: B batch, T query time, S key time, H heads, K head width, R rows of a tile, E columns of a tile, N columns of
+a table, P = R + E columns of a strip (the columns that a tile needs from a table with one column per distance).
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ class Tile(NamedTuple):
     """A tile of the scores: queries [row, row + rows) and keys [column, column + columns).
 
     ``row`` and ``column`` may be traced. TPU kernels pass a subclass with other implementations of the methods
-    (``pallas_tile.VmemTile``). So a :class:`KernelBiasFn` must slice, multiply and gather only with these methods.
+    (``pallas_tile.VmemTile``). So a :class:`KernelBiasFn` may use only the methods ``query_column``, ``key_row``,
+    ``product``, ``shifted_product`` and ``gather_shifted`` to read integer arrays, multiply and gather.
     """
 
     row: Any
@@ -90,8 +91,8 @@ def _diagonals_to_columns(x_RP: jax.Array) -> jax.Array:
         flat, width = x_RP.reshape(R * P), P - R
         return jax.vmap(lambda i: lax.dynamic_slice(flat, (i * (P - 1) + R,), (width,)))(jnp.arange(R))
     # A reshape from rows of P to rows of P - 1 entries shifts each row by one entry relative to the row before (Dai et
-    # al. 2019, appendix B). ``x`` has one more column than in the code of the paper, so that the slice starts at entry
-    # R instead of R - 1. R is usually a multiple of the vector width.
+    # al. 2019, appendix B). A tile has R + E - 1 distances, and ``x`` has one more column. So the slice starts at entry
+    # R instead of R - 1. R is usually a multiple of the vector width, so the start of the slice is aligned.
     return x_RP.reshape(R * P)[R:].reshape(R, P - 1)[:, : P - R]
 
 
@@ -102,7 +103,12 @@ class BiasFn(Protocol):
         """``{name: (start, size, axis)}``: the slices that the tile needs. Arrays without an entry are not sliced."""
 
     def __call__(self, arrays: Mapping[str, jax.Array], integers: Any, tile: Tile) -> jax.Array:
-        """The bias that is added to the scaled scores of the tile, [R, E] float32."""
+        """The bias that is added to the scaled scores of the tile, [R, E] float32.
+
+        Args:
+            arrays: the slices (:meth:`required_slices`) of the float arrays of one row of the batch and one head.
+            integers: ``AttentionBias.integers`` of this row.
+        """
 
 
 @runtime_checkable
@@ -113,7 +119,7 @@ class KernelBiasFn(BiasFn, Protocol):
         """The bias function and the arrays for an input that is padded at the end by ``queries`` queries and ``keys``
         keys.
 
-        The bias of the padding may have any value.
+        The bias of the padding may have any finite value.
         """
 
 
@@ -196,7 +202,8 @@ def check_bias_shapes(bias: AttentionBias, batch: int, heads: int) -> None:
 def dense_bias(bias: AttentionBias, queries: int, keys: int) -> jax.Array:
     """The bias as one dense array, [1 or B, 1 or H, T, S] float32; see the module docstring."""
     tile = Tile(0, queries, 0, keys)
-    # Each size is 1 or the size of the batch, which may be 0. So the product of the distinct sizes is the batch size.
+    # Each size is 1 or the batch size, which may be 0. So the product of the distinct sizes is the batch size if an
+    # array has this size, and otherwise 1.
     B = math.prod({x.shape[0] for x in jax.tree.leaves((bias.floats, bias.integers))})
     H = max((x.shape[1] for x in jax.tree.leaves(bias.floats)), default=1)
 
@@ -219,14 +226,17 @@ def as_dense(bias: AttentionBias, queries: int, keys: int) -> AttentionBias:
     return AttentionBias(Dense(), {"bias": dense_bias(bias, queries, keys)})
 
 
-def for_several_layers(bias: AttentionBias, queries: int, keys: int) -> AttentionBias:
-    """The bias for attention in several layers, as a dense array if ``jaxlm.nn.choices.dense_shared_bias`` is True."""
+def dense_if_shared_by_layers(bias: AttentionBias, queries: int, keys: int) -> AttentionBias:
+    """A bias that several layers share, as one dense array if ``jaxlm.nn.choices.dense_shared_bias`` is True.
+
+    Otherwise, the bias is returned unchanged.
+    """
     return as_dense(bias, queries, keys) if choices.dense_shared_bias(queries, keys) else bias
 
 
-def drop_unit_axes(tree: Any, axes: int = 2) -> Any:
-    """Each array without the axes of size 1 among its first ``axes`` axes."""
-    return jax.tree.map(lambda x: x[tuple(0 if size == 1 else slice(None) for size in x.shape[:axes])], tree)
+def drop_unit_axes(tree: Any, num_axes: int = 2) -> Any:
+    """Each array without the axes of size 1 among its first ``num_axes`` axes."""
+    return jax.tree.map(lambda x: x[tuple(0 if size == 1 else slice(None) for size in x.shape[:num_axes])], tree)
 
 
 def vmap_axes(tree: Any, axis: int) -> Any:

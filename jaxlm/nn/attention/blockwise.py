@@ -196,7 +196,7 @@ def _backward_block(
         dweights = jnp.where(keep, dweights / (1.0 - static.dropout), 0.0)
     delta_R = jnp.sum(dout_RK.astype(jnp.float32) * out_RK.astype(jnp.float32), axis=1)
     dscores = weights * (dweights - delta_R[:, None])
-    dq_RK, dk_KE, dv_KE = qkv_gradients(static, block.q_RK, block.k_EK, block.v_EK, dout_RK, kept_weights, dscores)
+    dq_RK, dk_KE, dv_VE = qkv_gradients(static, block.q_RK, block.k_EK, block.v_EK, dout_RK, kept_weights, dscores)
     biases = zip(static.bias_fns, static.shared, block.bias_arrays, bias_integers, strict=True)
     # The gradient of a bias is linear in dscores. So for a shared bias, dscores are summed over the batch first, and
     # the gradient is computed once instead of once per row.
@@ -204,7 +204,7 @@ def _backward_block(
         bias_gradients(fn, arrays, integers, block.tile, lax.psum(dscores, BATCH_AXIS) if shared else dscores)
         for fn, shared, arrays, integers in biases
     )
-    return dq_RK, dk_KE, dv_KE, dbias
+    return dq_RK, dk_KE, dv_VE, dbias
 
 
 # ----------------------------------------------------------------------------- blocks of one or all heads of a row
@@ -402,18 +402,18 @@ def _forward(static: _StaticArguments, floats: Any, integers: Any, key: jax.Arra
             return heads.write(carry, _heads_forward(static, key, heads.first, *selected), (2, 1))
 
         init = jnp.zeros_like(v, shape=(B, T, H, v.shape[3])), jnp.zeros_like(v, jnp.float32, (B, H, T))
-        out_BTHK, lse_BHT = _loop_over_rows_and_heads(floats, integers, add_heads, init)
+        out_BTHV, lse_BHT = _loop_over_rows_and_heads(floats, integers, add_heads, init)
     else:
 
         def head_forward(head: Any, floats: Any, integers: Any) -> tuple[jax.Array, jax.Array]:
             out_T1V, lse_1T = _heads_forward(static, key, head, _add_head_axis(floats), integers)
             return out_T1V[:, 0], lse_1T[0]
 
-        out_BHTK, lse_BHT = _map_all_heads(head_forward, _swap_heads_and_time(floats), integers)
-        out_BTHK = jnp.swapaxes(out_BHTK, 1, 2)
+        out_BHTV, lse_BHT = _map_all_heads(head_forward, _swap_heads_and_time(floats), integers)
+        out_BTHV = jnp.swapaxes(out_BHTV, 1, 2)
     # The names let a remat policy save these arrays. Recomputing them would need a second forward pass.
-    out_BTHK, lse_BHT = checkpoint_name(out_BTHK, CHECKPOINT_NAME), checkpoint_name(lse_BHT, CHECKPOINT_NAME)
-    return out_BTHK, (floats, integers, key, out_BTHK, lse_BHT)
+    out_BTHV, lse_BHT = checkpoint_name(out_BTHV, CHECKPOINT_NAME), checkpoint_name(lse_BHT, CHECKPOINT_NAME)
+    return out_BTHV, (floats, integers, key, out_BTHV, lse_BHT)
 
 
 def _backward(static: _StaticArguments, saved: Any, dout: jax.Array) -> tuple[Any, ...]:

@@ -270,7 +270,7 @@ def _documents(ids_BS: jax.Array, new_ids_BT: jax.Array, slots_BT: jax.Array) ->
 
     Tokens of the same document have the same id. Padding has id 0. A segment id that occurs again after another segment
     id is a new document (``jaxlm.nn.segments.document_numbers``). If T is 1, slots of earlier documents also have id 0,
-    because the new token does not attend to them.
+    because the new token does not attend to them. If the new token is padding, all slots then have id 0.
 
     Args:
         ids_BS: the segment ids of all slots, including the slots of the new tokens.

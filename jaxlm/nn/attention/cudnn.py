@@ -24,7 +24,10 @@ MIN_COMPUTE_CAPABILITY = 8
 def unsupported_reason(
     mask: Mask, dtype: DTypeLike, head_width: int, value_width: int, biases: Sequence[Any], key: jax.Array | None
 ) -> str | None:
-    """Why cuDNN does not support the arguments or the GPU, as a part of an error message; None if it supports them."""
+    """Why cuDNN attention cannot run with the arguments, the GPU and the mesh, as a part of an error message.
+
+    None if it can run.
+    """
     if jnp.dtype(dtype) not in DTYPES:
         return f"takes bfloat16 and float16, not {jnp.dtype(dtype).name}"
     if head_width % 8 or head_width > MAX_HEAD_WIDTH:

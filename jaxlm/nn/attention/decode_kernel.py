@@ -1,12 +1,12 @@
 """A Pallas kernel for attention of a few queries over a cache on a TPU. ``jaxlm.nn.attention.decode`` calls it.
 
-XLA computes one layer's attention to a cache with about 15 operations. If each of them takes only one or two
-microseconds, it costs more than reading the cache. The kernel is a single operation. A grid step computes a block of
-heads and slots of one row, with the running maximum and sum of FlashAttention (Dao et al. 2022, algorithm 1). Blocks
-after the last visible slot of a row are not read.
+XLA computes one layer's attention to a cache with about 15 operations. Even if each operation takes only one or two
+microseconds, all together take longer than reading the cache. The kernel is a single operation. A grid step computes a
+block of heads and slots of one row, with the running maximum and sum of FlashAttention (Dao et al. 2022, algorithm 1).
+Blocks after the last visible slot of a row are not read.
 
-The heads of a slot are beside each other in the cache, so one matmul computes the scores of all heads of a block. A
-query has one row per query head, [P, C * K], with zeros for the key heads that it does not read.
+The heads of a slot are beside each other in the cache, so one matmul computes the scores of all heads of a block. The
+other factor [P, C * K] has one row per query head, with zeros for the key heads that this query head does not read.
 
 Shapes as in ``jaxlm.nn.attention.api``; V width of values, R = H / G query heads per key head. In a block: C key heads,
 P = C * R query heads, E slots; N blocks of heads.
@@ -36,16 +36,16 @@ from jaxlm.nn.linear import dot
 MAX_BLOCK_SLOTS = 512
 """Maximum number of slots of a block. Rows with few visible slots read fewer slots with small blocks."""
 MAX_BLOCK_BYTES = 2**20
-"""Maximum number of bytes of the keys of a block, if it has more than LANES slots."""
+"""Maximum number of bytes of the keys of a block, and of its values, if the block has more than LANES slots."""
 MAX_BLOCK_WIDTH = 1024
-"""Maximum width of the keys and values of a block, if it has fewer than all heads."""
+"""Maximum width C * K of the keys of a block, and C * V of its values, if the block has fewer than all heads."""
 VMEM_LIMIT_BYTES = 32 * 2**20
 """Bytes of VMEM that the kernel may use."""
 
 
 @dataclasses.dataclass(frozen=True)
 class _Static:
-    """The static (trace-time) arguments of the kernel: the factor of the scores, and the key heads C of a block."""
+    """The static (trace-time) arguments of the kernel: the factor of the scores, and C, the key heads of a block."""
 
     scale: float
     block_heads: int
@@ -64,7 +64,7 @@ def attention(
     """Attention as in ``jaxlm.nn.attention.attention``.
 
     Args:
-        end_B: [1 or B] int32, an upper bound of the number of slots that the queries of a row may attend to.
+        end_B: [1 or B] int32. No query of a row may attend to slot ``end`` of the row or to a later slot.
     """
     B, T = q_BTHK.shape[:2]
     S, G = k_BSGK.shape[1:3]
@@ -116,8 +116,11 @@ def _device_attention(
 def _block_heads(G: int, *widths: int) -> int:
     """The number of key heads of a block.
 
-    It is the largest number for which the block has at most ``MAX_BLOCK_WIDTH`` entries per slot, and a multiple of
-    LANES. If there is no such number, a block has all heads.
+    It is the largest divisor of G for which the total width of these heads is a multiple of LANES and at most
+    ``MAX_BLOCK_WIDTH``, for keys and for values. If there is no such divisor, a block has all heads.
+
+    Args:
+        widths: K and V.
     """
     sizes = (n for n in range(G, 0, -1) if G % n == 0 and all(n * width % LANES == 0 for width in widths))
     return next((n for n in sizes if n * max(widths) <= MAX_BLOCK_WIDTH), G)
@@ -136,9 +139,9 @@ def _reference(static: _Static, floats: Any, layer: jax.Array) -> jax.Array:
 
 
 def _selected_entries(P: int, C: int, width: int) -> np.ndarray:
-    """Which entries of the weighted values of a block, [P, C * V], are in each row of the output, [R, P, C * V].
+    """Which entries of the weighted values [P, C * V] of a block are in each row of the output: 0 or 1, [R, P, C * V].
 
-    Row r has the values of key head c, weighted by the probabilities of query head c * R + r.
+    In the columns of key head c, row r of the output has the weighted values of query head c * R + r.
     """
     R = P // C
     row, head, entry = np.ogrid[:R, :P, :width]
@@ -202,7 +205,10 @@ def _kernel(
 
 
 def _block_slots(slots: int, bytes_of_slot: int) -> int:
-    """The number of slots of a block: all, or a multiple of LANES that fits into VMEM."""
+    """The number of slots of a block: a multiple of LANES, or all slots if the cache has fewer.
+
+    The multiple is the largest within ``MAX_BLOCK_SLOTS`` and ``MAX_BLOCK_BYTES``, but at least LANES.
+    """
     size = max(min(MAX_BLOCK_SLOTS, MAX_BLOCK_BYTES // bytes_of_slot) // LANES, 1) * LANES
     return min(size, slots)
 
@@ -213,7 +219,7 @@ def _forward(static: _Static, floats: Any, integers: Any) -> tuple[jax.Array, An
     Args:
         floats: q [B, T, N, P, C * K], k [L, B, S, G * K], v [L, B, S, G * V] and the bias [1 or B, T, 1 or N, 1 or P,
             S].
-        integers: the bound of the visible slots of each row, [B], and the index of the layer, [1].
+        integers: the argument ``end_B`` of :func:`attention`, [B], and the index of the layer, [1].
     """
     q, k, v, bias = floats
     end_B, layer = integers

@@ -6,13 +6,13 @@ relative bias shifts each row of the scores by a different amount (``jaxlm.nn.at
 
 The kernels read queries, keys and values as the projections write them: [B, T, H * K], with the heads of a token beside
 each other. With a separate axis of heads, a TPU would pad a head of width 64 to a vector of 128 entries, and XLA would
-transpose the arrays and would use half of the matrix unit in the projections. A block has the fewest heads whose
-width is a multiple of 128, or all heads (:func:`_heads_of_block`). The kernels compute these heads one after the other.
+transpose the arrays and would use half of the matrix unit in the projections. A block has a few heads whose total width
+is a multiple of 128, or all heads (:func:`_heads_of_block`). The kernels compute these heads one after the other.
 
 The backward pass recomputes the scores. A tile has whole rows, so the backward pass also computes the sums over rows,
 and reads no log-sum-exps and no row sums from HBM. With a causal mask that compares indices, and at most
-``MAX_CAUSAL_BLOCK`` queries, a block is split into several tiles, and a tile has no keys after its last query. All
-other masked scores are computed.
+``MAX_CAUSAL_BLOCK`` queries, a block is split into tiles of at most ``CAUSAL_TILE`` queries, and a tile has no keys
+after its last query. All other masked scores are computed.
 
 Shapes as in ``jaxlm.nn.attention.api``, with V width of values, R queries of a tile, X and Y the last axes of a bias's
 array.
@@ -44,8 +44,8 @@ from jaxlm.nn.linear import dot
 MAX_BLOCK = 512
 """Maximum number of queries of a block that is one tile."""
 CAUSAL_TILE = 256
-"""Maximum number of queries of a tile if a causal mask compares indices. Smaller tiles compute fewer masked scores, but
-the matrix unit is used less well."""
+"""Maximum number of queries of a tile if a block is split into causal tiles (``MAX_CAUSAL_BLOCK``). Smaller tiles
+compute fewer masked scores, but the matrix unit is used less well."""
 MAX_CAUSAL_BLOCK = 1024
 """Maximum number of queries of a block that is split into causal tiles. The code of the kernel contains each tile of
 each head of a block, so it grows with this number."""
@@ -59,7 +59,9 @@ VMEM_LIMIT_BYTES = 32 * 2**20
 
 
 def unsupported_reason(qkv: Any, mask: Mask, biases: tuple[AttentionBias, ...], dropout_key: Any) -> str | None:
-    """Why the kernel does not support the arguments, as a part of an error message; None if it supports them.
+    """Why the kernels cannot run with the arguments, the TPU and the mesh, as a part of an error message.
+
+    None if they can run.
 
     Args:
         qkv: q [B, T, H, K], k [B, S, G, K] and v [B, S, G, V]; only their shapes and dtypes are used.
@@ -69,7 +71,10 @@ def unsupported_reason(qkv: Any, mask: Mask, biases: tuple[AttentionBias, ...], 
     for bias in biases:
         if isinstance(bias.bias_fn, Dense):
             if not _takes_dense_biases(qkv):
-                return f"takes dense biases only if all keys have a query head each, and at most {MAX_BLOCK} tokens"
+                return (
+                    f"takes dense biases only with as many key heads as query heads, at most {MAX_BLOCK} queries and "
+                    f"{MAX_BLOCK} keys, and few enough heads in a block that their biases fit into VMEM"
+                )
         elif not isinstance(bias.bias_fn, KernelBiasFn):
             name = type(bias.bias_fn).__name__.strip("_")
             return f"does not support the bias {name}: TPU kernels need a KernelBiasFn (jaxlm.nn.attention.bias)"
@@ -121,10 +126,11 @@ def attention(
         """``x`` broadcast to all heads and, if necessary, to all rows of the batch.
 
         Different grid steps compute different heads, so every array is broadcast to all heads. The kernel can sum a
-        gradient only over consecutive grid steps. Between the same block of queries of two batch rows, the grid may
-        compute other blocks. So query-indexed arrays are broadcast to all rows. With grouped query heads, the grid may
-        compute several blocks of query heads before the next row. Then, for one head, the grid steps of different rows
-        of the batch are not consecutive, so all arrays are broadcast to all rows.
+        gradient only over consecutive grid steps. After a block of queries of one batch row, the grid may compute other
+        blocks before it computes the block with the same index of the next row. So query-indexed arrays are broadcast
+        to all rows. With grouped query heads, the grid may compute several blocks of query heads before the next row.
+        Then, for one head, the grid steps of different rows of the batch are not consecutive, so all arrays are
+        broadcast to all rows.
         """
         rows = B if grouped or _is_query_indexed(bias_fn, name) else x.shape[0]
         return jnp.broadcast_to(x, (rows, H, *x.shape[2:]))
@@ -139,7 +145,12 @@ def attention(
 
 
 def _takes_dense_biases(qkv: Any) -> bool:
-    """Whether a block has all queries, and its heads of a dense bias and of the gradient of this bias fit into VMEM."""
+    """Whether the kernels support dense biases.
+
+    There must be at most ``MAX_BLOCK`` queries (so a block has all of them) and at most ``MAX_BLOCK`` keys. Each query
+    head must have its own key head. For the heads of a block, the dense bias and its gradient must fit into half of
+    ``VMEM_LIMIT_BYTES``.
+    """
     (_, T, H, _), (_, S, G, _) = qkv[0].shape, qkv[1].shape
     key_heads, group = _heads_of_device_block(qkv)
     num_bytes = 16 * key_heads * group * _padded(T) * _padded(S)  # two float32 arrays with two buffers each
@@ -198,7 +209,11 @@ def _device_attention(static: _StaticArguments, qkv: Any, bias_floats: Any, inte
 
 
 def _block_size(queries: int, keys: int) -> int:
-    """The number of queries of a block: the largest multiple of LANES that divides ``queries`` and fits into VMEM."""
+    """The number of queries of a block that is one tile.
+
+    It is the largest multiple of LANES that divides ``queries`` and is within ``MAX_BLOCK`` and
+    ``MAX_BIAS_BLOCK_ENTRIES``.
+    """
     sizes = range(LANES, min(queries, MAX_BLOCK) + 1, LANES)
     return max(size for size in sizes if queries % size == 0 and size * (size + keys) <= MAX_BIAS_BLOCK_ENTRIES)
 
@@ -206,7 +221,7 @@ def _block_size(queries: int, keys: int) -> int:
 def _is_query_indexed(bias_fn: BiasFn, name: str) -> bool:
     """Whether the grid splits an array of a bias into blocks of queries: it has one row per query and is not dense.
 
-    The grid does not split a dense array, because all rows of the batch share it and each block has all queries.
+    The grid does not split a dense array, because each block then has all queries.
     """
     if isinstance(bias_fn, Dense):
         return False
@@ -217,14 +232,15 @@ def _is_query_indexed(bias_fn: BiasFn, name: str) -> bool:
 # ------------------------------------------------------------------------------------------------ the kernels
 
 
-class _Tile(NamedTuple):
-    """The queries of one head in a tile, and the keys that they may attend to.
+class _HeadTile(NamedTuple):
+    """A tile of one head: some queries of the block, and the keys with which they are multiplied.
 
     Attributes:
         head: index of the query head in the block.
-        rows: the queries in the block.
-        q, k, v: the queries, the keys and the values in their arrays of the block: (rows, lanes of the head).
-        scores: which scores of the head the tile has.
+        rows: the slice of the block's queries that the tile has.
+        q, k, v: the index of the tile's part in the block's array of queries, keys or values: (slice of the tokens,
+            slice of the head's lanes).
+        score_tile: the position and the size of the tile in the scores [T, S] of the head.
     """
 
     head: int
@@ -232,10 +248,10 @@ class _Tile(NamedTuple):
     q: tuple[slice, slice]
     k: tuple[slice, slice]
     v: tuple[slice, slice]
-    scores: VmemTile
+    score_tile: VmemTile
 
 
-def _tiles(layout: _Layout) -> Iterator[_Tile]:
+def _tiles(layout: _Layout) -> Iterator[_HeadTile]:
     """The tiles of a block: first those of all heads for the first R queries, then for the next R queries."""
     for row in range(0, layout.queries, layout.R):
         # A causal block has all queries, so the index of the first query of a tile is static.
@@ -245,7 +261,7 @@ def _tiles(layout: _Layout) -> Iterator[_Tile]:
         for head in range(layout.key_heads * layout.group):
             q = _lanes(head, layout.widths[0])
             k, v = (_lanes(head // layout.group, width) for width in layout.widths)
-            yield _Tile(head, rows, (rows, q), (columns, k), (columns, v), VmemTile(first, layout.R, 0, keys))
+            yield _HeadTile(head, rows, (rows, q), (columns, k), (columns, v), VmemTile(first, layout.R, 0, keys))
 
 
 def _lanes(head: int, width: int) -> slice:
@@ -253,7 +269,7 @@ def _lanes(head: int, width: int) -> slice:
     return slice(head * width, (head + 1) * width)
 
 
-def _bias_index(bias_fn: BiasFn, name: str, x: Any, tile: _Tile) -> tuple[Any, ...]:
+def _bias_index(bias_fn: BiasFn, name: str, x: Any, tile: _HeadTile) -> tuple[Any, ...]:
     """The index of the part of a bias's array that a tile needs (``required_slices``).
 
     The array ``x`` of a block is [heads, X, Y]. If it has the layout of the queries, it is [queries, heads * K].
@@ -263,7 +279,7 @@ def _bias_index(bias_fn: BiasFn, name: str, x: Any, tile: _Tile) -> tuple[Any, .
     """
     if isinstance(bias_fn, Dense):
         return tile.head, tile.rows, tile.k[0]
-    required = bias_fn.required_slices(tile.scores).get(name)
+    required = bias_fn.required_slices(tile.score_tile).get(name)
     if required is None:
         return (tile.head,)
     start, size, axis = required
@@ -272,7 +288,7 @@ def _bias_index(bias_fn: BiasFn, name: str, x: Any, tile: _Tile) -> tuple[Any, .
     return tile.head, slice(None), pl.ds(start if isinstance(start, int) else pl.multiple_of(start, LANES), size)
 
 
-def _load(static: _StaticArguments, tile: _Tile, refs: Any) -> tuple[Any, Any, Any]:
+def _load(static: _StaticArguments, tile: _HeadTile, refs: Any) -> tuple[Any, Any, Any]:
     """The arrays of a tile: (q, k, v); the slices of the biases' arrays; the integers of the mask and the biases."""
     (q, k, v), bias_floats, integers = refs
     bias_arrays = _map_bias_arrays(static, lambda bias_fn, name, x: x[_bias_index(bias_fn, name, x, tile)], bias_floats)
@@ -281,7 +297,7 @@ def _load(static: _StaticArguments, tile: _Tile, refs: Any) -> tuple[Any, Any, A
         return x[tile.rows] if x.shape[1] == 1 else x[:, tile.k[0]]
 
     qkv = (
-        _load_rows(q, tile.q, tile.scores.row, static.queries),
+        _load_rows(q, tile.q, tile.score_tile.row, static.queries),
         _load_rows(k, tile.k, 0, static.keys),
         _load_rows(v, tile.v, 0, static.keys),
     )
@@ -307,7 +323,7 @@ def _load_rows(x: Any, index: tuple[slice, slice], first: Any, count: int) -> ja
 def _weights(
     static: _StaticArguments, qkv: Any, bias_arrays: Any, integers: Any, tile: Tile
 ) -> tuple[jax.Array, jax.Array]:
-    """``exp(scores - maximum of the row)`` of a tile, [R, S], and the inverse of the row sums [R, 1].
+    """``exp(scores - maximum of the row)`` of a tile, [R, keys of the tile], and the inverse of the row sums, [R, 1].
 
     The inverse is 0 for a query that may not attend to any key.
     """
@@ -324,7 +340,7 @@ def _weights(
 def _forward_kernel(static: _StaticArguments, layout: _Layout, refs: Any, out: Any) -> None:
     for tile in _tiles(layout):
         qkv, bias_arrays, integers = _load(static, tile, refs)
-        weights, inv_denominator_R1 = _weights(static, qkv, bias_arrays, integers, tile.scores)
+        weights, inv_denominator_R1 = _weights(static, qkv, bias_arrays, integers, tile.score_tile)
         mixed_RV = dot(weights.astype(qkv[2].dtype), qkv[2], (1, 0))
         out[tile.rows, _lanes(tile.head, layout.widths[1])] = (mixed_RV * inv_denominator_R1).astype(out.dtype)
 
@@ -339,8 +355,8 @@ def _backward_kernel(
         sums: scratch memory for the sums of dk and dv over the queries and over the query heads of a key head, with
             keys last.
     """
-    _, row, step, block = map(pl.program_id, range(4))
-    _, _, steps, blocks = map(pl.num_programs, range(4))
+    _, row, head_block, block = map(pl.program_id, range(4))
+    _, _, num_head_blocks, blocks = map(pl.num_programs, range(4))
 
     def clear(total: Any, first: Any) -> None:
         @pl.when(first)
@@ -348,7 +364,7 @@ def _backward_kernel(
             total[...] = jnp.zeros(total.shape, total.dtype)
 
     for total in sums:
-        clear(total, (step == 0) & (block == 0))
+        clear(total, (head_block == 0) & (block == 0))
     for i, bias_fn in enumerate(static.bias_fns):
         for name, out in dbias[i].items():
             if not _is_query_indexed(bias_fn, name):
@@ -356,10 +372,10 @@ def _backward_kernel(
 
     for tile in _tiles(layout):
         (q, k, v), bias_arrays, integers = _load(static, tile, refs)
-        weights, inv_denominator_R1 = _weights(static, (q, k, v), bias_arrays, integers, tile.scores)
+        weights, inv_denominator_R1 = _weights(static, (q, k, v), bias_arrays, integers, tile.score_tile)
         index = tile.rows, _lanes(tile.head, layout.widths[1])
         probabilities = weights * inv_denominator_R1
-        dout_RV = _load_rows(dout, index, tile.scores.row, static.queries)
+        dout_RV = _load_rows(dout, index, tile.score_tile.row, static.queries)
         dprobabilities = dot(dout_RV, v, (1, 1))
         row_sum_R1 = jnp.sum(probabilities * dprobabilities, axis=1, keepdims=True)
         dscores = probabilities * (dprobabilities - row_sum_R1)
@@ -368,14 +384,14 @@ def _backward_kernel(
         for total, new, (columns, lanes) in zip(sums, dkv, (tile.k, tile.v), strict=True):
             total[lanes, columns] += new
         for i, bias_fn in enumerate(static.bias_fns):
-            gradients = tile_scores.bias_gradients(bias_fn, bias_arrays[i], integers[1][i], tile.scores, dscores)
+            gradients = tile_scores.bias_gradients(bias_fn, bias_arrays[i], integers[1][i], tile.score_tile, dscores)
             for name, new in gradients.items():
                 out = dbias[i][name]
                 index = _bias_index(bias_fn, name, out, tile)
                 total = new if _is_query_indexed(bias_fn, name) else out[index] + new
                 out[index] = total.astype(out.dtype)
 
-    @pl.when((step == steps - 1) & (block == blocks - 1))
+    @pl.when((head_block == num_head_blocks - 1) & (block == blocks - 1))
     def write_dkv() -> None:
         for out, total in zip(dqkv[1:], sums, strict=True):
             out[...] = total[...].T.astype(out.dtype)
@@ -399,8 +415,8 @@ class _Layout:
         key_heads: key heads of a block.
         group: query heads of a block for each of its key heads.
         widths: K and V.
-        inputs: block specs of q, k and v; of the biases' arrays; of the integers.
-        out: block spec of the output.
+        in_specs: block specs of q, k and v; of the biases' arrays; of the integers.
+        out_spec: block spec of the output.
     """
 
     queries: int
@@ -411,15 +427,20 @@ class _Layout:
     group: int
     widths: tuple[int, int]
     grid: tuple[int, int, int, int]
-    inputs: Any
-    out: Any
+    in_specs: Any
+    out_spec: Any
 
 
 def _heads_of_block(heads: tuple[int, int], widths: tuple[int, int]) -> tuple[int, int]:
     """The numbers of key heads of a block, and of query heads for each of its key heads.
 
-    They are the smallest numbers for which the last axes of the block's arrays are multiples of LANES. If there are no
-    such numbers, a block has all heads.
+    The number n of key heads is the smallest divisor of G for which n * K and n * V are multiples of LANES, or G if
+    there is no such divisor. If n is 1, the number of query heads is the divisor of H / G that is found in the same
+    way. Otherwise, a block has all query heads of its key heads.
+
+    Args:
+        heads: H and G.
+        widths: K and V.
     """
     H, G = heads
 
@@ -474,11 +495,11 @@ def _layout(static: _StaticArguments, floats: Any, integers: Any) -> _Layout:
     R = lazy_pallas.largest_divisor(T, LANES, CAUSAL_TILE) if is_causal else _block_size(T, S)
     queries = T if is_causal else R
     key_heads, group = _heads_of_block((H, G), (K, V))
-    steps = H // G // group  # blocks of query heads of a block of key heads
+    num_head_blocks = H // G // group  # blocks of query heads of a block of key heads
 
     def query_block(width: int) -> Any:
         size = key_heads * group * width
-        return pl.BlockSpec((None, queries, size), lambda g, b, h, t: (b, t, g * steps + h))
+        return pl.BlockSpec((None, queries, size), lambda g, b, h, t: (b, t, g * num_head_blocks + h))
 
     def key_block(width: int) -> Any:
         return pl.BlockSpec((None, S, key_heads * width), lambda g, b, h, t: (b, 0, g))
@@ -489,9 +510,11 @@ def _layout(static: _StaticArguments, floats: Any, integers: Any) -> _Layout:
             if x.ndim == 3:
                 return query_block(K)
             shape = None, heads, queries, x.shape[3]
-            return pl.BlockSpec(shape, lambda g, b, h, t: (b, g * steps + h, t, 0))
+            return pl.BlockSpec(shape, lambda g, b, h, t: (b, g * num_head_blocks + h, t, 0))
         shared = x.shape[0] == 1
-        return pl.BlockSpec((None, heads, *x.shape[2:]), lambda g, b, h, t: (0 if shared else b, g * steps + h, 0, 0))
+        return pl.BlockSpec(
+            (None, heads, *x.shape[2:]), lambda g, b, h, t: (0 if shared else b, g * num_head_blocks + h, 0, 0)
+        )
 
     def integer_block(x: jax.Array) -> Any:
         shared, column = x.shape[0] == 1, x.shape[2] == 1
@@ -500,9 +523,9 @@ def _layout(static: _StaticArguments, floats: Any, integers: Any) -> _Layout:
 
     bias_blocks = _map_bias_arrays(static, bias_block, floats[3])
     qkv_blocks = query_block(K), key_block(K), key_block(V)
-    inputs = qkv_blocks, bias_blocks, jax.tree.map(integer_block, integers)
-    grid = G // key_heads, B, steps, T // queries
-    return _Layout(queries, R, S, is_causal, key_heads, group, (K, V), grid, inputs, query_block(V))
+    in_specs = qkv_blocks, bias_blocks, jax.tree.map(integer_block, integers)
+    grid = G // key_heads, B, num_head_blocks, T // queries
+    return _Layout(queries, R, S, is_causal, key_heads, group, (K, V), grid, in_specs, query_block(V))
 
 
 def _map_bias_arrays(
@@ -535,7 +558,7 @@ def _forward(static: _StaticArguments, floats: Any, integers: Any) -> tuple[jax.
     q, k, v, bias_floats = floats
     run = _pallas_call(
         layout, functools.partial(_forward_kernel, static, layout), "attention_forward",
-        in_specs=(layout.inputs,), out_specs=layout.out,
+        in_specs=(layout.in_specs,), out_specs=layout.out_spec,
         out_shape=jax.ShapeDtypeStruct((*q.shape[:2], static.heads[0] * layout.widths[1]), v.dtype),
     )  # fmt: skip
     out = run(((q, k, v), bias_floats, integers))
@@ -551,10 +574,10 @@ def _backward(static: _StaticArguments, saved: Any, dout: jax.Array) -> tuple[An
         return jax.ShapeDtypeStruct(x.shape, x.dtype if _is_query_indexed(bias_fn, name) else jnp.float32)
 
     shared = jax.tree.map(lambda x: x.shape[0] == 1, bias_floats)
-    qkv_blocks, bias_blocks, _ = layout.inputs
+    qkv_blocks, bias_blocks, _ = layout.in_specs
     run = _pallas_call(
         layout, functools.partial(_backward_kernel, static, layout, shared), "attention_backward",
-        in_specs=(layout.inputs, layout.out), out_specs=(qkv_blocks, bias_blocks),
+        in_specs=(layout.in_specs, layout.out_spec), out_specs=(qkv_blocks, bias_blocks),
         out_shape=(
             tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in qkv),
             _map_bias_arrays(static, bias_gradient, bias_floats),

@@ -87,8 +87,8 @@ def make_context(
     before_B, document_B = (zeros_B, zeros_B) if state is None else (state["num_tokens"], state["document_start"])
     order_BT = before_B[:, None] + jnp.cumsum(keep_BT, axis=1, dtype=jnp.int32) - 1
     first_BT = jax.lax.cummax(jnp.where(start_BT, order_BT, document_B[:, None]), axis=1)
-    # The id of a document is 1 + the index of its first token among the real tokens of the row, in all calls. Segment
-    # ids cannot be used, because two documents may have the same segment id. The id of padding is 0.
+    # The id of a document is 1 + the index of its first token among the real tokens of the row in all calls together.
+    # Segment ids cannot be used, because two documents may have the same segment id. The id of padding is 0.
     document_BT = jnp.where(keep_BT, first_BT + 1, 0)
     positions_BT = jnp.where(keep_BT, order_BT - first_BT, 0)
     if state is None:

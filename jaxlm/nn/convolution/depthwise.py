@@ -60,9 +60,9 @@ def depthwise_convolution(
             of the id starts a document (``jaxlm.nn.segments.document_numbers``). Output t belongs to the document of
             step t. With ``valid`` padding, it belongs to the document of its last tap. None: each row is one document.
         implementation: ``reference`` is ``lax.conv_general_dilated``, which does not support segments. ``shifts``
-            shifts and multiplies the whole input for each tap, and sums the products in one pass, at least in float32.
-            Its custom gradient saves the input, but not the products. None chooses ``shifts`` on a CPU or with segment
-            ids, otherwise ``reference``.
+            shifts and multiplies the whole input for each tap, and sums the products in one pass, in float32 (float64
+            for a float64 input). Its custom gradient saves the input, but not the products. None chooses ``shifts`` on
+            a CPU or with segment ids, otherwise ``reference``.
 
     Raises:
         ValueError: weights that do not match the input, an unknown padding, an input that is shorter than one window,

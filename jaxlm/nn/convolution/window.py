@@ -217,18 +217,18 @@ def causal_windows(
 
 def prepend_tail(layout: TokenLayout, x_BTC: jax.Array, tail_BWC: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The tail followed by the new inputs [B, S, C], their document numbers [B, S], and the tail for the next call."""
-    reach = tail_BWC.shape[1]
+    tail_length = tail_BWC.shape[1]
     x_BSC = jnp.concatenate([tail_BWC.astype(x_BTC.dtype), x_BTC], axis=1)
-    documents_BS = layout.documents[:, layout.past_segment_ids.shape[1] - reach :]
-    return x_BSC, documents_BS, _last_real(x_BSC, layout.num_real, reach)
+    documents_BS = layout.documents[:, layout.past_segment_ids.shape[1] - tail_length :]
+    return x_BSC, documents_BS, _last_real(x_BSC, layout.num_real, tail_length)
 
 
-def _last_real(x_BS: jax.Array, count_B: jax.Array, reach: int) -> jax.Array:
-    """The last ``reach`` real entries of each row of ``x``.
+def _last_real(x_BS: jax.Array, count_B: jax.Array, length: int) -> jax.Array:
+    """The last ``length`` real entries of each row of ``x``, [B, length, ...].
 
-    A row of ``x`` begins with ``reach`` entries of earlier calls. Then come ``count`` real entries and the padding.
+    A row of ``x`` begins with ``length`` entries of earlier calls. Then come ``count`` real entries and the padding.
     """
-    return jax.vmap(lambda row, count: lax.dynamic_slice_in_dim(row, count, reach))(x_BS, count_B)
+    return jax.vmap(lambda row, count: lax.dynamic_slice_in_dim(row, count, length))(x_BS, count_B)
 
 
 # ---------------------------------------------------------------------------------------- fixed lengths

@@ -79,9 +79,8 @@ def mixture_of_experts(
 
             - ``reference``: the plain definition; every expert processes every token.
             - ``ragged_dot``: tokens sorted by expert, and ``jax.lax.ragged_dot``. JAX cannot ``vmap`` it over ``x_BTD``
-              with the same ``params`` for all entries: choose ``blocks`` or ``reference`` under such a ``vmap``. JAX
-              cannot differentiate its gradient in reverse mode: choose one of the two also for ``jax.grad`` of
-              ``jax.grad``.
+              with the same ``params`` for all entries, and cannot differentiate its gradient in reverse mode. Choose
+              ``blocks`` or ``reference`` under such a ``vmap`` and for ``jax.grad`` of ``jax.grad``.
             - ``blocks``: tokens sorted by expert, and a loop over blocks of tokens that have the same expert.
 
     Raises:

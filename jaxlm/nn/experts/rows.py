@@ -21,7 +21,7 @@ def permute_rows(x_RD: jax.Array, index_Q: jax.Array, inverse_R: jax.Array) -> j
     """``x[index]``, [Q, D], with zeros where ``index`` is out of range.
 
     Args:
-        index_Q: for each row of the result, its index in ``x``. No index in ``x`` may occur twice.
+        index_Q: for each row of the result, its index in ``x``. The indices that are in range must be distinct.
         inverse_R: for each row of ``x``, its index in the result; out of range if the result does not contain the row.
             The gradient is a gather with ``inverse_R``. Autodiff would use a scatter, which is slow.
     """

@@ -16,16 +16,16 @@ number of clusters after the first, D model width, V vocabulary):
 
 The numbers of rows n_i and V of tables and biases are rounded up to a multiple of ``Clusters.multiple``.
 
-The softmax shares a tied parameter with the input. The projection of the first cluster is never tied, as in every
-published model: the softmax uses ``head/projection``. If the other projections are not tied, they are
-``head/tails/cluster_i/projection``. If the tables are not tied, they are ``head/embedding`` and, with d > 1,
-``head/tails/cluster_i/embedding``.
+The parameters of the input are ``token_embedding``, ``token_projection`` and ``tails``. The softmax reads a tied table
+or projection from them. The projection of the first cluster is never tied, as in every published model: the softmax
+uses ``head/projection``. If the other projections are not tied, they are ``head/tails/cluster_i/projection``. If the
+tables are not tied, they are ``head/embedding`` and, with d > 1, ``head/tails/cluster_i/embedding``.
 
 The index of cluster i in the first softmax is ``cutoffs[0] + i - 1``, as in the TensorFlow code of Transformer-XL and
 in Hugging Face's files. The PyTorch code of Transformer-XL numbers the clusters from the end, so the rows of its
 ``cluster_weight`` and ``cluster_bias`` are in reverse order.
 
-Shapes: B batch, T time, D model, V vocabulary.
+Shapes: B batch, T time, D model width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -52,13 +52,13 @@ class Clusters:
         cutoffs: first id of each cluster after the first; empty: an ordinary softmax.
         width: E_0, the width of the vectors of the first cluster.
         model_width: D, the width of the hidden states.
-        divisor: the width of the vectors is divided by this number from each cluster to the next.
+        divisor: d; the vectors of cluster i have the width ``width / d^i``, rounded down.
         multiple: the number of rows of each table and bias is rounded up to a multiple of this number. The padding does
             not change the probabilities.
 
     Raises:
-        ValueError: the divisor is less than 1, the cutoffs do not ascend between 0 and ``vocab_size``, or a cluster has
-            width 0.
+        ValueError: the divisor is less than 1, the cutoffs do not ascend strictly between 0 and ``vocab_size``, or a
+            cluster has width 0.
     """
 
     vocab_size: int

@@ -115,8 +115,8 @@ def _chunked_loss(
 
     C = chunk_length(head, max_chunk_logits, params, hidden)
     chunks = tuple(split_time(x, C) for x in (hidden, targets, weights))
-    # In ``shard_map``, the first carry must vary over the same mesh axes as the later ones. ``zeros_like`` gives it the
-    # axes of the weights.
+    # In ``shard_map``, the first carry must vary over the same mesh axes as the later carries. ``zeros_like`` gives
+    # it the axes of the weights.
     return jax.lax.scan(add_chunk, jnp.zeros_like(weights, jnp.float32, ()), chunks)[0]
 
 

@@ -27,9 +27,9 @@ def selected_cross_entropy(
 
     The positions are sorted: positions with nonzero weight come first. A loop then computes the loss of one block of
     positions at a time, until it has read all positions with nonzero weight. So the number of blocks depends on the
-    weights. The function is differentiable in ``hidden`` and ``params``. The gradient of ``weights`` is always zeros.
-    ``head`` must not read other differentiated arrays (``Head``). JAX cannot differentiate this loop in reverse mode.
-    So second derivatives need forward mode over reverse mode (``jax.jvp`` of ``jax.grad``).
+    weights, and JAX cannot differentiate the loop in reverse mode. The function has a custom gradient for ``hidden``
+    and ``params``. The gradient of ``weights`` is always zeros. ``head`` must not read other differentiated arrays
+    (``Head``). Second derivatives need forward mode over reverse mode (``jax.jvp`` of ``jax.grad``).
 
     JAX cannot sort an array axis that is sharded over an Explicit mesh axis. On a mesh with Explicit axes, this
     function calls ``chunked_cross_entropy`` instead, which computes the logits of all positions.
@@ -89,8 +89,8 @@ def _fold_weighted_blocks(
         arrays = (x.reshape(shards, R // shards, *x.shape[1:]) for x in (hidden[rows], targets[rows], block_weights))
         return tuple(sharding.constrain(x, ("batch", *[None] * (x.ndim - 1))) for x in arrays)
 
-    blocks = -(-jnp.sum(is_weighted) // R)
-    return jax.lax.fori_loop(0, blocks, lambda i, carry: body(carry, i * R, block(i)), init), order
+    num_blocks = -(-jnp.sum(is_weighted) // R)
+    return jax.lax.fori_loop(0, num_blocks, lambda i, carry: body(carry, i * R, block(i)), init), order
 
 
 def _block_rows(head: Head, params: Params, hidden_BTD: jax.Array) -> int:
@@ -109,8 +109,8 @@ def _selected_forward(head: Head, params: Params, hidden: jax.Array, targets: ja
 
     N, D, R = targets.size, hidden.shape[-1], _block_rows(head, params, hidden)
     init = (
-        # In ``shard_map``, the first carry must vary over the same mesh axes as the later ones. ``zeros_like`` gives it
-        # the axes of its argument.
+        # In ``shard_map``, the first carry must vary over the same mesh axes as the later carries. ``zeros_like``
+        # gives it the axes of its argument.
         jnp.zeros_like(weights, shape=()),
         jax.tree.map(lambda leaf: jnp.zeros_like(leaf, jnp.float32), params),
         jnp.zeros_like(hidden, shape=(N + -N % R, D)),  # the last block may end after row N

@@ -7,16 +7,16 @@ a CPU. With autodiff, the loop over steps would carry the weight gradients and u
 not. With a single chunk, this is the usual implementation: one matmul for all inputs before the loop.
 
 The backward pass needs the gates of each step, and the cells of an LSTM. With ``remat``, the forward pass does not
-store the gates. The backward pass recomputes them from the hidden states before the steps. The forward pass has
-returned all hidden states, so one matmul (two with ``reset="before"``) recomputes the gates of all steps of a chunk,
-without a loop.
+store the gates. The backward pass recomputes them from the inputs and the hidden states before the steps. The forward
+pass has returned all hidden states. So one matmul with the input weights and one with the hidden weights (two with
+``reset="before"``) recompute the gates of all steps of a chunk, without a loop.
 
 One ``tanh`` computes the nonlinearities of all gates of an LSTM step, or of the gates r and z of a GRU step, with
 ``sigmoid(x) = tanh(x / 2) / 2 + 1 / 2``. If each gate had a separate nonlinearity, XLA would compute it again in every
 fusion that reads the gate.
 
 Shapes: B batch, T time, C steps of a chunk, D input width, G gates (LSTM 4, GRU 3), H hidden width (K: the same width,
-on the output axis of a weight).
+on the output axis of ``weight_hidden``).
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ from jaxlm.nn.segments import Masks, keep_state, reset_state
 
 Weights = dict[str, Any]
 """``weight_input`` [D, G, H] and ``weight_hidden`` [H, G, K] in the compute dtype; ``bias`` [G, H] and, for a GRU with
-the reset after the product, ``bias_hidden`` [H], both float32."""
+the reset after the product, ``bias_hidden`` [H], both in the dtype of the parameters."""
 State = tuple[jax.Array, ...]
 """``(hidden,)`` or ``(hidden, cell)``, [..., H] float32."""
 SavedGates = tuple[jax.Array, ...]
 """The result of ``Cell.gates``: the gates of a step and, for ``GRU_AFTER``, the product of the state with the hidden
-weights of gate n, plus its bias. The backward pass reads these arrays; with ``remat``, it recomputes them."""
+weights of gate n, plus ``bias_hidden``. The backward pass reads these arrays; with ``remat``, it recomputes them."""
 InputContribution = Callable[[int, int], jax.Array]
 """``projected(begin, end)``: the contribution of the inputs, without bias, to the gates with the indices ``begin`` to
 ``end - 1``, [..., end - begin, H]."""
@@ -125,8 +125,8 @@ def _forward(
     def step(state: State, projected: InputContribution, mask: Masks) -> tuple[State, tuple[jax.Array, ...]]:
         """The state after the step, and the arrays to store.
 
-        The output is always stored. With ``save_residuals``, the cell of an LSTM before the step is also stored, and,
-        without ``remat``, the gates.
+        The output is always stored. With ``save_residuals``, the step also stores the cell of an LSTM before the step
+        and, without ``remat``, the gates.
         """
         before = reset_state(mask, state)
         gates = cell.gates(weights, projected, before[0])
@@ -330,9 +330,9 @@ def gru_gradients(
         dhidden: the gradient of the hidden state after the step.
 
     Returns:
-        The gradient of the hidden state before the step, without its part through the hidden weights. And a tuple of
-        four gradients: of the products of the state with the hidden weights of r, z and n, and of the contribution of
-        the inputs to n.
+        First, the gradient of the hidden state before the step, without its part through the hidden weights. Second, a
+        tuple of four gradients: of the products of the state with the hidden weights of r, z and n, and of the
+        contribution of the inputs to n.
     """
     r, z, n, hidden_n = gates
     dn = dhidden * (1.0 - z) * (1.0 - n**2)

@@ -8,8 +8,8 @@ steps compute them outside the kernel.
 In the kernels, the last two axes of states and gates are the rows of the batch and the hidden width, because a TPU
 stores the last two axes in tiles (float32: 8 x 128, bfloat16: 16 x 128). Second derivatives are not supported.
 
-Shapes: B batch, T time, D input width, G gates, H hidden width (K: the same width, on the output axis of a weight), R
-rows and C steps of a block.
+Shapes: B batch, T time, D input width, G gates, H hidden width (K: the same width, on the output axis of
+``weight_hidden``), R rows and C steps of a block.
 """
 
 from __future__ import annotations
@@ -55,8 +55,9 @@ VMEM_LIMIT_BYTES = {"TPU v5": 56 * 2**20, "TPU7x": 56 * 2**20}
 DEFAULT_VMEM_LIMIT_BYTES = 100 * 2**20
 """The same limit for all other device kinds. A core of a TPU v5e or v6e has 128 MiB of VMEM."""
 NUM_STORED_ARRAYS = 4
-"""Number of arrays that a step stores for the backward pass: i, f, g, o for an LSTM, which also stores its cell, and r,
-z, n and the product with the hidden weights of n for a GRU. The backward pass of a step returns as many gradients."""
+"""Number of arrays that a step stores for the backward pass. LSTM: i, f, g and o; the cell before the step is stored
+separately. GRU: r, z, n, and the product of the state with the hidden weights of n, plus ``bias_hidden``. The backward
+pass of a step returns as many gradients."""
 
 Kind = Literal["lstm", "gru"]
 """``gru``: the reset gate is applied after the product with the hidden weights."""
@@ -359,7 +360,7 @@ def _device_call(
 
     Args:
         outputs: for each array [size, T, B, H] of the results, its size and dtype.
-        state: the first state that the kernel reads: before the first step, or the gradient after the last step.
+        state: the state before the first step; for ``backward``, the gradient of the state after the last step.
     """
     _, T, B, _ = by_time[0].shape
     H = state[0].shape[1]
@@ -420,5 +421,5 @@ def _block_rows(B: int, H: int) -> int:
 
 def _block_steps(weight: jax.Array) -> int:
     """C, the number of steps of a block."""
-    weights = weight.size * (4 if weight.dtype == jnp.float32 else 1)
-    return max(1, min(MAX_BLOCK_STEPS, MAX_UNROLLED_WEIGHTS // weights))
+    num_weights = weight.size * (4 if weight.dtype == jnp.float32 else 1)
+    return max(1, min(MAX_BLOCK_STEPS, MAX_UNROLLED_WEIGHTS // num_weights))

@@ -84,8 +84,8 @@ def scan_chunks(
 
     Args:
         run_chunk: ``run_chunk(state, *inputs of the chunk)`` returns the state after the chunk and the outputs of its
-            steps, [B, H, L, V]. :func:`split_into_chunks` defines the inputs of a chunk. Entry v of the last axis of
-            both results depends on no other entry of the last axis of the state.
+            steps, [B, H, L, V]. :func:`split_into_chunks` defines the inputs of a chunk. Of the entries on the last
+            axis of the state, only entry v may influence entry v on the last axis of the two results.
         inputs: arrays [B, T, H, X]. A step with a reset has a decay of 0.
         reset_BT: True where the state is set to zeros before the step; None: nowhere. With resets, ``run_chunk`` gets
             a state without non-finite entries (:func:`_run_with_resets`).
@@ -118,7 +118,7 @@ def _run_with_resets(
 
     ``run_chunk`` multiplies the state by a decay of 0 at a reset, and 0 * NaN is NaN. So a column of the state (an
     entry v of its last axis) with a non-finite number is replaced by zeros. The results of this column are then set to
-    NaN, except the results after a reset.
+    NaN, except the results from the first reset on.
 
     Args:
         after_reset_B1L1: True at the first reset of the chunk and at all later steps.

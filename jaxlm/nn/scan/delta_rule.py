@@ -11,7 +11,7 @@ the old value ``k_t @ S`` becomes ``(1 - beta_t) * old value + beta_t * v_t``. W
 2025).
 
 The generalized delta rule (Peng et al. 2025, RWKV-7) has one decay per channel of the keys. A step decays the state. It
-also reads a value ``a_t @ S_{t-1}`` and writes it with the key b_t, and writes the new value v_t with the key k_t:
+also reads a value ``a_t @ S_{t-1}``, writes this value with the key b_t, and writes the new value v_t with the key k_t:
 
     S_t = (diag(exp(g_t)) + b_t a_t.T) @ S_{t-1} + k_t v_t.T
 
@@ -20,7 +20,8 @@ The gated delta rule is a special case: ``a = -k``, ``b = exp(g) * beta * k``, a
 channel. The papers use the transposed state.
 
 Shapes: B batch, T time, H heads, K width of queries and keys, V width of values, C chunks, L steps of a chunk (M: the
-same steps, on the axis of the keys), P pairs of blocks of S steps (R: the same number), N kinds of scores.
+same steps, on the axis of the keys), P pairs of blocks of S steps (R: the steps of the earlier block), N kinds of
+scores.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ def gated_delta_rule(
 
     Args:
         key_BTHK: keys, usually of length 1. If ``beta * |k|**2`` exceeds 2, the state can grow exponentially.
-        log_decay_BTH: g, at most 0; -inf sets the old state to zeros if it is finite.
+        log_decay_BTH: g, at most 0; -inf sets a finite old state to zeros.
         beta_BTH: the weight of the new value, in [0, 2].
         state_BHKV: the state before the first step; None: zeros.
         reset_BT: True where the state is set to zeros before the step (``jaxlm.nn.segments.segment_boundaries``), even
@@ -82,8 +83,8 @@ def gated_delta_rule(
         keep_BT: False where the step is padding; the state does not change and the output is zeros. None: no padding.
         implementation: ``reference`` is a loop over steps. ``chunked`` is a loop over chunks; a triangular system and
             matmuls compute all steps of a chunk. Its number of steps per chunk depends on the platform;
-            ``jaxlm.nn.scan.Chunked(32)`` sets it to 32. It saves the inputs and the state before each chunk, and its
-            backward pass recomputes everything else. ``pallas`` is a TPU kernel that computes chunks
+            ``jaxlm.nn.scan.Chunked(32)`` sets it to 32. The forward pass saves the inputs and the state before each
+            chunk, and the backward pass recomputes everything else. ``pallas`` is a TPU kernel that computes chunks
             (``jaxlm.nn.scan.delta_rule_pallas``). None selects the fastest known implementation.
 
     Raises:
@@ -140,15 +141,17 @@ def generalized_delta_rule(
         low_rank: the vectors a and b, [B, T, H, K] each. A step reads the value ``a_t @ S_{t-1}`` from the state and
             adds ``b_t (a_t @ S_{t-1}).T`` to it.
         min_log_decay: a lower bound of the log decays, at most 0; None: no bound. With a bound, ``chunked`` needs fewer
-            operations, if neither the bound nor the chunk is so large that products of decays could overflow, and if
-            the values are not float16. Results may be NaN or infinite if a log decay is far below the bound.
+            operations, but only if ``-min_log_decay`` times the number of steps of a chunk is at most 60
+            (``MAX_CHUNK_DECAY``) and the values are not float16. Results may be wrong, NaN or infinite if a log decay
+            is far below the bound.
         state_BHKV, reset_BT, keep_BT, implementation: see :func:`gated_delta_rule`. ``pallas`` is not supported. On a
             CPU, if ``implementation`` is None, a call that is not differentiated runs as ``reference``, and a call that
             is differentiated runs as ``chunked`` (with fewer than 8 steps as ``reference``).
 
     Raises:
         ValueError: shapes that do not match, inputs without steps, a mask that is not boolean, a positive
-            ``min_log_decay``, ``low_rank`` that is not a pair, or an implementation that is unknown or ``pallas``.
+            ``min_log_decay``, ``low_rank`` that is not a tuple of two, or an implementation that is unknown or
+            ``pallas``.
 
     Example:
         >>> key, value = jnp.ones((1, 3, 1, 1)), jnp.array([4.0, 8.0, 8.0]).reshape(1, 3, 1, 1)
@@ -325,7 +328,7 @@ def _bounded_scores(
 
     With the sums c_t of the log decays and the middle step m, ``D(s, t) = exp(c_t - c_m) * exp(c_m - c_s)``. The first
     factor multiplies the queries and the second one the keys. A reset is a log decay of -inf. It is not added to c_t.
-    Instead, D(s, t) is set to zero if there is a reset after step s and not after step t.
+    Instead, D(s, t) is set to zero if one of the steps s + 1 to t has a reset.
     """
     product = chunks.product_in(dtype)
     L = q_BHLK.shape[2]
@@ -338,8 +341,10 @@ def _bounded_scores(
     keys = k_BHLK * earlier_BHLK, b_BHLK * earlier_BHLK
     is_same_BHLM = resets_BHL1 == resets_BHL1.mT
     pairs = [
-        jnp.tril(jnp.where(is_same_BHLM, product("BHLK,BHMK->BHLM", query.astype(dtype), key.astype(dtype)), 0.0), last)
-        for query, last in zip(queries, (0, -1), strict=True)
+        jnp.tril(
+            jnp.where(is_same_BHLM, product("BHLK,BHMK->BHLM", query.astype(dtype), key.astype(dtype)), 0.0), diagonal
+        )
+        for query, diagonal in zip(queries, (0, -1), strict=True)
         for key in keys
     ]
     prefix_BHLK = jnp.where(resets_BHL1 == 0, jnp.exp(sums_BHLK), 0.0)

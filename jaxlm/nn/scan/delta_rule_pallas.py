@@ -132,7 +132,7 @@ def _backward_kernel(blocks: Blocks, inputs: Sequence[Any], outputs: Sequence[An
     join = functools.partial(jnp.concatenate, axis=1)
     dq, dk, dv, dbetas, dlog_pairs, dlog_prefix, dlog_suffix = (join(heads) for heads in zip(*gradients, strict=True))
     dquery[...], dkey[...], dvalue[...] = (x.astype(dtype) for x in (dq, dk, dv))
-    # The prefix of step t contains the decays of the steps up to t. The suffix of step t contains those after t.
+    # The prefix of step t contains the decays of the steps up to and including t; its suffix, of the steps after t.
     at_or_after = jnp.where(is_earlier, 0.0, 1.0)  # [t, s]: 1 if s >= t
     dlog[...] = (
         dlog_pairs
@@ -149,8 +149,10 @@ def _head_gradients(
 ) -> tuple[jax.Array, ...]:  # fmt: skip
     """The gradients of a chunk for one head.
 
-    They are the gradients of query, key, value and beta, those of the log decays between two steps of the chunk, of the
-    prefix and of the suffix, and the gradient of the state before the chunk.
+    Returns:
+        The gradients of query, key, value and beta; the gradient of the log decays [L, 1] through D(s, t) and through
+        the product of all decays of the chunk; the gradients of the logarithms of ``prefix`` and of ``suffix``, [L, 1]
+        each; and the gradient of the state before the chunk.
 
     Args:
         arrays: query, key, value and the gradient of the output.

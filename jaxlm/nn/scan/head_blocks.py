@@ -52,12 +52,13 @@ def unsupported_reason(query_BTGK: jax.Array, value_BTHV: jax.Array | jax.ShapeD
         return "needs at least one row"
     (G, K), (H, V), num_shards = query_BTGK.shape[2:], value_BTHV.shape[2:], sharding.num_shards(("heads",))
     if H % num_shards or (G % num_shards and G > 1):
-        return f"needs numbers of heads and groups that are divisible by {num_shards}, not {H} and {G}"
+        return f"needs numbers of heads and (if more than 1) groups divisible by {num_shards}, not {H} and {G}"
     local_groups = G // num_shards if groups_are_sharded(G, H) else G
     if heads_per_block(local_groups, H // num_shards, K, V) is None:
         return (
-            "needs a block of J heads that fits into VMEM. J * V and J * K (K, if heads share keys) must be multiples "
-            "of 128. A block of all heads may have other widths if each head has its own key or all heads share one"
+            "needs a block of J heads that fits into VMEM. J * V must be a multiple of 128, or J must be the number of "
+            "all heads. If each head has its own key, the same holds for J * K. If heads share keys, K must be a "
+            "multiple of 128, or all heads must share one key"
         )
     return None
 
@@ -144,8 +145,10 @@ class Blocks(NamedTuple):
     def shape(self, kind: str) -> tuple[int, ...]:
         """The shape of an array of this kind.
 
-        ``keys``: also queries. ``columns`` and ``rows``: the scalars of each step. ``per head``: gradients of these
-        scalars. ``dkeys``: gradients of keys that heads share.
+        ``keys``: queries or keys. ``columns`` and ``rows``: the scalars of each step. ``per head``: the gradient of one
+        scalar per step and head. ``dkeys``: gradients of queries or keys that heads share. ``state``: the state before
+        the first step or after the last one. ``states``: the states before the chunks. ``one state``: the output that
+        replaces ``states`` if they are not saved. Other gradients have the kind of their array.
         """
         B, T, N, J = self.B, self.T, self.grid[1], self.J
         state = self.H, self.K, self.V
@@ -288,7 +291,7 @@ def chunk_decays(columns: Any, rows: Any, J: int) -> Decays:
 
 
 def split_non_finite(state: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The state [K, V] with zeros in each column that has a non-finite entry, and the row [1, V]: NaN there, else 0.
+    """The state [K, V] with zeros in each column that has a non-finite entry, and a row [1, V]: NaN there, else 0.
 
     A kernel multiplies the state by a decay of 0 at a reset, and 0 * NaN is NaN. So it multiplies the state without
     non-finite entries, and adds the row to the results of the steps before the reset.

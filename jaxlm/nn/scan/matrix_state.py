@@ -69,8 +69,8 @@ def linear_attention(
     Args:
         query_BTGK, key_BTGK: with one decay per channel, G must be H. With one decay per head, G may be a divisor of H.
             Each query and key then belongs to H / G consecutive heads. The scores of a group are computed only once.
-        log_decay: [B, T, H] (one per head) or [B, T, H, K] (one per channel of the keys). At most 0; -inf sets the old
-            state to zeros if it is finite.
+        log_decay: [B, T, H] (one per head) or [B, T, H, K] (one per channel of the keys). At most 0; -inf sets
+            the old state of the head (or of the channel) to zeros if this state is finite.
         state_BHKV: the state before the first step; None: zeros.
         scale_BTH: the factor ``scale_t`` of each step and head; None: 1.
         reset_BT: True where the state is set to zeros before the step (``jaxlm.nn.segments.segment_boundaries``). The

@@ -78,8 +78,9 @@ def mlstm(
     """The output h_t of each step (equations: see the module), and the last state (:func:`mlstm_state_specs`).
 
     The output is [B, T, H, V] in the dtype of the values; the state is float32. The function does not scale queries or
-    keys; the paper divides keys by sqrt(K). In ``chunked`` and ``pallas``, the inputs of matmuls, ``q_t @ C_t`` and
-    ``q_t @ n_t`` have the dtype of the values (float32 for float16 values). Everything else is float32.
+    keys; the paper divides keys by sqrt(K). In ``chunked`` and ``pallas``, the inputs of matmuls and the results
+    ``q_t @ C_t`` and ``q_t @ n_t`` have the dtype of the values (float32 for float16 values). Everything else is
+    float32.
 
     Args:
         log_input_BTH: the logarithm of the input gate. The gate is exponential, so this is its pre-activation.

@@ -87,6 +87,8 @@ class _Blocks(NamedTuple):
     Attributes:
         tile_rows: number of rows of a tile.
         num_padding: number of steps of padding, so that blocks have whole tiles.
+        C, W: number of steps and of channels of a block.
+        grid: number of rows of the batch, of blocks of channels and of blocks of steps.
         from_last: whether the grid goes from the last block of steps to the first.
     """
 
@@ -102,17 +104,17 @@ class _Blocks(NamedTuple):
         return self.grid[2] - 1 - t if self.from_last else t
 
     @property
-    def steps(self) -> Any:
+    def steps_spec(self) -> Any:
         """The block spec of an array [B, T, D]."""
         return pl.BlockSpec((None, self.C, self.W), lambda b, d, t: (b, self._index(t), d))
 
     @property
-    def state(self) -> Any:
+    def state_spec(self) -> Any:
         """The block spec of an array [B, 1, D]."""
         return pl.BlockSpec((None, 1, self.W), lambda b, d, t: (b, 0, d))
 
     @property
-    def one_row(self) -> Any:
+    def row_spec(self) -> Any:
         """The block spec of an array [B, N, 1, D]."""
         return pl.BlockSpec((None, None, 1, self.W), lambda b, d, t: (b, self._index(t), 0, d))
 
@@ -140,8 +142,8 @@ def _scan(
     padding = ((0, 0), (blocks.num_padding, 0) if reverse else (0, blocks.num_padding), (0, 0))
     decay_BTD, input_BTD = jnp.pad(decay_BTD, padding, constant_values=1), jnp.pad(input_BTD, padding)
     hidden_BTD, last_B1D = _call(
-        _forward_kernel, "linear_scan", blocks, in_specs=[blocks.steps, blocks.steps, blocks.state],
-        out_specs=(blocks.steps, blocks.state),
+        _forward_kernel, "linear_scan", blocks, in_specs=[blocks.steps_spec, blocks.steps_spec, blocks.state_spec],
+        out_specs=(blocks.steps_spec, blocks.state_spec),
         out_shape=(
             jax.ShapeDtypeStruct(input_BTD.shape, input_BTD.dtype),
             jax.ShapeDtypeStruct(state_BD[:, None].shape, jnp.float32),
@@ -175,8 +177,8 @@ def _backward(
         before_BND = jnp.concatenate([first_B1D, hidden_BTD[:, C - 1 : -1 : C]], axis=1)
     ddecay_BTD, dinput_BTD, dstate_B1D = _call(
         _backward_kernel, "linear_scan_backward", blocks,
-        in_specs=[blocks.steps, blocks.steps, blocks.one_row, blocks.steps, blocks.state],
-        out_specs=(blocks.steps, blocks.steps, blocks.state),
+        in_specs=[blocks.steps_spec, blocks.steps_spec, blocks.row_spec, blocks.steps_spec, blocks.state_spec],
+        out_specs=(blocks.steps_spec, blocks.steps_spec, blocks.state_spec),
         out_shape=(
             jax.ShapeDtypeStruct(decay_BTD.shape, decay_BTD.dtype),
             jax.ShapeDtypeStruct(dhidden_BTD.shape, dhidden_BTD.dtype),

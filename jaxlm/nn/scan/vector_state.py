@@ -3,8 +3,8 @@
 RG-LRU (De et al. 2024, eq. 4), minGRU (Feng et al. 2024), QRNN (Bradbury et al. 2017) and SRU (Lei et al. 2018) use
 this recurrence. They differ in how they compute the decay and the input.
 
-For each state, the recurrence has two floating-point operations and three memory accesses, so memory bandwidth limits
-its speed. There are four implementations:
+For each channel of a step, the recurrence has two floating-point operations and three memory accesses, so memory
+bandwidth limits its speed. There are four implementations:
 
 - ``reference`` is a ``lax.scan`` with the gradient of autodiff.
 - ``sequential`` loops over time and overwrites the input with the state in the same buffer. It allocates no new memory
@@ -61,9 +61,10 @@ def linear_scan(
             decays with each other, so decays above 1 may overflow there.
         state_BD: the state before the first step; None: zeros.
         reset_BT: True where the state is set to zeros before the step (``jaxlm.nn.segments.segment_boundaries``). The
-            state before the step may be NaN. ``pallas`` differs for steps in the same tile of 8 or 16 steps: a
-            non-finite input before a reset can make the results after the reset NaN, and without a reset, a state of
-            NaN has no effect if the product of the decays is 0. None: no resets.
+            state before the step may be NaN. ``pallas`` differs within a tile of 8 or 16 steps: a non-finite input
+            before a reset can make the results after the reset NaN. A NaN state before the tile has no effect on a
+            step if the product of the decays from the start of the tile to this step is 0, even without a reset. None:
+            no resets.
         keep_BT: False where the step is padding; the output is then the unchanged state. None: no padding.
         reverse: whether the recurrence goes from the last step to the first. Output t still belongs to input t, and the
             returned last state is the state at step 0.

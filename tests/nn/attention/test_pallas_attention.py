@@ -247,7 +247,7 @@ def test_unsupported_arguments_give_the_reason():
     with pytest.raises(ValueError, match="'pallas' has no dropout"):
         attend(dropout=0.1, key=jax.random.key(0))
     long = jnp.zeros((B, 520, H, K))
-    with pytest.raises(ValueError, match="'pallas' takes dense biases only if .* and at most 512 tokens"):
+    with pytest.raises(ValueError, match="'pallas' takes dense biases only with .* at most 512 queries"):
         attention(long, long, long, bias=jnp.zeros((1, 1, 520, 520)), implementation="pallas")
     with pytest.raises(ValueError, match="does not support the bias ByPositions: TPU kernels need a KernelBiasFn"):
         attend(bias=distance_bias_at_positions(jnp.zeros((9, H)), 4, positions, positions))
