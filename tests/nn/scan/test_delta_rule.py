@@ -123,7 +123,7 @@ def test_an_accelerator_has_large_chunks_only_with_a_sufficient_bound(monkeypatc
 
 def test_a_positive_bound_of_the_log_decays_is_an_error():
     with pytest.raises(ValueError, match=r"min_log_decay=0.5 must be at most 0"):
-        generalized_delta_rule(*arrays("generalized"), min_log_decay=0.5)
+        generalized(*arrays("generalized"), min_log_decay=0.5)
 
 
 def test_the_inverse_of_a_matrix_with_one_row_has_its_shape(monkeypatch):
