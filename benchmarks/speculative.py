@@ -27,10 +27,13 @@ from benchmarks import harness
 
 PLAIN = "plain"
 """Name of decoding without a draft model, with ``generate``."""
-TRAINED = {"target": ("num_layers=6 num_heads=6 embed_dim=384", 500, 1e-3), "draft": ("num_layers=2", 1000, 3e-3)}
-"""By option: fields of the model that is trained without this option, training steps, and learning rate."""
-QUICK = ("num_layers=1 num_heads=2 embed_dim=16", 2, 3e-3)
-"""The same for both models with ``--quick``."""
+TRAINING_SETTINGS = {
+    "target": ("num_layers=6 num_heads=6 embed_dim=384", 500, 1e-3), "draft": ("num_layers=2", 1000, 3e-3),
+}  # fmt: skip
+"""For the target model and the draft model: config fields, number of training steps, and learning rate. A model is
+trained with them if the option with its name (``--target``, ``--draft``) is missing."""
+QUICK_TRAINING_SETTINGS = ("num_layers=1 num_heads=2 embed_dim=16", 2, 3e-3)
+"""Config fields, number of training steps and learning rate of each of the two models with ``--quick``."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +99,9 @@ def run(options: Speculative) -> None:
 
 
 def _train(name: str, directory: Path, options: Speculative) -> Path:
-    """Train a model of :data:`TRAINED` (with ``--quick``: of :data:`QUICK`), and return its run directory.
+    """Train a model with its :data:`TRAINING_SETTINGS`, and return its run directory.
+
+    With ``--quick``, the settings are :data:`QUICK_TRAINING_SETTINGS`.
 
     Args:
         directory: the parent directory of the run directory.
@@ -104,7 +109,7 @@ def _train(name: str, directory: Path, options: Speculative) -> Path:
     Raises:
         Failure: the training failed.
     """
-    fields, steps, learning_rate = QUICK if options.quick else TRAINED[name]
+    fields, steps, learning_rate = QUICK_TRAINING_SETTINGS if options.quick else TRAINING_SETTINGS[name]
     # The number of positions of the model. The last proposals can be after the last new token.
     length = len(options.prompt) + options.tokens + max(harness.parse_numbers("num-proposed", options.num_proposed))
     arguments: dict[str, Any] = {
@@ -165,12 +170,12 @@ def _record(
 ) -> dict[str, Any]:
     """The result of one function as a dict: one line of the table, and the times of all measured calls.
 
-    ``ratio`` is the speed / the speed of plain decoding, whose median time is ``plain_median``. ``accepted`` is the
-    fraction of the proposed tokens that became part of the text. ``tokens_per_round`` is the number of new tokens per
-    row and call of the target model. The call for the prompt and the token that it generates do not count. ``equal`` is
-    the fraction of tokens that are equal to those of plain decoding. With greedy decoding, it is below 1 only if
-    rounding errors change which logit is the largest. For plain decoding, ``accepted`` is None, and the last two values
-    are 1.
+    ``ratio`` is the speed / the speed of plain decoding: the median over the rounds of the time of plain decoding / the
+    time of this function. ``plain_median`` is the median time of plain decoding. ``accepted`` is the fraction of the
+    proposed tokens that became part of the text. ``tokens_per_round`` is the number of new tokens per row and call of
+    the target model. The call for the prompt and the token that it generates do not count. ``equal`` is the fraction of
+    tokens that are equal to those of plain decoding. With greedy decoding, it is below 1 only if rounding errors change
+    which logit is the largest. For plain decoding, ``accepted`` is None, and the last two values are 1.
 
     Args:
         name: a key of ``seconds`` and ``results``.

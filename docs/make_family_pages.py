@@ -99,8 +99,8 @@ def files_part(name: str) -> str:
         return "The family has no published format. Its files have jaxlm's own names of tensors and config fields.\n"
     rows = [(f"`{kind}`", ", ".join(f"`{architecture}`" for architecture in found)) for kind, found in classes.items()]
     note = (
-        "\nIf no class can represent a model, for example because it has no field for a setting, the files have "
-        "jaxlm's own names\nof tensors and config fields.\n"
+        "\nIf no class can represent a model, for example because no class has a config field for one of its settings, "
+        "the files\nhave jaxlm's own names of tensors and config fields.\n"
     )
     return table(("`model_type`", "classes"), rows) + note
 

@@ -82,10 +82,10 @@ def _hash_sums(array: jax.Array) -> tuple[jax.Array, jax.Array]:
         position += jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis) * jnp.uint32(stride % 2**32)
         stride *= words.shape[axis]
 
-    def hash_sum(first: int, second: int) -> jax.Array:
-        mixed = words ^ (position * jnp.uint32(first) + jnp.uint32(second))
-        mixed = (mixed ^ (mixed >> 16)) * jnp.uint32(second)
-        mixed = (mixed ^ (mixed >> 13)) * jnp.uint32(first)
+    def hash_sum(multiplier_1: int, multiplier_2: int) -> jax.Array:
+        mixed = words ^ (position * jnp.uint32(multiplier_1) + jnp.uint32(multiplier_2))
+        mixed = (mixed ^ (mixed >> 16)) * jnp.uint32(multiplier_2)
+        mixed = (mixed ^ (mixed >> 13)) * jnp.uint32(multiplier_1)
         return jnp.sum(mixed ^ (mixed >> 16), dtype=jnp.uint32)
 
     return hash_sum(*_MULTIPLIERS[0]), hash_sum(*_MULTIPLIERS[1])
@@ -115,7 +115,7 @@ class _ShapeDtype:
 
 
 def _flatten(tree: spec.Tree) -> dict[str, Any]:
-    """The result of ``spec.flatten``, after a check: all leaves are arrays, and their path names differ."""
+    """The result of ``spec.flatten``, after a check: leaves have a shape and a dtype, and their path names differ."""
     flat = spec.flatten(tree)
     if len(flat) != len(jax.tree.leaves(tree)):
         raise ValueError("two leaves of the tree have the same path name: use keys without '/'")
@@ -507,9 +507,9 @@ class Checkpointer:
     def roll_back(self, target: spec.Tree) -> tuple[spec.Tree, dict[str, Any]]:
         """``(tree, meta)`` of the newest step that has an intact record and is not ``extra``. Newer steps are deleted.
 
-        The result and the remaining scheduled steps do not depend on whether extra steps were saved. A newer step with
-        a damaged record is not deleted. It is renamed to ``<step>.corrupt-<time>`` with a warning, so that
-        :meth:`restore` does not try to read it.
+        The result does not depend on whether extra steps were saved. The remaining scheduled steps do not either,
+        unless an extra step has had the lowest metric. A newer step with a damaged record is not deleted. It is renamed
+        to ``<step>.corrupt-<time>`` with a warning, so that :meth:`restore` does not try to read it.
 
         Raises:
             FileNotFoundError: no step has an intact record and is not ``extra``.
@@ -594,7 +594,8 @@ def _in_saved_layout(target: spec.Tree, saved: Collection[str]) -> tuple[spec.Tr
 
 
 def _check_layer_axes(stacked: spec.Tree, *, scan_layers: bool) -> None:
-    """Raise ``ValueError`` if an array of the optimizer for stacked layers does not begin with the axis ``layers``.
+    """Raise ``ValueError`` if the optimizer state has an array for the parameters of stacked layers whose first axis is
+    not the axis ``layers``.
 
     Such arrays have no axes (NovoGrad: one number per weight), or more axes than their parameter (L-BFGS: the last
     gradients of each weight). All other arrays, such as the moments of Adam, are assumed to begin with this axis.
@@ -623,7 +624,8 @@ def _without_layer_numbers(names: Iterable[str]) -> set[str]:
 def _keep_log_record(record: logging.LogRecord) -> bool:
     """Whether to keep a log record.
 
-    Errors with a traceback from orbax's threads or tasks are not logged, because the caller gets these errors too.
+    Errors with a traceback from orbax's threads or tasks are not logged, because orbax raises the first of these errors
+    in the caller. The caller does not get the errors of other damaged arrays.
     """
     if not record.exc_info or record.levelno < logging.ERROR:
         return True

@@ -55,8 +55,8 @@ def _field_types(kind: Any) -> Mapping[str, Any]:
 def to_json(config: Any) -> dict[str, Any]:
     """A config as a dict of JSON values.
 
-    Nested configs become dicts, tuples become lists, NumPy scalars become numbers, and all other values that are not
-    JSON values, such as paths, become strings.
+    Nested configs become dicts, tuples become lists, NumPy scalars become numbers or booleans, and all other values
+    that are not JSON values, such as paths, become strings.
     """
     return json.loads(json.dumps(dataclasses.asdict(config), default=_to_json_value))
 
@@ -228,16 +228,16 @@ def check_int32(values: np.ndarray, what: str) -> None:
             raise ValueError(f"{what} has values outside int32: from {lowest} to {highest}")
 
 
-def numbers_of(config: Any, where: str = "") -> Iterator[tuple[str, int | float]]:
+def numbers_of(config: Any, prefix: str = "") -> Iterator[tuple[str, int | float]]:
     """Yield the dotted name and the value of every number in a config and its nested configs, as a Python number.
 
     An entry of a tuple has a name such as ``pools[1]``. Booleans are left out.
 
     Args:
-        where: prefix of the names.
+        prefix: the text before each name.
     """
     for field in dataclasses.fields(config):
-        yield from _numbers_in(getattr(config, field.name), f"{where}{field.name}")
+        yield from _numbers_in(getattr(config, field.name), f"{prefix}{field.name}")
 
 
 def _numbers_in(value: Any, name: str) -> Iterator[tuple[str, int | float]]:

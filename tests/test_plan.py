@@ -307,7 +307,7 @@ def test_equal_kernels_share_the_schedule_of_the_first(tmp_path, monkeypatch):
     kernel, other = (("kernel", ((rows, 512, 128), (8, 128))) for rows in (8, 9))
     calls = {kernel: {flops.KernelCall(10, 0)}, other: {flops.KernelCall(20, 0)}}
     estimates = planning._kernels(hlo.costs(hlo.parse(text)), calls, 0, None)
-    assert [(kernel.name, kernel.grid, kernel.cycles) for kernel in estimates] == [
+    assert [(kernel.name, kernel.grid_steps, kernel.cycles) for kernel in estimates] == [
         ("kernel.1", 10, 63),
         ("kernel.2", 10, 63),
         ("kernel.3", 20, None),

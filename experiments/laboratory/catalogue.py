@@ -158,8 +158,8 @@ _FORMAL_LANGUAGES = Experiment(
     claims=(
         Claim("LSTMs solve regular languages", _DELETANG, ("lstm",), "lengths 41 to 100", minimum=0.9, cases=_REGULAR),
         Claim(
-            "Transformers do not generalize on parity and cycle navigation", _DELETANG, ("gpt", "llama"),
-            "lengths 41 to 100", maximum=0.8, cases=("parity", "cycle_navigation"),
+            "Transformers do not generalize on parity and cycle navigation", "Delétang et al. 2023, results",
+            ("gpt", "llama"), "lengths 41 to 100", maximum=0.8, cases=("parity", "cycle_navigation"),
         ),
     ),
     chance={name: 1 / language.num_answers for name, language in synthetic.FORMAL_LANGUAGES.items()},

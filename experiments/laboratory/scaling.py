@@ -61,7 +61,9 @@ class PowerLaw:
 
 
 def runs_by_model(groups: Iterable[Sequence[Result]]) -> dict[str, list[Result]]:
-    """The runs with a measured validation loss, by model. Models with such runs of only one width are left out.
+    """The runs with a measured validation loss, by model.
+
+    A model is left out if all its runs with a measured validation loss have the same width.
 
     Args:
         groups: the runs of each case, model and width.

@@ -58,7 +58,7 @@ class Plan:
         from jaxlm.plan.topology import LOCAL_TOPOLOGY
 
         if self.topology != LOCAL_TOPOLOGY:
-            plan.prepare()
+            plan.prepare_environment()
         console = Console(soft_wrap=False)
         if self.decode and self.grad_accum_steps != 1:
             raise ValueError(f"--grad-accum-steps {self.grad_accum_steps} has no effect with --decode: remove it")

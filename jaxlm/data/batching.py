@@ -99,9 +99,9 @@ def _mix(x: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
-def shuffled_indices(index: int, rows: Sequence[int], batch_size: int, count: int, seed: int) -> np.ndarray:
-    """The item index of each given row of step ``index``. Each epoch is another permutation of ``range(count)``."""
-    position = index * batch_size + np.asarray(rows, np.int64)
+def shuffled_indices(step: int, rows: Sequence[int], batch_size: int, count: int, seed: int) -> np.ndarray:
+    """The item index of each given row of a step. Each epoch is another permutation of ``range(count)``."""
+    position = step * batch_size + np.asarray(rows, np.int64)
     items = np.empty_like(position)
     for epoch in np.unique(position // count):
         in_epoch = position // count == epoch

@@ -34,7 +34,8 @@ the first of these tokens that is in the vocabulary is used."""
 _ADD_BOS_TOKEN = {
     "LlamaTokenizer": True, "CodeLlamaTokenizer": True, "GemmaTokenizer": True, "GPTNeoXTokenizer": False,
 }  # fmt: skip
-"""Class -> default of ``add_bos_token``, for the classes that make the template from the tokens of bos and eos."""
+"""Class -> default of ``add_bos_token``. For these classes, transformers replaces the post-processor by a template that
+adds the bos and eos tokens."""
 _BERT_CLASSES = (
     "BertTokenizer", "ConvBertTokenizer", "DistilBertTokenizer", "ElectraTokenizer", "FunnelTokenizer",
     "LayoutLMTokenizer", "LxmertTokenizer", "MobileBertTokenizer", "SqueezeBertTokenizer",
@@ -42,7 +43,7 @@ _BERT_CLASSES = (
 _ROBERTA_CLASSES = (
     "RobertaTokenizer", "BartTokenizer", "BlenderbotTokenizer", "LEDTokenizer", "LongformerTokenizer", "MvpTokenizer",
 )  # fmt: skip
-_CONVERTED_CLASSES = ("LlamaTokenizer", "T5Tokenizer")
+_CLASSES_THAT_CONVERT_SENTENCEPIECE = ("LlamaTokenizer", "T5Tokenizer")
 """Classes that do not read ``tokenizer.json`` if ``add_prefix_space`` is set: they convert the SentencePiece model."""
 _CLASS_OF_MODEL = {
     "bert": "BertTokenizer", "gemma3_text": "GemmaTokenizer", "llama": "LlamaTokenizer",
@@ -124,13 +125,15 @@ def read_backend(directory: Path) -> Any:
 def _require_gpt2(directory: Path, vocabulary: Mapping[str, Any]) -> None:
     """Raise ``ValueError`` unless ``vocab.json`` and ``merges.txt`` describe the whole tokenizer, as they do for GPT-2.
 
-    Tokenizers of other classes have a template, other special tokens, or another rule that splits a text into words.
+    Tokenizers of other classes have a post-processor template, other special tokens, or another rule that splits a text
+    into words.
     """
     settings, config = (read_if_exists(directory / name) for name in ("tokenizer_config.json", "config.json"))
     name = settings.get("tokenizer_class") or config.get("tokenizer_class")
-    model_type = config.get("model_type") or "gpt2"  # "jaxlm-..." is a model without a published tokenizer
+    model_type = config.get("model_type") or "gpt2"
     if name not in (None, *_GPT2_CLASSES):
         reason = f"tokenizer_class={name!r}"
+    # A model_type "jaxlm-..." names no published tokenizer class, so it does not rule out GPT-2's tokenizer.
     elif name is None and model_type != "gpt2" and not str(model_type).startswith("jaxlm-"):
         reason = f"model_type={model_type!r}"
     elif setting := next((name for name in ("add_prefix_space", "add_bos_token") if settings.get(name)), None):
@@ -156,8 +159,8 @@ class _AddedToken(NamedTuple):
     Attributes:
         file: the name of the file.
         options: the options of ``tokenizers.AddedToken``.
-        may_be_new: whether the token gets a new id if it is not in the vocabulary. False: it is only the token of a
-            role.
+        may_be_new: whether the token gets a new id if it is not in the vocabulary. False: the files declare the token
+            only as the token of a role, such as ``eos_token``. Such a token is used only if it is in the vocabulary.
     """
 
     file: str
@@ -166,7 +169,9 @@ class _AddedToken(NamedTuple):
 
 
 def _added_tokens(directory: Path, in_backend: Iterable[Any]) -> dict[str, _AddedToken]:
-    """Token -> its declaration, for the tokens that are not split, in the order in which transformers adds them.
+    """Token -> its declaration, for the added tokens. ``encode`` does not split added tokens.
+
+    The order is that in which transformers adds them.
 
     Args:
         in_backend: the added tokens of the backend. Only ``added_tokens_decoder`` overrides their options. But tokens
@@ -189,7 +194,8 @@ def _added_tokens(directory: Path, in_backend: Iterable[Any]) -> dict[str, _Adde
         pairs = ((number, token) for token, number in read_if_exists(directory / file).items())
         declared += [(file, token, True) for token in _tokens_by_id(pairs, directory / file).values()]
     found: dict[str, _AddedToken] = {}
-    # A token has each option from its first declaration with this option. But tokens in special_texts are special.
+    # For each option of a token, the first declaration that sets this option decides. But tokens in special_texts are
+    # always special.
     for name, token, may_be_new in [*declared, *special]:
         text = _token_text(directory / name, token)
         options = {o: token[o] for o in _ADDED_TOKEN_OPTIONS if o in token} if isinstance(token, dict) else {}
@@ -205,7 +211,7 @@ def _token_fields(directory: Path) -> dict[str, tuple[str, Any]]:
     """Field -> (name of its file, value), for the fields of the files that declare special tokens.
 
     As in transformers, ``special_tokens_map.json`` overrides ``tokenizer_config.json``, and is not read if the latter
-    has ``added_tokens_decoder``.
+    has ``added_tokens_decoder``. The lists ``additional_special_tokens`` of the two files are concatenated.
 
     Raises:
         ValueError: a field that declares tokens has a wrong type.
@@ -219,7 +225,7 @@ def _token_fields(directory: Path) -> dict[str, tuple[str, Any]]:
         for key in (f"{role}_token" for role in ROLES):
             if content.get(key) is not None:
                 _token_text(directory / name, content[key], f"{key}=")
-        if isinstance(content.get("additional_special_tokens"), list):  # the lists of the two files are concatenated
+        if isinstance(content.get("additional_special_tokens"), list):
             _, earlier = fields.get("additional_special_tokens", ("", None))
             content["additional_special_tokens"] = [*(earlier or []), *content["additional_special_tokens"]]
         fields |= {key: (name, value) for key, value in content.items()}
@@ -272,7 +278,9 @@ def apply_settings(
         tokens: role -> special token, as the files declare it.
 
     Raises:
-        ValueError: as :meth:`PretrainedTokenizer.from_directory`, for settings.
+        ValueError: a setting is neither a boolean nor null; or ``add_prefix_space`` contradicts ``tokenizer.json``. For
+            the classes in ``_ADD_BOS_TOKEN``: a special token is not in the vocabulary; or the bos or eos token is to
+            be added to each text, but there is no such token.
     """
     for name in _SETTINGS:
         if not isinstance(settings.get(name), bool | None):
@@ -280,7 +288,7 @@ def apply_settings(
     model_class = _CLASS_OF_MODEL.get(str(config.get("model_type")), "")
     name = str(settings.get("tokenizer_class") or config.get("tokenizer_class") or model_class).removesuffix("Fast")
     add_space = settings.get("add_prefix_space")
-    if name in _CONVERTED_CLASSES:
+    if name in _CLASSES_THAT_CONVERT_SENTENCEPIECE:
         if add_space is not None and add_space != _adds_space(backend):
             raise ValueError(
                 f"tokenizer_config.json: add_prefix_space={add_space}, but tokenizer.json "
@@ -308,7 +316,10 @@ def apply_settings(
 
 
 def _set_template(backend: Any, tokens: Mapping[str, str | None], roles: Sequence[str]) -> None:
-    """Set the template that adds the tokens of the roles "bos" and "eos", or of one or none of them, to each text."""
+    """Set the post-processor template that adds the tokens of ``roles`` to each text.
+
+    ``roles`` contains "bos", "eos", both, or neither.
+    """
     import tokenizers
 
     special_tokens = find_special_tokens(backend, tokens)
@@ -319,7 +330,9 @@ def _set_template(backend: Any, tokens: Mapping[str, str | None], roles: Sequenc
                 f"set {role}_token, or add_{role}_token to false"
             )
     bos, eos = ([special_tokens[role]] if role in roles else [] for role in ("bos", "eos"))
-    single, second = ([f"{piece}:{kind}" for piece in [*bos, text, *eos]] for kind, text in enumerate(("$A", "$B")))
+    single, second = (
+        [f"{piece}:{type_id}" for piece in [*bos, text, *eos]] for type_id, text in enumerate(("$A", "$B"))
+    )
     backend.post_processor = tokenizers.processors.TemplateProcessing(
         single=single,
         pair=[*single, *second],
@@ -330,14 +343,15 @@ def _set_template(backend: Any, tokens: Mapping[str, str | None], roles: Sequenc
 def settings_to_save(backend: Any, settings: Mapping[str, Any]) -> dict[str, bool]:
     """``split_special_tokens`` and ``add_prefix_space`` of the backend, if they differ from ``tokenizer_config.json``.
 
-    ``add_prefix_space`` is left out for the classes in ``_CONVERTED_CLASSES``.
+    ``add_prefix_space`` is left out for the classes in ``_CLASSES_THAT_CONVERT_SENTENCEPIECE``.
 
     Args:
         settings: the content of ``tokenizer_config.json``. A missing setting counts as false.
     """
     stored = {"split_special_tokens": backend.encode_special_tokens}
     add_space = component_state(backend.pre_tokenizer).get("add_prefix_space")
-    if add_space is not None and str(settings["tokenizer_class"]).removesuffix("Fast") not in _CONVERTED_CLASSES:
+    name = str(settings["tokenizer_class"]).removesuffix("Fast")
+    if add_space is not None and name not in _CLASSES_THAT_CONVERT_SENTENCEPIECE:
         stored["add_prefix_space"] = add_space
     return {name: value for name, value in stored.items() if value != bool(settings.get(name))}
 

@@ -34,14 +34,16 @@ def check_ids_1d(ids: np.ndarray, min_length: int = 1, name: str = "tokens") -> 
         raise ValueError(f"{name}: {count}, at least {min_length} needed; {fix}")
 
 
-def check_tokens(ids: np.ndarray, vocab_size: int, min_length: int = 1, name: str = "tokens", first: int = 0) -> None:
+def check_tokens(
+    ids: np.ndarray, vocab_size: int, min_length: int = 1, name: str = "tokens", first_position: int = 0
+) -> None:
     """Raise ``ValueError`` if ``ids`` fails :func:`check_ids_1d`, or if an id is not in [0, ``vocab_size``).
 
     The function reads all ids, one chunk at a time.
 
     Args:
         name: the name of the ids in messages, for example the name of a file.
-        first: the position of ``ids[0]`` in the data set. The message adds it to the index of the id.
+        first_position: the position of ``ids[0]`` in the data set. The message adds it to the index of the id.
     """
     check_ids_1d(ids, min_length, name)
     for start in range(0, len(ids), _CHUNK):
@@ -49,7 +51,7 @@ def check_tokens(ids: np.ndarray, vocab_size: int, min_length: int = 1, name: st
         if chunk.min() < 0 or chunk.max() >= vocab_size:
             index = int(np.flatnonzero((chunk < 0) | (chunk >= vocab_size))[0])
             raise ValueError(
-                f"{name}: id {chunk[index]} at position {first + start + index} is outside the vocabulary of "
+                f"{name}: id {chunk[index]} at position {first_position + start + index} is outside the vocabulary of "
                 f"{vocab_size} ids; use ids of the model's tokenizer, or a larger vocabulary"
             )
 
@@ -85,7 +87,7 @@ def write_tokens(path: str | Path, ids: np.ndarray | Iterable[np.ndarray], vocab
                     raise ValueError(
                         f"ids for {path} must be an array or an iterable of arrays, got {type(chunk).__name__}"
                     )
-                check_tokens(chunk, vocab_size, min_length=0, name=f"ids for {path}", first=total)
+                check_tokens(chunk, vocab_size, min_length=0, name=f"ids for {path}", first_position=total)
                 file.write(chunk.astype(dtype).tobytes())
                 total += len(chunk)
             if not total:

@@ -4,8 +4,9 @@
 runs both in one ``jit``. To stream tokens, call :func:`prefill` once and :func:`advance` several times. The tokens are
 equal to those of :func:`generate`.
 
-Shapes: B batch, T prompt length, N new tokens, V number of ids: all ids of the model, or only the ids below
-``allowed_ids`` (in ``seen``, always the latter if ``allowed_ids`` is given).
+Shapes: B batch, T prompt length, N new tokens, V number of ids. The logits that the model returns have all ids of its
+vocabulary. ``seen``, and the logits from which tokens are drawn, have only the ids below ``allowed_ids``, if it is
+given.
 """
 
 from __future__ import annotations
@@ -148,8 +149,8 @@ class PartialGeneration:
 
     Attributes:
         state: the model state after the prompt and all generated tokens except the newest token of each row.
-        tokens: [B, N] int32; the first ``step`` columns contain the generated tokens. The entries after the end of a
-            row contain the first of ``end_ids`` (0 if there is none).
+        tokens: [B, N] int32; the first ``step`` columns contain the generated tokens. All other entries (not generated
+            yet, or after the end of a row) contain the first of ``end_ids``, or 0 if there are no ``end_ids``.
         log_probs: [B, N] float32, see :class:`Generation`.
         lengths: [B] int32, number of generated tokens in each row, including its end token.
         ended: [B] bool, whether the row has ended.
@@ -394,18 +395,18 @@ def check_key(key: jax.Array | None) -> None:
     raise ValueError(f"key must be one JAX key, or one typed key per prompt (jax.random.key), got {got}")
 
 
-def row_keys(key: jax.Array, rows_B: Array) -> jax.Array:
+def fold_in_rows(key: jax.Array, rows_B: Array) -> jax.Array:
     """Threefry keys [B]: ``key`` folded with each of the row numbers ``rows_B``."""
     key = spec.threefry_keys(spec.typed_key(key))
     return jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.asarray(rows_B))
 
 
-def keys_of_rows(settings: Settings, key: jax.Array | None, batch: int) -> jax.Array | None:
+def sampling_keys(settings: Settings, key: jax.Array | None, batch: int) -> jax.Array | None:
     """One random key per row [B], from the argument ``key`` of :func:`generate`; None for greedy decoding."""
     if settings.sampling.temperature == 0.0:
         return None
     assert key is not None
-    return spec.threefry_keys(key) if _has_row_keys(key) else row_keys(key, jnp.arange(batch))
+    return spec.threefry_keys(key) if _has_row_keys(key) else fold_in_rows(key, jnp.arange(batch))
 
 
 def _has_row_keys(key: jax.Array) -> bool:
@@ -459,7 +460,7 @@ def _prefill(
         step=jnp.zeros((), jnp.int32),
         finite=jnp.ones((B,), bool),
         seen=seen_BV,
-        keys=keys_of_rows(settings, key, B),
+        keys=sampling_keys(settings, key, B),
         sampling=sampling,
         end_ids=end_ids,
         num_ids=num_ids,
@@ -489,7 +490,7 @@ def _draw(progress: PartialGeneration, logits_BV: jax.Array) -> PartialGeneratio
         ended=progress.ended | is_end(drawn_B, progress.end_ids),
         step=step + 1,
         finite=progress.finite & (rows_finite(logits_BV) | progress.ended),
-        seen=None if progress.seen is None else progress.seen.at[rows_B, drawn_B].set(True),
+        seen=None if progress.seen is None else progress.seen.at[rows_B, drawn_B].max(active_B),
     )
 
 

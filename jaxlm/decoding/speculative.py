@@ -37,7 +37,7 @@ from jaxlm.decoding.sample import (
     Settings,
     check_and_make_settings,
     filter_logits,
-    keys_of_rows,
+    sampling_keys,
 )
 from jaxlm.models import Model
 from jaxlm.nn.embedding import argmax
@@ -217,7 +217,7 @@ def _generate(
         read_prompts(model, params, prompts_BT, segment_ids_BT, settings.slots, state)
         for (model, params), state in zip(models.pairs, states, strict=True)
     )
-    keys_B = keys_of_rows(settings, key, B)
+    keys_B = sampling_keys(settings, key, B)
     logits_BV = logits_BV[:, : settings.num_ids]
     newest_B = _draw(settings, keys_B, jnp.zeros(B, jnp.int32), _log_probs(settings, logits_BV))
     result = SpeculativeGeneration(

@@ -23,7 +23,7 @@ from jaxlm.decoding.config import GenerationConfig, num_ids, settings_file
 from jaxlm.decoding.describe import require_next_token_head
 from jaxlm.decoding.finite import rename_rows_in_errors
 from jaxlm.decoding.prompts import source_vocab_size
-from jaxlm.decoding.sample import check_key, row_keys
+from jaxlm.decoding.sample import check_key, fold_in_rows
 from jaxlm.decoding.speculative import SpeculativeModels, speculative_generate
 from jaxlm.decoding.windows import BatchSettings, WindowedGeneration, next_window_error, pad_prompts, read_sources
 from jaxlm.interop.config_json import loaded_decoder_start_id
@@ -411,7 +411,7 @@ class _TextGenerator:
         with rename_rows_in_errors(self._input_name, text_indices):
             generation = speculative_generate(
                 models, tokens_BT, segment_ids_BT, max_new_tokens=max_new_tokens, sampling=request.sampling,
-                key=None if request.key is None else row_keys(request.key, text_indices),
+                key=None if request.key is None else fold_in_rows(request.key, text_indices),
                 end_id=request.end_ids, allowed_ids=request.num_ids, states=(target_state, draft_state),
             ).generation  # fmt: skip
         lengths_B = np.minimum(np.asarray(generation.lengths), limits)

@@ -25,8 +25,8 @@ from jaxlm.decoding.sample import (
     Sampling,
     advance,
     check_and_make_settings,
+    fold_in_rows,
     prefill_with_settings,
-    row_keys,
 )
 from jaxlm.models import Model
 from jaxlm.sharding import Sharding, active
@@ -158,7 +158,7 @@ class WindowedGeneration:
             # The first window uses the key of the request unchanged, so that its tokens equal those of `generate`.
             # Later windows need other keys, because the number that is folded into the key for each token begins again
             # at 0.
-            key = row_keys(
+            key = fold_in_rows(
                 key if self._window_index == 0 else jax.random.fold_in(key, self._window_index), self._text_indices
             )
         settings = check_and_make_settings(

@@ -6,8 +6,10 @@ represent. In this format, ``model_type`` in ``config.json`` is ``jaxlm-<family>
 the fields of the family's config. The name of a tensor is the path of its parameter, such as
 ``layers.3.mlp.up.weight``.
 
-Loading first checks the checksums (if there is a file ``checksums.json``), then the config, and then the name, shape
-and dtype of every tensor in the file headers. After these checks, loading reads the tensors of one parameter at a time.
+Loading first checks the checksums (if there is a file ``checksums.json``), and then the config. The file headers have
+the name, shape and dtype of every tensor. Loading checks the names of all tensors, and the shape of every tensor to
+load. Next, it reads copies of tied tensors, and compares them with the tied tensors. Then it checks the dtype of every
+tensor to load. After these checks, loading reads the tensors of one parameter at a time.
 Loading downloads nothing. It never opens pickle files, because a pickle can run arbitrary code.
 
     >>> model, params = load_pretrained("gpt2-directory")                              # doctest: +SKIP
@@ -129,7 +131,7 @@ def load_pretrained(
     model = description.model
     with contextlib.ExitStack() as stack:
         tensors = _with_current_names(_open_tensors(directory, description, stack), description.format, directory)
-        _check_counts(description, len(tensors), directory)
+        _check_num_layers_and_experts(description, len(tensors), directory)
         specs = spec.flatten(model.specs)
         shardings = None if sharding is None else spec.flatten(sharding.tree(model.specs))
         match = _match_tensors(description, tensors, directory)
@@ -172,7 +174,8 @@ def save_pretrained(
     rejects the mixture of old and new files. Old settings that are not replaced are removed before the files are moved,
     and old weights afterwards.
 
-    Host memory holds at most the tensors of one file and one parameter at a time.
+    Host memory holds at most the tensors of one file, the parameters that share tensors with each other, and the
+    tensors that are saved as copies.
 
     Args:
         directory: created if it does not exist. Only configs, weights, ``checksums.json`` and (with ``tokenizer``)
@@ -186,7 +189,7 @@ def save_pretrained(
     Raises:
         OSError: the disk is full, or the directory or a file is not writable. The message says whether files have
             changed, and names them.
-        ValueError: the directory contains an adapter; the special token ids cannot be saved; the
+        ValueError: the directory contains an adapter; the format cannot represent the special token ids; the
             parameters do not match the model or have another dtype; the tokenizer does not match the model; or
             ``max_shard_bytes`` is below 1.
     """
@@ -401,7 +404,8 @@ def _read_index(directory: Path, description: ModelDescription) -> dict[str, str
     """``{tensor name: file name}`` of a sharded model; None if all weights are in one file.
 
     Args:
-        description: its class is named in the error message for pickle files.
+        description: the model in the files. The error message for pickle files names the transformers class of this
+            model.
 
     Raises:
         FileNotFoundError: there are no weights.
@@ -469,12 +473,12 @@ def _with_current_names(tensors: dict[str, _Tensor], table: Format, directory: P
     return renamed
 
 
-def _check_counts(description: ModelDescription, num_tensors: int, directory: Path) -> None:
+def _check_num_layers_and_experts(description: ModelDescription, num_tensors: int, directory: Path) -> None:
     """Raise ``ValueError`` if the config has more layers or experts than there are tensors in the files.
 
-    In a published format, this check comes before the specs and the tensor names of the model are computed. With a
-    wrong, huge number, they would fill the memory. The number of experts is checked only if each expert has its own
-    tensors.
+    For a published format, this check runs before the specs and the tensor names of the model are computed. If the
+    config has a wrong, huge number, the specs and the names would fill the memory. The number of experts is checked
+    only if each expert has its own tensors.
     """
     has_expert_tensors = any("{expert}" in name for name in description.format.tensors.values())
     for model in filter(None, (description.model, description.model_in_files)):
@@ -516,14 +520,14 @@ def _match_tensors(description: ModelDescription, tensors: dict[str, _Tensor], d
     model, table = description.model, description.format
     prefix = table.prefix if any(name.startswith(table.prefix) for name in tensors) else ""
     locations = locations_of(model, table, prefix)
-    stored: dict[str, Location] = {}  # the locations of the saved model, without the overrides
+    locations_in_files: dict[str, Location] = {}  # the locations of the saved model, without the overrides
     other_task = False
     if description.model_in_files is not None:
         other_task = model.task != description.model_in_files.task
         stored_table = format_of(description.model_in_files) if table.is_jaxlm_format else table
-        stored = locations_of(description.model_in_files, stored_table, prefix)
-    stored_path_of = {name: path for path, location in stored.items() for name in location.names}
-    initialized = _missing_paths(description, locations, stored, tensors) if stored else []
+        locations_in_files = locations_of(description.model_in_files, stored_table, prefix)
+    stored_path_of = {name: path for path, location in locations_in_files.items() for name in location.names}
+    initialized = _missing_paths(description, locations, locations_in_files, tensors) if locations_in_files else []
     groups = {path.partition("/")[0] for path in locations}
     locations = {path: location for path, location in locations.items() if path not in initialized}
     expected = {
@@ -547,20 +551,20 @@ def _match_tensors(description: ModelDescription, tensors: dict[str, _Tensor], d
         and not any(re.fullmatch(pattern, name.removeprefix(prefix)) for pattern in table.ignored)
     }
 
-    def belongs_to_another_head(name: str) -> bool:
+    def is_of_missing_part(name: str) -> bool:
         path = stored_path_of.get(name)
         if path is None:
             return name in table.tied_tensors or (bool(prefix) and not name.startswith(prefix))
         group = path.partition("/")[0]
         # A group has all parameters whose paths begin with the same key, for example the parameters of a head. In
-        # recurrent families, each layer is a group.
+        # families with the top-level keys layer_0, layer_1, ..., each layer is a group.
         is_removed = group not in groups and not re.fullmatch(r"layer_\d+", group)
         return path in initialized or (other_task and is_removed)
 
     # Published files of BERT and RoBERTa contain a pooler or a next-sentence head even for classes that do not use it.
     optional = {prefix + name for path, name in table.tensors.items() if path.startswith("pooler/")}
     optional |= {name for path, name in table.unprefixed_tensors.items() if path.startswith("next_sentence/")}
-    unused = [name for name in extra if name in optional or (stored and belongs_to_another_head(name))]
+    unused = [name for name in extra if name in optional or (locations_in_files and is_of_missing_part(name))]
     actual = {name: tensor for name, tensor in tensors.items() if name in expected}
     actual |= {name: tensor for name, tensor in extra.items() if name not in unused}
     spec.require_same(expected, actual, f"the tensors in {directory} and its {CONFIG}", dtypes=False)
@@ -577,7 +581,7 @@ def _match_tensors(description: ModelDescription, tensors: dict[str, _Tensor], d
 def _missing_paths(
     description: ModelDescription,
     locations: dict[str, Location],
-    stored: dict[str, Location],
+    locations_in_files: dict[str, Location],
     tensors: dict[str, _Tensor],
 ) -> list[str]:
     """Paths of the head and pooler parameters that must be initialized.
@@ -593,14 +597,15 @@ def _missing_paths(
     """
     assert description.model_in_files is not None
     config, stored_config = description.model.config, description.model_in_files.config
-    stored_path_of = {name: path for path, location in stored.items() for name in location.names}
-    # Recurrent families name their layers layer_0, layer_1, ...; in the other families, ``layers`` is a tuple.
+    stored_path_of = {name: path for path, location in locations_in_files.items() for name in location.names}
+    # Some families (recurrent, resnet, alexnet) name their layers layer_0, layer_1, ...; the others have the key
+    # ``layers``.
     groups_with_layers = {path.partition("/")[0] for path in locations if re.search(r"(^|/)layer(s|_\d+)/", path)}
     paths_of_head: dict[str, list[str]] = {}
     for path in locations:
         group, _, _ = path.partition("/")
         in_head = path in description.format.unprefixed_tensors or group in (*LABEL_HEADS.values(), "pooler")
-        if in_head or (path not in stored and group not in groups_with_layers):
+        if in_head or (path not in locations_in_files and group not in groups_with_layers):
             paths_of_head.setdefault(group, []).append(path)
     initialized = []
     for group, paths in paths_of_head.items():
@@ -612,9 +617,12 @@ def _missing_paths(
             if any(name in tensors and stored_path_of.get(name, path) == path for name in locations[path].names)
         ]
         resized = any(
-            path in stored
-            and locations[path].tensor_shape != stored[path].tensor_shape
-            and all(name in tensors and tensors[name].shape == stored[path].tensor_shape for name in stored[path].names)
+            path in locations_in_files
+            and locations[path].tensor_shape != locations_in_files[path].tensor_shape
+            and all(
+                name in tensors and tensors[name].shape == locations_in_files[path].tensor_shape
+                for name in locations_in_files[path].names
+            )
             for path in paths
         )
         other_task = group in LABEL_HEADS.values() and config.task != stored_config.task
@@ -649,7 +657,7 @@ def _same_bytes(a: _Tensor, b: _Tensor) -> bool:
 
 
 def _dtypes(locations: dict[str, Location], tensors: dict[str, _Tensor], param_dtype: str | None) -> dict[str, str]:
-    """The dtype of each parameter, by path. The result is the same for all layers of a parameter."""
+    """The dtype of each parameter, by path. Paths that differ only in the layer number get the same dtype."""
     names: dict[str, list[str]] = collections.defaultdict(list)
     for path, location in locations.items():
         names[spec.split_layer(path)[0]] += location.names
@@ -658,7 +666,7 @@ def _dtypes(locations: dict[str, Location], tensors: dict[str, _Tensor], param_d
 
 
 def _dtype(path: str, names: list[str], tensors: dict[str, _Tensor], param_dtype: str | None) -> str:
-    """The dtype of a parameter. ``names`` are the tensor names of its layers.
+    """The dtype of a parameter. ``names`` are the tensor names of this parameter in all layers.
 
     Raises:
         ValueError: the dtype in the files is not supported; or ``param_dtype`` is None and the tensors are float64 or

@@ -2,8 +2,8 @@
 
 The encoder is a bidirectional GRU, and the decoder is a GRU. The decoder attends with the state *before* the token,
 s[t-1]. The context vector is an input of the decoder's GRU. A maxout layer reads s[t-1], the embedding and the context
-vector; the head reads the output of the maxout layer. The decoder's initial state is tanh(W h), where h is the state of
-the backward encoder at the first source token.
+vector; the head reads the output of the maxout layer. The decoder's initial state is tanh(W h + b), where h is the
+state of the backward encoder at the first source token.
 
 The maxout layer reads s[t-1] instead of s[t], as in appendix A.2.2 of the paper and in the authors' code (GroundHog).
 The reset gate of both GRUs is applied before the recurrent matmul, as in the paper. The update gate z is the weight of
@@ -40,9 +40,10 @@ def encode(
 
 
 def initial_states(cfg: Config, weights: Params, source: dict[str, Any], in_document_BTS: jax.Array) -> dict[str, Any]:
-    """The decoder's initial state for the document of each target position, [B, T, ...].
+    """For each target position, the decoder's initial state of the document that contains the position, [B, T, ...].
 
-    The state is computed from the encoder's backward state at the first source token of the document.
+    A row may contain several documents; ``in_document_BTS`` says which source tokens belong to the document of a target
+    position. The state is computed from the encoder's backward state at the first source token of the document.
     """
     first_BT = jnp.argmax(in_document_BTS, axis=-1)
     backward_BSH = source["encoded"][:, :, cfg.hidden_dim :]
@@ -68,7 +69,7 @@ def step(
 
 
 def features(weights: Params, x_BTE: jax.Array, outputs: dict[str, jax.Array]) -> jax.Array:
-    """The input of the head, [B, T, D]: the maximum of each pair of units of U s + V e + C c.
+    """The input of the head, [B, T, D]: the maximum of each pair of units of U s + V e + C c + b.
 
     This is a maxout layer (Goodfellow et al. 2013).
     """

@@ -210,8 +210,9 @@ def gather_weights(specs: Any, params: Params) -> Any:
 def time_axis_name(length: int, num_tokens: int) -> str | None:
     """The name of a time axis: ``seq`` if its size ``length`` is a multiple of ``num_tokens``, otherwise None.
 
-    An axis that also has a memory or a query stream is longer than the number of new tokens. If its size is a multiple
-    of this number, devices that split the tokens evenly split the axis evenly, too.
+    ``num_tokens`` is the number of new tokens. A time axis is longer if it also contains tokens of a memory
+    (Transformer-XL, XLNet) or of the query stream (XLNet). If its size is a multiple of ``num_tokens``, devices that
+    split the new tokens evenly also split this axis evenly.
     """
     return "seq" if length % num_tokens == 0 else None
 
@@ -287,7 +288,8 @@ def check_tokens(
     # With segment ids or positions, a row may be longer than max_positions although every position is below it.
     if max_positions is not None and segment_ids is None and positions is None and tokens.shape[1] > max_positions:
         raise ValueError(
-            f"{tokens.shape[1]} tokens exceed max_positions={max_positions}: shorten them or enlarge the model"
+            f"{tokens.shape[1]} tokens exceed max_positions={max_positions}: shorten them, or use a model with a "
+            "larger max_positions"
         )
 
 
@@ -320,7 +322,9 @@ def check_pattern(cfg: Any) -> None:
 
 
 def layer_kinds(cfg: Any) -> tuple[Any, ...]:
-    """The mixer of each layer: ``cfg.pattern``, repeated for ``cfg.num_layers`` layers."""
+    """The kind of each layer (its mixer, or for Llama its kind of attention): ``cfg.pattern``, repeated for
+    ``cfg.num_layers`` layers.
+    """
     return tuple(cfg.pattern[layer % len(cfg.pattern)] for layer in range(cfg.num_layers))
 
 

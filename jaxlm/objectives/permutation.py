@@ -34,7 +34,8 @@ loss = token_loss
 CLS_ID, SEP_ID = 3, 4
 """Ids of special tokens in the published vocabulary."""
 FIRST_TYPE, SECOND_TYPE, CLS_TYPE = 0, 1, 2
-"""Token types of the first sentence, the second sentence (both with their separator) and ``<cls>``."""
+"""Token types of text A (also of the first part of a row), of text B (A and B with their separator), and of
+``<cls>``."""
 CONTEXT_ORDER = -1
 """The order of context tokens in the first part. All tokens of a part attend to its context tokens. In the second part,
 ``reuse_length + 1`` is added to all orders."""
@@ -75,7 +76,8 @@ class PermutationConfig:
         first, second = self.reuse_length, length + 3 - self.reuse_length
         if second < 5:
             raise ValueError(
-                f"a window of {length} tokens is too short for two sentences after reuse_length={self.reuse_length}"
+                f"a window of {length} tokens is too short for the texts A and B after reuse_length="
+                f"{self.reuse_length}: use at least {self.reuse_length + 2} tokens"
             )
         if first % self.permutation_length or second % self.permutation_length:
             raise ValueError(
@@ -125,7 +127,7 @@ def batch(
     rows: list[tuple[np.ndarray, ...]] = []
     for row in range(B):
         others = np.flatnonzero((is_reversed == is_reversed[row]) & (np.arange(B) != row))
-        a, b = _choose_sentences(N, row, reuse_length, others, None if sentences is None else sentences[row], rng)
+        a, b = _choose_texts(N, row, reuse_length, others, None if sentences is None else sentences[row], rng)
         text, types = join_texts(tokens[a], tokens[b], cls_id=cls_id, sep_id=sep_id)
         text = np.concatenate([tokens[row, :reuse_length], text])
         types = np.concatenate([np.full(reuse_length, FIRST_TYPE, np.int32), types])
@@ -164,14 +166,14 @@ def _check_arrays(
             raise ValueError(f"{name} {list(x.shape)} must be {list(shape)} for windows {list(tokens.shape)}")
 
 
-def _choose_sentences(
+def _choose_texts(
     N: int, row: int, start: int, others: np.ndarray, sentences: np.ndarray | None, rng: np.random.Generator
 ) -> tuple[tuple[int, slice], tuple[int, slice]]:
     """The locations of A and B: for each text, the index of its row and its slice of this row.
 
     A begins at ``start`` and ends at the end of a sentence, or at a random position if no sentence ends after
     ``start``. B is the text after A. But if ``others`` has rows, B is with probability 0.5 a text from one of these
-    rows, as long as the text after A.
+    rows. This text has the length of the text after A.
     """
     boundaries = np.arange(start + 1, N)
     if sentences is not None and np.any(sentences[start + 1 :] != sentences[start:-1]):
@@ -265,12 +267,12 @@ def span_mask(
     return mask
 
 
-def order_of_part(has_rank: np.ndarray, length: int, rng: np.random.Generator) -> np.ndarray:
+def order_of_part(has_rank: np.ndarray, block_length: int, rng: np.random.Generator) -> np.ndarray:
     """The order (rank) of each token of a part, [T] int32; ``CONTEXT_ORDER`` for tokens that are False in ``has_rank``.
 
-    Each block of ``length`` consecutive tokens is permuted. All blocks have the same permutation.
+    Each block of ``block_length`` consecutive tokens is permuted. All blocks have the same permutation.
     """
-    index = np.arange(len(has_rank), dtype=np.int32).reshape(-1, length)[:, rng.permutation(length)]
+    index = np.arange(len(has_rank), dtype=np.int32).reshape(-1, block_length)[:, rng.permutation(block_length)]
     return np.where(has_rank, index.ravel(), CONTEXT_ORDER).astype(np.int32)
 
 

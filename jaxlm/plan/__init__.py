@@ -11,6 +11,6 @@ between devices. A plan gives a lower bound of the time of this communication.
 
 from jaxlm.plan.planning import Plan, check_meshes, plan
 from jaxlm.plan.report import show
-from jaxlm.plan.topology import prepare
+from jaxlm.plan.topology import prepare_environment
 
-__all__ = ["Plan", "check_meshes", "plan", "prepare", "show"]
+__all__ = ["Plan", "check_meshes", "plan", "prepare_environment", "show"]

@@ -24,7 +24,10 @@ NUM_TOP_OPERATIONS = 10
 
 ACCURACY = {
     "cpu": "seven steps on an AMD EPYC (Zen 4) needed 1.02 to 1.28 times the planned memory; a CPU plan has no time",
-    "tpu": "no plan was compared with a TPU yet; memory and times are those that the TPU compiler computes",
+    "tpu": (
+        "no plan was compared with a TPU yet; memory and the cycles of XLA operations are from the TPU compiler, and "
+        "jaxlm computes the times of kernels and collectives"
+    ),
     "gpu": "no plan was compared with a GPU yet; memory is that which the GPU compiler computes",
 }
 """How exact plans were, by platform. ``python -m benchmarks.plans`` compares plans with steps (docs/tpu.md)."""
@@ -98,18 +101,18 @@ class KernelStats:
 
     Attributes:
         calls: number of calls in a step.
-        grid: grid steps per call; None if unknown.
+        grid_steps: number of grid steps per call; None if unknown.
         bundles: number of VLIW bundles (one per cycle) at each loop depth (see ``jaxlm.plan.kernels``); None if there
             is no dump of the schedule.
-        cycles: the cycles of all calls; None if the schedule or the grid is unknown. The cycles of one call are the
-            larger of two numbers: the cycles of its bundles (``jaxlm.plan.kernels.cycles``), and, if the clock rate is
-            known, the cycles of the copies between HBM and VMEM. The bundles include instructions that a grid step
+        cycles: the cycles of all calls; None if the schedule or ``grid_steps`` is unknown. The cycles of one call are
+            the larger of two numbers: the cycles of its bundles (``jaxlm.plan.kernels.cycles``), and, if the clock rate
+            is known, the cycles of the copies between HBM and VMEM. The bundles include instructions that a grid step
             skips (``pl.when``), and one iteration of each inner loop.
     """
 
     name: str
     calls: int
-    grid: int | None
+    grid_steps: int | None
     bundles: tuple[int, ...] | None
     cycles: int | None
 
@@ -130,15 +133,16 @@ class Plan:
             or the cycles of a kernel are unknown.
         seconds: estimated time of the computation without communication, ``cycles`` / clock rate; None if one of them
             is unknown.
-        communication: lower bound of the total seconds of the collectives (:class:`CollectiveStats`); 0 without
+        communication_seconds: lower bound of the total seconds of the collectives (:class:`CollectiveStats`); 0 without
             collectives; None if there are collectives and the bandwidth of the links is unknown.
         mfu: model FLOPs divided by the FLOPs that the devices could compute in ``seconds`` at their peak rate; None if
             ``seconds`` or the peak rate is unknown.
-        mfu_with_communication: the MFU if the step takes ``seconds + communication``; None if one of them or the peak
-            rate is unknown.
-        min_memory_seconds: lower bound of the time of a decoding step: the seconds to read the state and the parameters
-            once. Of a mixture of experts, only the experts that one token selects are included. None for training or
-            an unknown device.
+        mfu_with_communication: the MFU if the step takes ``seconds + communication_seconds``; None if one of them or
+            the peak rate is unknown.
+        min_memory_seconds: lower bound of the time of a decoding step: the seconds to read the state, and the
+            parameters that a decoding step multiplies, once. Tables that are only looked up, and the encoder, are not
+            included. Of a mixture of experts, only the experts that one token selects are included. None for training
+            or an unknown device.
         most_expensive: the operations with the most cycles, at most ``NUM_TOP_OPERATIONS``. Pallas kernels are not
             included.
         accuracy: how exact plans for this platform were (:data:`ACCURACY`).
@@ -163,7 +167,7 @@ class Plan:
     flops_formula: str
     cycles: int | None = None
     seconds: float | None = None
-    communication: float | None = None
+    communication_seconds: float | None = None
     mfu: float | None = None
     mfu_with_communication: float | None = None
     min_memory_seconds: float | None
@@ -289,7 +293,10 @@ def _check_settings(decode: bool, optimizer: OptimizerConfig, grad_accum_steps: 
 
 
 def _min_memory_seconds(model: Model, step: program.Step, state_bytes: int, device: Device | None) -> float | None:
-    """The time for reading the parameters and the state of a decoding step; None if the bandwidth is unknown."""
+    """The seconds to read the state, and the parameters that a decoding step multiplies, once.
+
+    Tables that are only looked up, and the encoder, are not included. None if the bandwidth is unknown.
+    """
     if device is None:
         return None
     parameters = program.bytes_read_by_a_token(model, step.parts["parameters"])
@@ -334,7 +341,7 @@ def _estimates(
         if communication is not None:
             with_communication = peak_fraction(model_flops / ((seconds + communication) * count), device.kind)
     return {
-        "cycles": cycles, "seconds": seconds, "communication": communication, "mfu": mfu,
+        "cycles": cycles, "seconds": seconds, "communication_seconds": communication, "mfu": mfu,
         "mfu_with_communication": with_communication,
     }  # fmt: skip
 

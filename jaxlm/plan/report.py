@@ -53,7 +53,7 @@ def _rows(plans: Sequence[Plan]) -> Iterator[tuple[str, Callable[[Plan], str]]]:
     yield "estimated cycles", lambda p: "n/a" if p.cycles is None else f"{p.cycles:,}"
     yield "estimated step", lambda p: _seconds(p.seconds)
     yield "  MFU", lambda p: _percent(p.mfu)
-    yield "communication, at least", lambda p: _seconds(p.communication)
+    yield "communication, at least", lambda p: _seconds(p.communication_seconds)
     yield "  MFU, no overlap", lambda p: _percent(p.mfu_with_communication)
     yield "tokens/s, no communication", lambda p: "n/a" if not p.seconds else f"{p.tokens / p.seconds:,.0f}"
     if any(plan.min_memory_seconds is not None for plan in plans):
@@ -85,7 +85,7 @@ def _details(plan: Plan, console: Console, *, with_title: bool) -> None:
         for kernel in plan.kernels:
             bundles = "n/a" if kernel.bundles is None else "+".join(f"{count:,}" for count in kernel.bundles[1:])
             cycles = "n/a" if kernel.cycles is None else f"{kernel.cycles:,}"
-            grid = "n/a" if kernel.grid is None else f"{kernel.grid:,}"
+            grid = "n/a" if kernel.grid_steps is None else f"{kernel.grid_steps:,}"
             table.add_row(str(kernel.calls), grid, bundles, cycles, escape(kernel.name))
         console.print(table)
     for note in plan.notes:

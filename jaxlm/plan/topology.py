@@ -52,7 +52,7 @@ class Topology:
     device: Device | None
 
 
-def prepare() -> None:
+def prepare_environment() -> None:
     """Set the environment variables for planning. They have no effect if libtpu is already loaded.
 
     If ``JAX_PLATFORMS`` is not set, the function also selects the CPU as JAX's platform, so that the process does not
@@ -91,7 +91,7 @@ def get_topology(name: str) -> Topology:
         )
     if importlib.util.find_spec("libtpu") is None:
         raise ImportError(f"topology {name!r} needs the TPU compiler, libtpu: {extras.install_command('tpu')}")
-    prepare()
+    prepare_environment()
     return Topology(_devices_of(name, "tpu", topology_name=name), device_by_name(kind))
 
 
@@ -100,7 +100,7 @@ def _gpu_topology(name: str, kind: str, shape: str) -> Topology:
         raise ValueError(f"topology {name!r}: write the number of GPUs of one host, as in {kind}:8")
     if importlib.util.find_spec("jax_cuda13_plugin") is None:
         raise ImportError(f"topology {name!r} needs the GPU compiler, 4 GB: {extras.install_command('cuda13')}")
-    prepare()
+    prepare_environment()
     config = {"topology_name": kind, "topology": f"1x1x{shape}", "target_config": _H100_TARGET_CONFIG}
     return Topology(_devices_of(name, "cuda", **config), device_by_name(kind))
 

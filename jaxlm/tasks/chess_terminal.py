@@ -79,17 +79,17 @@ def play_on_terminal(
     """
     if color not in ("white", "black"):
         raise ValueError(f"color={color!r} must be 'white' or 'black'")
-    board, white = import_chess().Board(), color == "white"
+    board, person_is_white = import_chess().Board(), color == "white"
     player, rng = ModelPlayer(model, params, tokenizer, temperature), np.random.default_rng(seed)
     say(f"You play {color}. Type {HELP}.")
-    if white:
+    if person_is_white:
         say(draw_board(board))
     outcome = None
     while outcome is None:
-        if board.turn == white:
-            outcome = _read_line(board, ask, say, white)
+        if board.turn == person_is_white:
+            outcome = _read_line(board, ask, say, person_is_white)
         else:
-            _play_model_move(board, player, rng, say, white)
+            _play_model_move(board, player, rng, say, person_is_white)
         outcome = outcome or _result_and_reason(board, player)
     result, reason = outcome
     say(f"Result: {result} ({reason})")
@@ -105,28 +105,33 @@ def _result_and_reason(board: chess.Board, player: ModelPlayer) -> tuple[str, st
     if outcome is not None:
         return outcome.result(), outcome.termination.name.lower().replace("_", " ")
     if board.is_repetition(3):
-        return "1/2-1/2", "third repetition"
+        return "1/2-1/2", "threefold repetition"
     if board.is_fifty_moves():
         return "1/2-1/2", "50 moves by each player without a capture or pawn move"
     if player.max_moves is not None and len(board.move_stack) > player.max_moves:
-        return "1/2-1/2", f"the model reads games of at most {player.max_moves} moves"
+        return "1/2-1/2", f"the model reads games of at most {player.max_moves} moves, of White and Black together"
     return None
 
 
 def _play_model_move(
-    board: chess.Board, player: ModelPlayer, rng: np.random.Generator, say: Callable[[str], object], white: bool
+    board: chess.Board,
+    player: ModelPlayer,
+    rng: np.random.Generator,
+    say: Callable[[str], object],
+    person_is_white: bool,
 ) -> None:
     """Play and show the model's move."""
     move = player.choose([board], rng)[0]
-    assert move is not None  # a masked player always finds a legal move
+    # ModelPlayer selects only legal moves by default (masked=True). The game has not ended, so there is a legal move.
+    assert move is not None
     name = board.san(move)
     board.push(move)
     say(f"The model plays {name}.")
-    say(draw_board(board, white_below=white))
+    say(draw_board(board, white_below=person_is_white))
 
 
 def _read_line(
-    board: chess.Board, ask: Callable[[str], str], say: Callable[[str], object], white: bool
+    board: chess.Board, ask: Callable[[str], str], say: Callable[[str], object], person_is_white: bool
 ) -> tuple[str, str] | None:
     """Ask the person for one line, and execute its move or command.
 
@@ -140,18 +145,18 @@ def _read_line(
         case "quit":
             return "*", "you quit"
         case "resign":
-            return "0-1" if white else "1-0", "you resign"
+            return "0-1" if person_is_white else "1-0", "you resign"
         case "moves":
             say(" ".join(sorted(board.san(move) for move in board.legal_moves)))
         case "board":
-            say(draw_board(board, white_below=white))
+            say(draw_board(board, white_below=person_is_white))
         case "undo":
             if len(board.move_stack) < 2:
                 say("There is no move of yours to take back.")
             else:
                 board.pop()
                 board.pop()
-                say(draw_board(board, white_below=white))
+                say(draw_board(board, white_below=person_is_white))
         case _:
             move = _parse(board, line, say)
             if move is not None:
@@ -173,7 +178,7 @@ def _parse(board: chess.Board, line: str, say: Callable[[str], object]) -> chess
                 say(f"{line!r} is ambiguous: type {' or '.join(choices)}.")
             else:
                 check = ": you are in check" if board.is_check() else ""
-                say(f"{line!r} is not legal here{check}. Type moves for a list.")
+                say(f'{line!r} is not legal here{check}. Type "moves" for a list of the legal moves.')
             return None
         except chess.InvalidMoveError:
             continue

@@ -519,7 +519,7 @@ class _Loop:
             except DivergedError as error:
                 self._roll_back(error)
         self._reader.flush()
-        if (stop == "signal" and self.step < config.steps) or self._must_end():
+        if (stop == "signal" and self.step < config.steps) or self._result_is_interrupted():
             return self._interrupt()
         return self._finish()
 
@@ -535,7 +535,7 @@ class _Loop:
         for tracker in self._trackers:
             tracker.log(step, numbers)
 
-    def _must_end(self) -> bool:
+    def _result_is_interrupted(self) -> bool:
         """Whether a signal during or after the last step makes the result an interrupted one.
 
         A run without checkpoints finishes instead, because otherwise its result would be lost.
@@ -725,7 +725,7 @@ class _Loop:
         metric, improved = self._config.best_metric, False
         if self._validation is None:  # a resumed run without further steps, whose checkpoint was not evaluated
             improved = self._evaluate_now()
-            if self._must_end():
+            if self._result_is_interrupted():
                 return self._interrupt()
         if self._config.restore_best and not improved:
             reasons = [] if self._checkpoints.best in (None, self.step) else self._restore_best()
@@ -735,7 +735,7 @@ class _Loop:
                 damaged = "; ".join([*self._checkpoints.damaged().values(), *reasons])
                 reason = f"were not saved, or are damaged: {damaged}" if damaged else "were not saved"
                 self._bar.say(f"an earlier evaluation had a better {metric}, but its weights {reason}")
-        if self._must_end():
+        if self._result_is_interrupted():
             return self._interrupt()
         return self._result(self._validation, None, self._signals.caught if self._signals.stop_now() else None)
 

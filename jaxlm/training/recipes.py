@@ -30,7 +30,8 @@ class Recipe:
     optimizer: OptimizerConfig
     """The published optimizer settings."""
     steps: int | None
-    """Number of updates of the published training. None: not published, or determined by early stopping."""
+    """Number of updates of the published training. None: not published, or published only in epochs, or determined by
+    early stopping."""
     batch: str
     """The published batch size."""
     source: str
@@ -178,7 +179,7 @@ RECIPES: dict[str, Recipe] = {
         None, "128 texts",
         "Zhang et al. 2015, section 2.1",
         "The paper halves the learning rate every 3 epochs, 10 times; the number of samples in an epoch depends on the "
-        "data set. The causal model is not published, so it has no published recipe.",
+        "data set. The causal variant of this family is not from a paper, so it has no published recipe.",
     ),
     "mamba2": Recipe(
         OptimizerConfig(
@@ -250,7 +251,7 @@ def recipe(family: str) -> OptimizerConfig:
         ValueError: the family is unknown.
     """
     if family not in family_names():
-        raise ValueError(f"no recipe for family {family!r}: choose from {', '.join(RECIPES)}")
+        raise ValueError(f"unknown family {family!r}: choose from {', '.join(family_names())}")
     if family not in RECIPES:
         return OptimizerConfig(warmup_steps=0.05)
     published = RECIPES[family]

@@ -226,8 +226,8 @@ class Trainer:
 
         Args:
             key: root key of all random numbers of the training.
-            params: initial parameters of the model. The state gets a copy of them, with ``sharding`` on the devices of
-                the mesh. None initializes the parameters at random.
+            params: initial parameters of the model. The state gets a copy of them. If the trainer has a ``sharding``,
+                the copy is on the devices of the mesh. None initializes the parameters at random.
 
         Raises:
             ValueError: ``params`` are not the parameters of the model (other names or shapes), or a trained parameter

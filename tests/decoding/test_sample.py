@@ -97,7 +97,9 @@ def test_rbg_keys_of_other_rows_do_not_change_samples(gpt: Pair, pad: Pad) -> No
 @pytest.mark.parametrize("impl", ["threefry2x32", "rbg", "unsafe_rbg"])
 def test_the_draws_of_a_row_depend_only_on_its_number(impl: str) -> None:
     key = jax.random.key(3, impl=impl)
-    first, second = (jax.vmap(jax.random.bits)(sample.row_keys(key, np.array(rows))) for rows in ([0, 1, 2], [5, 1]))
+    first, second = (
+        jax.vmap(jax.random.bits)(sample.fold_in_rows(key, np.array(rows))) for rows in ([0, 1, 2], [5, 1])
+    )
     assert first[1] == second[1]
     assert len({*first.tolist(), *second.tolist()}) == 4
     if impl == "threefry2x32":
@@ -217,6 +219,19 @@ def test_repetition_penalty_counts_prompt_and_output_but_not_padding(gpt: Pair, 
 
 
 # -------------------------------------------------------------------------------------------------- ends
+
+
+def test_a_row_that_has_ended_does_not_change_its_seen_ids(gpt: Pair, pad: Pad) -> None:
+    prompts = pad(PROMPTS, "llll")
+    options = {"max_new_tokens": NUM_NEW, "sampling": Sampling(0.0, repetition_penalty=1.5)}
+    end_id = int(generate(*gpt, *prompts, **options).tokens[0, 0])
+    progress = sample.prefill(*gpt, *prompts, **options, end_id=end_id)
+    progress = sample.advance(*gpt, progress, NUM_NEW)
+    lengths = progress.lengths.tolist()
+    assert lengths[0] == 1
+    assert max(lengths) > 2, "another row must continue after the end of the first row"
+    for prompt, tokens, length, seen in zip(PROMPTS, progress.tokens, lengths, progress.seen, strict=True):
+        assert set(np.flatnonzero(seen).tolist()) == {*prompt, *tokens[:length].tolist()}
 
 
 @pytest.mark.thorough

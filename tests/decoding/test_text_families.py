@@ -303,7 +303,7 @@ def test_one_key_per_row_is_accepted() -> None:
     prompts, key = np.array([[5, 6], [5, 6]], np.int32), jax.random.key(0)
     options: dict[str, Any] = {"max_new_tokens": NUM_NEW, "sampling": Sampling()}
     folded = generate(model, params, prompts, key=key, **options).tokens
-    given = generate(model, params, prompts, key=sample.row_keys(key, np.array([1, 0])), **options).tokens
+    given = generate(model, params, prompts, key=sample.fold_in_rows(key, np.array([1, 0])), **options).tokens
     np.testing.assert_array_equal(given, folded[::-1])
     with pytest.raises(ValueError, match="3 keys for 2 prompts: pass one key, or one key per prompt"):
         generate(model, params, prompts, key=jax.random.split(key, 3), **options)

@@ -75,8 +75,8 @@ def test_the_model_checkmates_a_person() -> None:
 @pytest.mark.parametrize(
     ("line", "answer"),
     [
-        ("Ke5", "'Ke5' is not legal here. Type moves for a list."),
-        ("e2e5", "'e2e5' is not legal here. Type moves for a list."),
+        ("Ke5", "'Ke5' is not legal here. Type \"moves\" for a list of the legal moves."),
+        ("e2e5", "'e2e5' is not legal here. Type \"moves\" for a list of the legal moves."),
         ("hello", "'hello' is not understood. Type a move (e4, Nf3, O-O, e7e8q), or: moves, board,"),
         ("", "'' is not understood."),
         ("0000", "'0000' is not understood."),
@@ -104,7 +104,7 @@ def test_answers_explain_check_and_ambiguous_moves() -> None:
         _, messages = play_scripted(["a4", "axb5", "bxa6", "a7", line], [promotion])
         assert messages[-2] == f"'{line}' is ambiguous: type axb8=B or axb8=N or axb8=Q or axb8=R."
     _, messages = play_scripted(["d4", "c4", "a4"], ["d2d4 e7e6 c2c4 f8b4"])
-    assert messages[-2] == "'a4' is not legal here: you are in check. Type moves for a list."
+    assert messages[-2] == "'a4' is not legal here: you are in check. Type \"moves\" for a list of the legal moves."
 
 
 def test_moves_can_be_taken_back_and_games_resigned() -> None:
@@ -119,13 +119,13 @@ def test_moves_can_be_taken_back_and_games_resigned() -> None:
 
 def test_the_reason_of_a_draw_is_printed() -> None:
     result, messages = play_scripted(["Nf3", "Ng1"] * 2, ["g1f3 g8f6 f3g1 f6g8 g1f3 g8f6 f3g1 f6g8"])
-    assert (result, messages[-1]) == ("1/2-1/2", "Result: 1/2-1/2 (third repetition)")
+    assert (result, messages[-1]) == ("1/2-1/2", "Result: 1/2-1/2 (threefold repetition)")
     messages = []
     model = tiny_model("gpt2-tiny", vocab_size=UCI.vocab_size, max_positions=4, num_layers=1)
     params = initial_params(model)
     input_lines = iter(["e4", "h4"])
     assert play_on_terminal(model, params, UCI, lambda _: next(input_lines), messages.append) == "1/2-1/2"
-    assert messages[-1] == "Result: 1/2-1/2 (the model reads games of at most 3 moves)"
+    assert messages[-1] == "Result: 1/2-1/2 (the model reads games of at most 3 moves, of White and Black together)"
 
 
 def test_an_invalid_side_raises_an_error() -> None:

@@ -433,5 +433,5 @@ def test_the_warm_up_of_a_recipe_is_a_fraction_of_the_training():
     bert = learning_rate(recipe("bert"), 5_000)  # 1 % of the steps
     assert float(bert(50)) == pytest.approx(1e-4)
     assert max(float(bert(49)), float(bert(51))) < float(bert(50))
-    with pytest.raises(ValueError, match="no recipe for family 'gpt2': choose from gpt, llama"):
+    with pytest.raises(ValueError, match="unknown family 'gpt2': choose from gpt, llama"):
         recipe("gpt2")

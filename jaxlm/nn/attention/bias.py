@@ -3,9 +3,10 @@
 An :class:`AttentionBias` consists of arrays and of a function of these arrays, its ``bias_fn``. An implementation of
 attention calls the function for one tile of the scores at a time, and also computes the gradients of the arrays tile by
 tile. So a bias needs no array [H, T, S]. The implementations ``reference`` and ``decode`` are exceptions: they call
-:func:`dense_bias`. ``pallas`` also calls it, for short inputs and biases that all rows share. The ``bias_fn`` declares
-which slices of the float arrays a tile needs (``required_slices``) and gets these slices. A float array without a
-declared slice is passed whole. The ``bias_fn`` reads integer arrays with ``Tile.query_column`` and ``Tile.key_row``.
+:func:`dense_bias`. ``pallas`` also calls it for a bias that all rows of the batch share, if the input is short. The
+``bias_fn`` declares which slices of the float arrays a tile needs (``required_slices``) and gets these slices. A float
+array without a declared slice is passed whole. The ``bias_fn`` reads integer arrays with ``Tile.query_column`` and
+``Tile.key_row``.
 
 Shapes: B batch, T query time, S key time, H heads, K head width, R rows of a tile, E columns of a tile, N columns of
 a table, P = R + E columns of a strip (the columns that a tile needs from a table with one column per distance).
@@ -115,9 +116,11 @@ class BiasFn(Protocol):
 class KernelBiasFn(BiasFn, Protocol):
     """A bias function that TPU kernels support: it gathers only with ``Tile.gather_shifted``, never single entries."""
 
-    def padded(self, floats: Mapping[str, jax.Array], queries: int, keys: int) -> tuple[BiasFn, dict[str, jax.Array]]:
-        """The bias function and the arrays for an input that is padded at the end by ``queries`` queries and ``keys``
-        keys.
+    def padded(
+        self, floats: Mapping[str, jax.Array], query_padding: int, key_padding: int
+    ) -> tuple[BiasFn, dict[str, jax.Array]]:
+        """The bias function and the arrays for an input that is padded at the end by ``query_padding`` queries and
+        ``key_padding`` keys.
 
         The bias of the padding may have any finite value.
         """
@@ -180,8 +183,10 @@ class Dense:
             bias = lax.dynamic_slice_in_dim(bias, tile.column, tile.columns, 1)
         return bias.astype(jnp.float32)
 
-    def padded(self, floats: Mapping[str, jax.Array], queries: int, keys: int) -> tuple[BiasFn, dict[str, jax.Array]]:
-        return self, {"bias": jnp.pad(floats["bias"], ((0, 0), (0, 0), (0, queries), (0, keys)))}
+    def padded(
+        self, floats: Mapping[str, jax.Array], query_padding: int, key_padding: int
+    ) -> tuple[BiasFn, dict[str, jax.Array]]:
+        return self, {"bias": jnp.pad(floats["bias"], ((0, 0), (0, 0), (0, query_padding), (0, key_padding)))}
 
 
 def check_bias_shapes(bias: AttentionBias, batch: int, heads: int) -> None:

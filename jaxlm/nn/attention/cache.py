@@ -134,7 +134,8 @@ def append_and_read(kv: Any, new: tuple[jax.Array, jax.Array], context: CacheCon
         new: keys and values of the new tokens, each [B, T, G, K].
 
     Returns:
-        The cache in the layout of ``kv``, and (keys, values), each [B, S, G, K].
+        The cache in the layout of ``kv``, and (keys, values), each [B, S, G, K]. If ``kv`` is None: None and ``new``,
+        each [B, T, G, K].
     """
     if kv is None:
         return None, new
@@ -270,7 +271,7 @@ def _documents(ids_BS: jax.Array, new_ids_BT: jax.Array, slots_BT: jax.Array) ->
 
     Tokens of the same document have the same id. Padding has id 0. A segment id that occurs again after another segment
     id is a new document (``jaxlm.nn.segments.document_numbers``). If T is 1, slots of earlier documents also have id 0,
-    because the new token does not attend to them. If the new token is padding, all slots then have id 0.
+    because the new token does not attend to them. If T is 1 and the new token is padding, all slots have id 0.
 
     Args:
         ids_BS: the segment ids of all slots, including the slots of the new tokens.

@@ -35,7 +35,8 @@ def sinusoids(distance_N: jax.Array, width: int) -> jax.Array:
         raise ValueError(f"sinusoids come in pairs: width={width} must be even")
     frequency = 10000.0 ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
     angle = frequency[:, None] * distance_N.astype(jnp.float32)[None, :]
-    # The array is built in the layout that ``_table_arrays`` needs. Otherwise XLA would transpose it in every layer.
+    # The sines and cosines are computed as [D, N] and then transposed, because the matmuls need N as the last axis in
+    # memory. If they were computed as [N, D], XLA would transpose the table in every layer.
     return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)]).T
 
 
@@ -145,7 +146,10 @@ def _table_arrays(table: jax.Array, q_BTHK: jax.Array | None) -> dict[str, jax.A
 
 @dataclasses.dataclass(frozen=True)
 class _ByDistance:
-    """Bias function that uses row ``offset - t + s`` of the table for query t and key s."""
+    """Bias function that uses entry ``offset - t + s`` of the last axis of ``table`` for query t and key s.
+
+    ``table`` is padded in :func:`distance_bias`.
+    """
 
     offset: int
     scale: float
@@ -157,16 +161,18 @@ class _ByDistance:
     def __call__(self, arrays: Mapping[str, jax.Array], integers: Any, tile: Tile) -> jax.Array:
         return tile.shifted_product(arrays["table"], arrays.get("query"), self.scale)
 
-    def padded(self, floats: Mapping[str, jax.Array], queries: int, keys: int) -> tuple[BiasFn, dict[str, jax.Array]]:
-        padded_floats = {"table": _pad_axis(floats["table"], queries, keys, axis=-1)}
+    def padded(
+        self, floats: Mapping[str, jax.Array], query_padding: int, key_padding: int
+    ) -> tuple[BiasFn, dict[str, jax.Array]]:
+        padded_floats = {"table": _pad_axis(floats["table"], query_padding, key_padding, axis=-1)}
         if "query" in floats:
-            padded_floats["query"] = _pad_axis(floats["query"], 0, queries, axis=-2)
-        return dataclasses.replace(self, offset=self.offset + queries), padded_floats
+            padded_floats["query"] = _pad_axis(floats["query"], 0, query_padding, axis=-2)
+        return dataclasses.replace(self, offset=self.offset + query_padding), padded_floats
 
 
 @dataclasses.dataclass(frozen=True)
 class _ByQueryPosition:
-    """Bias function that uses row ``max_distance - query position + s`` of the table for key s."""
+    """Bias function that uses entry ``max_distance - query position + s`` of the last axis of ``table`` for key s."""
 
     max_distance: int
     keys: int
@@ -179,15 +185,17 @@ class _ByQueryPosition:
         product_RN = tile.product(arrays["query"], arrays["table"], self.scale)
         return tile.gather_shifted(product_RN, self.max_distance - tile.query_column(integers["query"]))
 
-    def padded(self, floats: Mapping[str, jax.Array], queries: int, keys: int) -> tuple[BiasFn, dict[str, jax.Array]]:
-        table, query = floats["table"], _pad_axis(floats["query"], 0, queries, axis=-2)
-        rows = max(table.shape[-1], self.keys + keys)
+    def padded(
+        self, floats: Mapping[str, jax.Array], query_padding: int, key_padding: int
+    ) -> tuple[BiasFn, dict[str, jax.Array]]:
+        table, query = floats["table"], _pad_axis(floats["query"], 0, query_padding, axis=-2)
+        rows = max(table.shape[-1], self.keys + key_padding)
         return self, {"table": _pad_axis(table, 0, rows + -rows % LANES - table.shape[-1], axis=-1), "query": query}
 
 
 @dataclasses.dataclass(frozen=True)
 class _ByPositions:
-    """Bias function that uses row ``max_distance - distance`` of the table, or the nearest row."""
+    """Bias function that uses entry ``max_distance - distance`` of the last axis of ``table``, or the nearest entry."""
 
     max_distance: int
     scale: float
@@ -217,8 +225,10 @@ class _ByTokenTypes:
         biases_R2 = arrays["biases"]
         return jnp.where(query_R1 == key_1E, biases_R2[:, :1], biases_R2[:, 1:])
 
-    def padded(self, floats: Mapping[str, jax.Array], queries: int, keys: int) -> tuple[BiasFn, dict[str, jax.Array]]:
-        return self, {name: _pad_axis(x, 0, queries, axis=-2) for name, x in floats.items()}
+    def padded(
+        self, floats: Mapping[str, jax.Array], query_padding: int, key_padding: int
+    ) -> tuple[BiasFn, dict[str, jax.Array]]:
+        return self, {name: _pad_axis(x, 0, query_padding, axis=-2) for name, x in floats.items()}
 
 
 def _pad_axis(x: jax.Array, before: int, after: int, *, axis: int) -> jax.Array:

@@ -30,7 +30,9 @@ def memory_specs(
 ) -> dict[str, Any]:
     """Specs of an empty memory for ``slots`` tokens per row.
 
-    The memory contains ``hidden`` [B, M, D] for each layer, and ``segment_ids`` [B, M] with 0 for an empty slot.
+    The memory contains ``hidden`` [B, M, width] for each layer, and ``segment_ids`` [B, M] with 0 for an empty slot.
+    ``hidden`` are the inputs of a layer. ``jaxlm.models.attention_rnn_lm`` instead stores projected keys and values of
+    previous outputs.
 
     Args:
         layers: number of layers; None: the specs of one layer, with ``hidden`` directly in the dict.
@@ -107,37 +109,37 @@ def make_context(
         query_segments=documents_BS[:, -T:],
         key_segments=documents_BS,
     )
-    kept_BM = None
+    kept_indices_BM = None
     if state is not None:
         if segment_ids is not None:
             # Padding and empty slots are sorted first, so that they are dropped before tokens.
-            kept_BM = jnp.argsort(segments_BS > 0, axis=1, stable=True)[:, T:]
-        state = {**state, "segment_ids": append(state["segment_ids"], segments_BT, kept_BM)}
-    return MemoryContext(positions_BT, positions_BS, mask, kept_BM), state
+            kept_indices_BM = jnp.argsort(segments_BS > 0, axis=1, stable=True)[:, T:]
+        state = {**state, "segment_ids": append(state["segment_ids"], segments_BT, kept_indices_BM)}
+    return MemoryContext(positions_BT, positions_BS, mask, kept_indices_BM), state
 
 
-def append(memory_BM: jax.Array, new_BT: jax.Array, kept_BM: jax.Array | None) -> jax.Array:
+def append(memory_BM: jax.Array, new_BT: jax.Array, kept_indices_BM: jax.Array | None) -> jax.Array:
     """The next memory, [B, M, ...]: M of the entries of ``memory`` and ``new``. No gradient flows into these arrays.
 
     Args:
         memory_BM, new_BT: [B, M, ...] and [B, T, ...]; they are concatenated to S entries.
-        kept_BM: indices of the S entries that the next memory contains; None: the last M.
+        kept_indices_BM: indices of the S entries that the next memory contains; None: the last M.
     """
     both_BS = jax.lax.stop_gradient(jnp.concatenate([memory_BM, new_BT.astype(memory_BM.dtype)], axis=1))
-    if kept_BM is None:
+    if kept_indices_BM is None:
         return both_BS[:, new_BT.shape[1] :]
-    index = kept_BM.reshape(kept_BM.shape + (1,) * (both_BS.ndim - 2))
+    index = kept_indices_BM.reshape(kept_indices_BM.shape + (1,) * (both_BS.ndim - 2))
     return jnp.take_along_axis(both_BS, index, axis=1, mode="clip")
 
 
-def append_layers(memory: Any, new: Any, kept_BM: jax.Array | None) -> Any:
+def append_layers(memory: Any, new: Any, kept_indices_BM: jax.Array | None) -> Any:
     """The next memory of all layers of a state, stacked or per layer (see :func:`append`).
 
     Call it once, after the loop over layers. A loop that carried the memories would copy all of them in every layer.
     """
     if isinstance(memory, tuple):
-        return jax.tree.map(lambda old, x: append(old, x, kept_BM), memory, new)
-    return jax.tree.map(lambda old, x: jax.vmap(append, in_axes=(0, 0, None))(old, x, kept_BM), memory, new)
+        return jax.tree.map(lambda old, x: append(old, x, kept_indices_BM), memory, new)
+    return jax.tree.map(lambda old, x: jax.vmap(append, in_axes=(0, 0, None))(old, x, kept_indices_BM), memory, new)
 
 
 def absorb_weight(weight_DHK: jax.Array, q_BTHK: jax.Array) -> jax.Array:

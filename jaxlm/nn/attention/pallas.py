@@ -67,7 +67,7 @@ def unsupported_reason(qkv: Any, mask: Mask, biases: tuple[AttentionBias, ...], 
         qkv: q [B, T, H, K], k [B, S, G, K] and v [B, S, G, V]; only their shapes and dtypes are used.
     """
     if dropout_key is not None:
-        return "has no dropout: set the rate to 0"
+        return "has no dropout"
     for bias in biases:
         if isinstance(bias.bias_fn, Dense):
             if not _takes_dense_biases(qkv):
@@ -126,11 +126,11 @@ def attention(
         """``x`` broadcast to all heads and, if necessary, to all rows of the batch.
 
         Different grid steps compute different heads, so every array is broadcast to all heads. The kernel can sum a
-        gradient only over consecutive grid steps. After a block of queries of one batch row, the grid may compute other
-        blocks before it computes the block with the same index of the next row. So query-indexed arrays are broadcast
-        to all rows. With grouped query heads, the grid may compute several blocks of query heads before the next row.
-        Then, for one head, the grid steps of different rows of the batch are not consecutive, so all arrays are
-        broadcast to all rows.
+        gradient only over consecutive grid steps. If a batch row has several blocks of queries, the grid computes all
+        of them before the next batch row. So block t of one row and block t of the next row are not consecutive grid
+        steps. Query-indexed arrays are therefore broadcast to all rows. With grouped query heads, the grid may compute
+        several blocks of query heads before the next row. Then, for one head, the grid steps of different rows of the
+        batch are not consecutive, so all arrays are broadcast to all rows.
         """
         rows = B if grouped or _is_query_indexed(bias_fn, name) else x.shape[0]
         return jnp.broadcast_to(x, (rows, H, *x.shape[2:]))
@@ -188,7 +188,8 @@ def _device_attention(static: _StaticArguments, qkv: Any, bias_floats: Any, inte
     )
     mask_integers, bias_integers = integers
     mask_integers = tuple(
-        None if x is None else layout(x) for x, layout in zip(mask_integers, (column, row, column, row), strict=True)
+        None if x is None else pad_and_reshape(x)
+        for x, pad_and_reshape in zip(mask_integers, (column, row, column, row), strict=True)
     )
 
     def merge_query_vectors(bias_fn: BiasFn, name: str, x: jax.Array) -> jax.Array:
@@ -252,16 +253,17 @@ class _HeadTile(NamedTuple):
 
 
 def _tiles(layout: _Layout) -> Iterator[_HeadTile]:
-    """The tiles of a block: first those of all heads for the first R queries, then for the next R queries."""
-    for row in range(0, layout.queries, layout.R):
+    """The tiles of a block: first those of all heads for the first ``tile_queries`` queries, then the next."""
+    for row in range(0, layout.block_queries, layout.tile_queries):
         # A causal block has all queries, so the index of the first query of a tile is static.
-        first = row if layout.is_causal else pl.program_id(3) * layout.queries + row
-        keys = min(row + layout.R, layout.keys) if layout.is_causal else layout.keys
-        rows, columns = slice(row, row + layout.R), slice(0, keys)
+        first = row if layout.is_causal else pl.program_id(3) * layout.block_queries + row
+        keys = min(row + layout.tile_queries, layout.block_keys) if layout.is_causal else layout.block_keys
+        rows, columns = slice(row, row + layout.tile_queries), slice(0, keys)
+        score_tile = VmemTile(first, layout.tile_queries, 0, keys)
         for head in range(layout.key_heads * layout.group):
             q = _lanes(head, layout.widths[0])
             k, v = (_lanes(head // layout.group, width) for width in layout.widths)
-            yield _HeadTile(head, rows, (rows, q), (columns, k), (columns, v), VmemTile(first, layout.R, 0, keys))
+            yield _HeadTile(head, rows, (rows, q), (columns, k), (columns, v), score_tile)
 
 
 def _lanes(head: int, width: int) -> slice:
@@ -355,20 +357,20 @@ def _backward_kernel(
         sums: scratch memory for the sums of dk and dv over the queries and over the query heads of a key head, with
             keys last.
     """
-    _, row, head_block, block = map(pl.program_id, range(4))
-    _, _, num_head_blocks, blocks = map(pl.num_programs, range(4))
+    _, batch_row, head_block, query_block = map(pl.program_id, range(4))
+    _, _, num_head_blocks, num_query_blocks = map(pl.num_programs, range(4))
 
-    def clear(total: Any, first: Any) -> None:
-        @pl.when(first)
+    def clear(total: Any, is_first_step: Any) -> None:
+        @pl.when(is_first_step)
         def initialize() -> None:
             total[...] = jnp.zeros(total.shape, total.dtype)
 
     for total in sums:
-        clear(total, (head_block == 0) & (block == 0))
+        clear(total, (head_block == 0) & (query_block == 0))
     for i, bias_fn in enumerate(static.bias_fns):
         for name, out in dbias[i].items():
             if not _is_query_indexed(bias_fn, name):
-                clear(out, (row == 0) & (block == 0) if shared[i][name] else block == 0)
+                clear(out, (batch_row == 0) & (query_block == 0) if shared[i][name] else query_block == 0)
 
     for tile in _tiles(layout):
         (q, k, v), bias_arrays, integers = _load(static, tile, refs)
@@ -391,7 +393,7 @@ def _backward_kernel(
                 total = new if _is_query_indexed(bias_fn, name) else out[index] + new
                 out[index] = total.astype(out.dtype)
 
-    @pl.when((head_block == num_head_blocks - 1) & (block == blocks - 1))
+    @pl.when((head_block == num_head_blocks - 1) & (query_block == num_query_blocks - 1))
     def write_dkv() -> None:
         for out, total in zip(dqkv[1:], sums, strict=True):
             out[...] = total[...].T.astype(out.dtype)
@@ -404,13 +406,13 @@ def _backward_kernel(
 class _Layout:
     """How arrays are split into blocks.
 
-    The grid is (blocks of key heads, rows of the batch, blocks of query heads of a block of key heads, blocks of
-    queries).
+    The grid has four axes: blocks of key heads; rows of the batch; blocks of the query heads that read one block of key
+    heads; blocks of queries.
 
     Attributes:
-        queries: queries of a block.
-        R: queries of a tile.
-        keys: keys of a block: all, with padding.
+        block_queries: queries of a block.
+        tile_queries: queries of a tile.
+        block_keys: keys of a block: all, with padding.
         is_causal: whether a tile has only the keys up to its last query. Then a block has all queries.
         key_heads: key heads of a block.
         group: query heads of a block for each of its key heads.
@@ -419,9 +421,9 @@ class _Layout:
         out_spec: block spec of the output.
     """
 
-    queries: int
-    R: int
-    keys: int
+    block_queries: int
+    tile_queries: int
+    block_keys: int
     is_causal: bool
     key_heads: int
     group: int
@@ -495,7 +497,7 @@ def _layout(static: _StaticArguments, floats: Any, integers: Any) -> _Layout:
     R = lazy_pallas.largest_divisor(T, LANES, CAUSAL_TILE) if is_causal else _block_size(T, S)
     queries = T if is_causal else R
     key_heads, group = _heads_of_block((H, G), (K, V))
-    num_head_blocks = H // G // group  # blocks of query heads of a block of key heads
+    num_head_blocks = H // G // group  # blocks of the query heads that read one block of key heads
 
     def query_block(width: int) -> Any:
         size = key_heads * group * width
@@ -582,7 +584,9 @@ def _backward(static: _StaticArguments, saved: Any, dout: jax.Array) -> tuple[An
             tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in qkv),
             _map_bias_arrays(static, bias_gradient, bias_floats),
         ),
-        scratch_shapes=[pltpu.VMEM((layout.key_heads * width, layout.keys), jnp.float32) for width in layout.widths],
+        scratch_shapes=[
+            pltpu.VMEM((layout.key_heads * width, layout.block_keys), jnp.float32) for width in layout.widths
+        ],
     )  # fmt: skip
     dqkv, dbias = run((tuple(qkv), bias_floats, integers), dout)
     dbias = jax.tree.map(lambda gradient, x: gradient.astype(x.dtype), dbias, bias_floats)

@@ -35,7 +35,7 @@ def unsupported_reason(mask: Mask, biases: Sequence[Any], key: jax.Array | None)
     if biases:
         return "takes no bias"
     if key is not None:
-        return "has no dropout: set the rate to 0"
+        return "has no dropout"
     if mask.query_order is not None:
         return "takes no query_order and key_order: its causal mask compares indices only"
     return split.unsupported_reason()

@@ -251,7 +251,9 @@ def pad_to_length(
     """
     T = tokens_BT.shape[1]
     if length < T:
-        raise ValueError(f"{T} tokens exceed max_positions={length}: shorten them or enlarge the model")
+        raise ValueError(
+            f"{T} tokens exceed max_positions={length}: shorten them, or use a model with a larger max_positions"
+        )
     if reverse:
         tokens_BT, segment_ids = tokens_BT[:, ::-1], None if segment_ids is None else segment_ids[:, ::-1]
     if segment_ids is None:  # no padding to move

@@ -96,7 +96,7 @@ class Clusters:
         return self.divisor > 1 or self.width != self.model_width
 
     @property
-    def tables(self) -> tuple[tuple[int, int], ...]:
+    def table_shapes(self) -> tuple[tuple[int, int], ...]:
         """(rows, width) of each table: one table per cluster, or one for all clusters if they have the same width."""
         if self.divisor == 1:
             return ((embedding.round_up(self.vocab_size, self.multiple), self.width),)
@@ -109,7 +109,7 @@ def input_specs(clusters: Clusters, init: Initializer, projection_init: Initiali
 
     They are ``token_embedding`` and, if the clusters need them, ``token_projection`` and ``tails``.
     """
-    (first_table, *other_tables), D = clusters.tables, clusters.model_width
+    (first_table, *other_tables), D = clusters.table_shapes, clusters.model_width
     specs: dict[str, Any] = {"token_embedding": _table(first_table, init)}
     if clusters.projected:
         specs["token_projection"] = _projection((first_table[1], D), projection_init)
@@ -134,7 +134,7 @@ def head_specs(
         tie_projections: share the projections with the input, except the projection of the first cluster.
     """
     trees: list[dict[str, Any]] = [{} for _ in clusters.ranges]
-    for tree, shape in zip(trees, clusters.tables, strict=False):
+    for tree, shape in zip(trees, clusters.table_shapes, strict=False):
         tree["bias"] = ArraySpec((shape[0],), ("vocab",))
         if not tie_embeddings:
             tree["embedding"] = _table(shape, init)
@@ -227,10 +227,11 @@ def _logits_of_clusters(clusters: Clusters, params: Params, hidden_BTD: jax.Arra
 
 
 def _logits(cluster_params: dict[str, jax.Array], hidden_BTD: jax.Array) -> jax.Array:
-    """The logits of the words of one cluster, [B, T, n_i] float32.
+    """The logits of the rows of ``cluster_params["weight"]``, [B, T, rows] float32.
 
-    For the first cluster, the logits of the C other clusters follow. ``cluster_params`` has the entries of an item of
-    :func:`_softmax_parameters`.
+    For a cluster, the rows are its words. For the first cluster, the rows of the C other clusters follow.
+    ``cluster_params`` is a dict with ``weight``, ``bias`` and optionally ``projection``, as in the list that
+    :func:`_softmax_parameters` returns.
     """
     projection, weight = cluster_params.get("projection"), cluster_params["weight"]
     x = hidden_BTD if projection is None else hidden_BTD @ projection.astype(hidden_BTD.dtype).T

@@ -51,7 +51,7 @@ def chunked_cross_entropy(
         return jnp.zeros((), jnp.float32)  # an empty sum
     if max_chunk_logits is None:
         max_chunk_logits = choices.max_logits()
-    leaves, tree = jax.tree.flatten(params)
+    leaves, treedef = jax.tree.flatten(params)
     used_indices = _used_leaf_indices(head, params, hidden_BTD)
 
     def head_of_used(used_leaves: list[jax.Array], hidden: jax.Array) -> jax.Array:
@@ -59,7 +59,7 @@ def chunked_cross_entropy(
         all_leaves: list[Any] = [None] * len(leaves)
         for index, leaf in zip(used_indices, used_leaves, strict=True):
             all_leaves[index] = leaf
-        return head(jax.tree.unflatten(tree, all_leaves), hidden)
+        return head(jax.tree.unflatten(treedef, all_leaves), hidden)
 
     used_leaves = [leaves[index] for index in used_indices]
     weights_BT = weights_BT.astype(jnp.float32)
@@ -86,8 +86,8 @@ def chunked_argmax(head: Head, params: Params, hidden_BTD: jax.Array) -> jax.Arr
 def _used_leaf_indices(head: Head, params: Params, hidden: jax.Array) -> list[int]:
     """The indices of the leaves of ``params`` that ``head`` reads, according to the jaxpr of ``head``."""
     jaxpr = jax.make_jaxpr(head)(params, hidden).jaxpr
-    used_indices = {id(var) for equation in jaxpr.eqns for var in equation.invars} | {id(var) for var in jaxpr.outvars}
-    return [index for index, var in enumerate(jaxpr.invars[:-1]) if id(var) in used_indices]
+    used_var_ids = {id(var) for equation in jaxpr.eqns for var in equation.invars} | {id(var) for var in jaxpr.outvars}
+    return [index for index, var in enumerate(jaxpr.invars[:-1]) if id(var) in used_var_ids]
 
 
 def chunk_length(head: Head, max_chunk_logits: int, params: Params, hidden_BTD: jax.Array) -> int:

@@ -182,7 +182,7 @@ def test_a_tpu_uses_the_kernel_if_it_supports_the_arguments(monkeypatch):
 @pytest.mark.live
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_kernels_of_a_training_step_have_a_schedule(kind):
-    topology.prepare()
+    topology.prepare_environment()
     from jaxlm import get_model
 
     result = planning.plan(get_model(f"{kind}-tiny", dtype="bfloat16"), "v5e:2x2", "data=4", batch=32, sequence=16)

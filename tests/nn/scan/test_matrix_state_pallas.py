@@ -323,7 +323,7 @@ def test_the_choice_depends_on_the_platform_and_the_arguments(monkeypatch):
     ],
 )
 def test_the_tpu_compiler_accepts_the_kernels(name, shape, dtype):
-    topology.prepare()
+    topology.prepare_environment()
     device = topology.get_topology("v5e:2x2").devices[0]
     target = Sharding(make_mesh({"data": 1}, devices=[device]))
     function, make_arguments = FUNCTIONS[name]

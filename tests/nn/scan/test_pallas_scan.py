@@ -102,7 +102,7 @@ def test_unsupported_arguments_give_the_reason(on_tpu):
 
 @pytest.mark.live
 def test_the_kernel_of_a_training_step_has_a_schedule():
-    topology.prepare()
+    topology.prepare_environment()
     result = planning.plan(get_model("griffin-tiny", dtype="bfloat16"), "v5e:2x2", "data=4", batch=8, sequence=32)
     assert {kernel.name.partition(".")[0] for kernel in result.kernels} == {"linear_scan", "linear_scan_backward"}
     assert all(kernel.cycles > 50 for kernel in result.kernels)
