@@ -254,7 +254,7 @@ def is_user_error(error: BaseException) -> bool:
         return False
     if isinstance(error, OSError) and not isinstance(error, _USER_ERRORS):
         return error.errno in _USER_ERROR_NUMBERS
-    return isinstance(error, _USER_ERRORS) or _is_unknown_encoding(error)
+    return isinstance(error, _USER_ERRORS) or _is_encoding_error(error)
 
 
 def describe(error: BaseException) -> str:
@@ -270,8 +270,9 @@ def describe(error: BaseException) -> str:
         return f"a file of weights is damaged ({message}): copy or export it again"
     if isinstance(error, EOFError | zlib.error):
         return f"a compressed file is damaged or truncated ({message or type(error).__name__}): copy it again"
-    if _is_unknown_encoding(error):
-        return f"{message}: choose an encoding that Python supports, such as utf-8 or latin-1"
+    if _is_encoding_error(error):
+        fix = ": choose an encoding that Python supports, such as utf-8 or latin-1"
+        return message + (fix if "unknown encoding" in message else "")
     if isinstance(error, OverflowError):
         return f"a number is too large ({message}): choose a smaller number"
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in message or "Out of memory" in message:
@@ -289,8 +290,8 @@ def describe(error: BaseException) -> str:
     return f"unexpected {type(error).__name__}: {message}: a bug in jaxlm or in a library ({DEBUG} shows where)"
 
 
-def _is_unknown_encoding(error: BaseException) -> bool:
-    return type(error) is LookupError and "unknown encoding" in str(error)
+def _is_encoding_error(error: BaseException) -> bool:
+    return type(error) is LookupError and "encoding" in str(error)
 
 
 def check_output_file(option: str, path: Path | None) -> None:

@@ -147,10 +147,10 @@ def must_end_now() -> bool:
     return end
 
 
-def require_shared_directory(directory: Path) -> None:
+def require_shared_directory(directory: Path, resume_directory: Path) -> None:
     """Check that all processes see the same ``directory``. It must exist on the host of the first process.
 
-    Later messages about lost or failed processes propose to resume from ``directory``.
+    Later messages about lost or failed processes propose to resume from ``resume_directory``.
 
     Raises:
         ValueError: a process does not see the files of the first process in ``directory``.
@@ -158,7 +158,7 @@ def require_shared_directory(directory: Path) -> None:
     if jax.process_count() == 1:
         return
     if _watch is not None:
-        _watch.set_restart_directory(directory)
+        _watch.set_restart_directory(resume_directory)
 
     def create_file() -> str:
         file, path = tempfile.mkstemp(prefix=".shared-", dir=directory)

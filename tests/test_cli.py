@@ -90,6 +90,11 @@ def test_errors_are_one_line(run_directory, tmp_path, capsys):
     missing = tmp_path / "nowhere"
     assert f"{str(missing)!r} is not a directory" in error_line(capsys, "generate", missing, *prompt)
     assert "has no config.json" in error_line(capsys, "generate", tmp_path, *prompt)
+    unfinished = tmp_path / "unfinished"
+    (unfinished / "model").mkdir(parents=True)
+    (unfinished / "config.json").write_text("{}")
+    message = f"{unfinished} has no exported model, because the run has not finished: resume it"
+    assert message in error_line(capsys, "generate", unfinished, *prompt)
     assert "character 'Z' (U+005A) at position 1" in error_line(capsys, "generate", run_directory, "--prompt", "tZ")
     assert "pass at least one character" in error_line(capsys, "generate", run_directory, "--prompt", "")
     assert "prompt 0 has 25 tokens, but max_positions=24" in error_line(

@@ -149,6 +149,7 @@ def test_numpy_scalars_are_saved_as_numbers():
         (lambda: TrainingConfig(steps=np.int32(0)), "steps=0 must be at least 1"),
         (lambda: get_model("lstm-tiny", init_bound=-0.5), "init_bound=-0.5 must be at least 0"),
         (lambda: get_model("gpt2-tiny", norm_epsilon=-1.0), "norm_epsilon=-1.0 must be at least 0"),
+        (lambda: get_model("gpt2-tiny", init_stddev=-0.5), "init_stddev=-0.5 must be at least 0"),
         (lambda: Multipliers(head=math.nan), "multipliers.head=nan must be a finite number"),
         (lambda: OptimizerConfig(learning_rate=np.float32("nan")), "learning_rate=.*nan.* must be a finite number"),
     ],

@@ -35,6 +35,7 @@ EXTRAS = (
     ("torch", "reference", "tests against the reference implementations"),
     ("transformers", "reference", "tests against the reference implementations"),
     ("rwkv", "reference", "tests against the reference implementations"),
+    ("xlstm", "reference", "tests against the reference implementations"),
 )
 """Optional packages: the name of the package, the extra of jaxlm that installs it, and its purpose. The packages of the
 extras ``docs`` and ``dev``, tools for changes of this repository, are left out."""

@@ -51,7 +51,7 @@ class ModelConfig:
                 raise ValueError(f"{name}={value} must be at least {minimum}")
             if name.endswith("dropout") and not 0.0 <= value < 1.0:
                 raise ValueError(f"{name}={value} must be in [0, 1)")
-            if name.endswith(("epsilon", "init_bound")) and value < 0:
+            if name.endswith(("epsilon", "init_bound", "init_stddev")) and value < 0:
                 raise ValueError(f"{name}={value} must be at least 0")
             config_lib.check_num_layers(name, value, name)
             if name in ("rotary_base", "window_rotary_base") and not value > 1:

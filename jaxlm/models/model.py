@@ -475,7 +475,9 @@ class Model:
         ``rollback(after, dropped)`` (as in ``gpt`` and ``t5``), this function frees the cache slots of the last
         ``dropped`` tokens of each row. Otherwise, the model reads the tokens again, starting from ``before``. The
         tokens after the first ``count`` tokens are then padding. If the state has a key-value cache, the slots of this
-        padding are freed. If the last call exceeded the cache, the result is not defined.
+        padding are freed. If the last call exceeded the cache, the result is not defined. A freed slot keeps its keys
+        and values. So if a dropped token had an id outside the vocabulary, later results of this row may be NaN until
+        the slot is written again.
 
         Args:
             before: the state before the last call.
@@ -505,7 +507,8 @@ class Model:
             return self.module.rollback(after, T - count)
         is_kept = jnp.arange(T)[None, :] < count[:, None]
         segments = jnp.where(is_kept, 1 if segment_ids is None else segment_ids, 0)
-        _, state = self.apply(params, tokens, state=before, segment_ids=segments, **inputs)
+        # A dropped token may be an id outside the vocabulary. As padding, it must not give NaN.
+        _, state = self.apply(params, jnp.where(is_kept, tokens, 0), state=before, segment_ids=segments, **inputs)
         assert state is not None
         from jaxlm.nn.attention import cache  # imported here, because `import jaxlm` must not import flax
 

@@ -19,6 +19,7 @@ from jaxlm.tasks.loading import load
 from jaxlm.tasks.text_requests import TextRequests
 
 try:
+    import lm_eval.models  # noqa: F401 (the harness registers its own model types only while none is registered)
     from lm_eval.api.model import LM
     from lm_eval.api.registry import register_model
     from lm_eval.utils import simple_parse_args_string

@@ -19,12 +19,15 @@ def load(directory: str | Path, dtype: str | None = None) -> tuple[Model, Any, T
         dtype: compute dtype, for example bfloat16. None: the dtype of the model's config.
 
     Raises:
+        FileNotFoundError: the directory is a run that has not finished, so it has no exported model.
         FileNotFoundError, ImportError, ValueError: as in ``load_pretrained`` and ``load_tokenizer``.
         ValueError: the vocabulary sizes of tokenizer and model do not match, as in
             ``jaxlm.training.checks.check_tokenizer``.
     """
-    directory = Path(directory)
-    directory = directory / "model" if (directory / "model").is_dir() else directory
+    run = Path(directory)
+    directory = run / "model" if (run / "model").is_dir() else run
+    if directory != run and (run / "config.json").exists() and not (directory / "config.json").exists():
+        raise FileNotFoundError(f"{run} has no exported model, because the run has not finished: resume it")
     overrides: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
     model, params = load_pretrained(directory, **overrides)
     tokenizer = load_tokenizer(directory)

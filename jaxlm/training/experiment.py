@@ -399,7 +399,8 @@ def make_run(directory: Path, experiment: Any, resume: Path | None, parent: Any 
                     (path / name).rename(path / f"{name}.step-{step}")
 
     is_resumed = resume is not None
-    return Run(directory, meta, is_resumed, trackers, on_start=on_start if is_resumed else None)
+    resume_directory = None if parent is None else directory.parent
+    return Run(directory, meta, is_resumed, trackers, on_start if is_resumed else None, resume_directory)
 
 
 def export(directory: Path, model: Model, result: Result, tokenizer: Tokenizer | None = None) -> bool:

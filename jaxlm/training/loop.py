@@ -214,6 +214,8 @@ class Run:
         on_start: ``on_start(step, trains)``, which the first process calls once, after the directory has been locked
             and the state has been initialized or restored. It is not called if the start fails. ``step`` is the step of
             the state. ``trains`` is True if further steps follow.
+        resume_directory: the directory that messages name for ``--resume``, for example the directory of a
+            cross-validation, whose folds are runs; None: ``directory``.
 
     Raises:
         ValueError: a key of ``meta`` is reserved.
@@ -225,6 +227,7 @@ class Run:
     resume: bool = False
     trackers: tuple[Tracker, ...] = ()
     on_start: Callable[[int, bool], None] | None = None
+    resume_directory: Path | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "directory", Path(self.directory))
@@ -343,7 +346,7 @@ def train(
     directory = run.directory
     directory.mkdir(parents=True, exist_ok=True)
     if config.checkpoint_every is not None:
-        processes.require_shared_directory(directory)
+        processes.require_shared_directory(directory, run.resume_directory or directory)
     checkpointer = Checkpointer(directory / "checkpoints", keep_last=config.keep_last)
     lock = integrity.lock_directory(directory) if processes.is_first() else contextlib.nullcontext()
     with lock, checkpointer as checkpoints, _Signals() as signals:
@@ -416,7 +419,9 @@ class _Loop:
             raise
         except ValueError:
             # The arrays do not match the target. If a setting has changed, raise the error of this setting instead.
-            self._require_same_run(self._checkpoints.meta())
+            meta = self._checkpoints.meta()
+            self._require_same_run(meta)
+            self._data.restore(meta["data"])
             raise
         self._require_same_run(saved)
         self._data.restore(saved["data"])
@@ -547,7 +552,8 @@ class _Loop:
         message, directory = "nothing is saved, because checkpoint_every=None", self._run.directory
         if self._config.checkpoint_every is not None:
             message = (
-                f"saved step {self.step} in {directory / 'checkpoints'}; --resume {directory} continues from there"
+                f"saved step {self.step} in {directory / 'checkpoints'}; --resume "
+                f"{self._run.resume_directory or directory} continues from there"
             )
         self._bar.say(f"{self._signals.caught}: {message}")
         return self._result(None, self._signals.caught)

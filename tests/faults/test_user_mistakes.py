@@ -75,6 +75,7 @@ def _os_error(path: str, number: int) -> OSError:
         (OverflowError("int too big"), 2, "a number is too large (int too big)"),
         (EOFError("Compressed file ended"), 2, "a compressed file is damaged or truncated"),
         (LookupError("unknown encoding: x"), 2, "unknown encoding: x: choose an encoding that Python supports"),
+        (LookupError("encoding='hex' is not an encoding of text: choose one"), 2, "is not an encoding of text"),
         (MemoryError(), 1, "there is not enough memory"),
         (RuntimeError("RESOURCE_EXHAUSTED: 3 GB"), 1, "there is not enough memory"),
         (RuntimeError("DEADLINE_EXCEEDED: Barrier"), 1, "does not answer: check that all processes are running"),

@@ -305,6 +305,10 @@ UNPUBLISHED: tuple[tuple[str, dict[str, Any]], ...] = (
     ("bamba-tiny", {"dt_limit_max": 1.0}),
     ("bamba-tiny", {"residual_in_float32": True}),
     ("transformer-xl-tiny", {"cutoffs": tuple(range(10, 19)), "embedding_divisor": 2, "token_dim": 512}),
+    ("gemma-3-tiny", {"attention_scale": -0.3}),
+    ("gemma-3-tiny", {"attention_scale": 0.0}),
+    ("gated_deltanet-hybrid-tiny", {"max_positions": None, "rotary_scaling": RotaryScaling("yarn", 4.0, 8)}),
+    ("roberta-tiny", {"vocab_size": 1}),
 )
 """Models that no class in transformers can represent, although their family has published formats."""
 

@@ -3,6 +3,7 @@
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -12,6 +13,7 @@ from jaxlm.models import get_model
 from jaxlm.models.common import layer_kinds
 from jaxlm.testing.helpers import (
     add_noise,
+    assert_trees_close,
     assert_trees_equal,
     initial_params,
     random_tokens,
@@ -172,3 +174,15 @@ def test_a_changed_width_changes_the_head_width_in_files(tmp_path):
 def test_an_odd_width_of_the_mlp_is_rounded_down_as_in_transformers(tmp_path):
     model, _ = load_pretrained(save_with_fields(tmp_path, "griffin-tiny", intermediate_size=97))
     assert model.config.mlp_dim == 48
+
+
+@pytest.mark.thorough
+def test_a_dropped_id_outside_the_vocabulary_has_no_effect():
+    model = tiny_model("griffin")
+    params, before = initial_params(model), model.init_state(1, 8)
+    tokens = jnp.array([[3, model.config.vocab_size, model.config.vocab_size]])
+    _, after = model.apply(params, tokens, state=before)
+    kept = model.rollback(params, before, tokens, after, jnp.array([1]))
+    got, _ = model.apply(params, jnp.array([[5]]), state=kept)
+    want, _ = model.apply(params, jnp.array([[3, 5]]), state=before)
+    assert_trees_close(got, want[:, 1:], 1e-5)

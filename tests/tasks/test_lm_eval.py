@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -228,6 +230,14 @@ def test_the_arguments_of_the_harness_command_are_accepted(jaxlm_directory: Path
     assert model.requests.batch_size == 16
     model = HarnessModel.create_from_arg_string(f"pretrained={jaxlm_directory},batch_size=2", harness)
     assert model.requests.batch_size == 2
+
+
+def test_the_model_types_of_the_harness_stay_registered() -> None:
+    """The harness registers its own types only if no type is registered."""
+    script = (
+        "import jaxlm.tasks.lm_eval; from lm_eval.api.registry import get_model; get_model('hf'); get_model('jaxlm')"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
 
 
 def test_invalid_model_arguments_raise_errors(jaxlm_directory: Path) -> None:

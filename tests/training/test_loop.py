@@ -68,12 +68,13 @@ def run(directory, loss=causal.loss, data=None, **options):
         **options,
     }
     resume, sharding = config.pop("resume", False), config.pop("sharding", None)
-    initial = config.pop("initial", None)
+    initial, resume_directory = config.pop("initial", None), config.pop("resume_directory", None)
     directory.mkdir(exist_ok=True)
     config = TrainingConfig(**config)
     trainer = CachedTrainer(**vars(config.trainer(model, optimizer, loss, sharding=sharding)))
     data = data or Batches(RandomWindows(tokens, 16, 8, seed=1), to_batch=to_batch)
-    return train(trainer, data, evaluate, config, Run(str(directory), {"note": "test"}, resume), initial)
+    named = Run(str(directory), {"note": "test"}, resume, resume_directory=resume_directory)
+    return train(trainer, data, evaluate, config, named, initial)
 
 
 def test_a_run_on_two_cpu_devices_equals_a_run_on_one(tmp_path):
@@ -135,12 +136,12 @@ class SignalBatches(Batches):
 def test_a_signal_saves_a_checkpoint_and_the_resumed_run_is_bitwise_equal(tmp_path, complete_run, capfd, signal_number):
     data = SignalBatches(RandomWindows(training_setup()[2], 16, 8, seed=1), 7, signal_number)
     handler = signal.getsignal(signal_number)
-    interrupted = run(tmp_path, data=data)
+    interrupted = run(tmp_path, data=data, resume_directory=tmp_path.parent)
     assert interrupted.interrupted == signal_number.name
     assert int(interrupted.state.step) == 7
     assert signal.getsignal(signal_number) is handler
     message = capfd.readouterr().err.replace("\n", " ")
-    assert f"{signal_number.name}: saved step 7 in {tmp_path / 'checkpoints'}" in message
+    assert f"{signal_number.name}: saved step 7 in {tmp_path / 'checkpoints'}; --resume {tmp_path.parent} " in message
     resumed = run(tmp_path, resume=True)
     assert_trees_equal(resumed.state, complete_run.state)
     assert resumed.validation_loss == complete_run.validation_loss

@@ -111,18 +111,24 @@ def test_a_step_carries_the_model_state_and_resets_it_on_request(name: str) -> N
 
 
 @pytest.mark.thorough
-def test_a_run_that_carries_state_cannot_change_its_dtype(tmp_path: Path) -> None:
+def test_a_run_that_carries_state_cannot_change_its_dtype_or_batch_size(tmp_path: Path) -> None:
     model, optimizer, _ = model_optimizer_batches("lstm-tiny")
-    columns = ContiguousStreams(random_tokens(model, 1, ROWS * 3 * LENGTH + 1)[0], LENGTH, ROWS)
-    data = Batches(columns, to_batch=lambda token_batch: causal.batch(token_batch.tokens, reset=token_batch.reset))
+    tokens = random_tokens(model, 1, ROWS * 3 * LENGTH + 1)[0]
 
-    def run(model: Model, **options: Any) -> Any:
-        config, trainer = TrainingConfig(steps=1), trainer_of(model, optimizer)
+    def run(model: Model, rows: int = ROWS, **options: Any) -> Any:
+        columns = ContiguousStreams(tokens, LENGTH, rows)
+        data = Batches(columns, to_batch=lambda token_batch: causal.batch(token_batch.tokens, reset=token_batch.reset))
+        config, trainer = (
+            TrainingConfig(steps=1),
+            CachedTrainer(model, optimizer, causal.loss, carry_size=(rows, MEMORY)),
+        )
         return train(trainer, data, lambda params: {"loss": 1.0}, config, Run(tmp_path, **options))
 
     assert run(model).step == 1
     with pytest.raises(ValueError, match=r"dtype=bfloat16 cannot change .*saved value: float32.*: set it to float32"):
         run(model.with_fields(dtype="bfloat16"), resume=True)
+    with pytest.raises(ValueError, match=rf"the saved iterator read other data:\n  batch_size: saved {ROWS}, now 1"):
+        run(model, rows=1, resume=True)
     assert run(model, resume=True).step == 1
 
 

@@ -42,6 +42,8 @@ def _write_fields(cfg: Config) -> dict[str, Any]:
     shared = {} if cfg.shared_expert_dim is None else {"shared_expert_intermediate_size": cfg.shared_expert_dim}
     if cfg.num_experts is not None and not shared:
         raise ValueError("model_type='qwen3_next' has a shared expert: set shared_expert_dim, or num_experts to None")
+    if cfg.max_positions is None and cfg.rotary_scaling is not None and cfg.rotary_scaling.kind in ("yarn", "llama3"):
+        raise ValueError(f"model_type='qwen3_next' needs max_positions for {cfg.rotary_scaling.kind} scaling: set it")
     name_of = {mixer: name for name, mixer in _LAYER_TYPES.items()}
     return {
         "layer_types": [name_of[mixer] for mixer in layer_kinds(cfg)],

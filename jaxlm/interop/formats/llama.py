@@ -177,6 +177,8 @@ def _write_gemma3(cfg: Config) -> dict[str, Any]:
     kinds, width = layer_kinds(cfg), head_sizes(cfg)[2]
     if "no_positions" in kinds:
         raise ValueError("a model with no_positions layers cannot be written as model_type='gemma3_text'")
+    if cfg.attention_scale is not None and cfg.attention_scale <= 0:
+        raise ValueError(f"model_type='gemma3_text' needs a positive attention_scale, got {cfg.attention_scale}")
     if "window" in kinds and cfg.window_rotary_base is None:
         raise ValueError(
             "model_type='gemma3_text' needs window_rotary_base: set it to rotary_base (rotary_scaling, if any, then no "

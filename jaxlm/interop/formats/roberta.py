@@ -20,6 +20,8 @@ def _read_fields(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _write_fields(cfg: Config) -> dict[str, Any]:
     assert BERT.write_fields is not None
+    if cfg.vocab_size < FIRST_POSITION:
+        raise ValueError(f"model_type='roberta' has the padding id {FIRST_POSITION - 1}: set vocab_size above it")
     return {**BERT.write_fields(cfg), "max_position_embeddings": cfg.max_positions + FIRST_POSITION}
 
 

@@ -75,8 +75,8 @@ class RotaryScaling:
                 f"high_frequency_factor={self.high_frequency_factor} must exceed "
                 f"low_frequency_factor={self.low_frequency_factor}"
             )
-        if self.kind == "yarn" and self.beta_fast <= self.beta_slow:
-            raise ValueError(f"beta_fast={self.beta_fast} must exceed beta_slow={self.beta_slow}")
+        if self.kind == "yarn" and not 0 < self.beta_slow < self.beta_fast:
+            raise ValueError(f"beta_slow={self.beta_slow} must be between 0 and beta_fast={self.beta_fast}")
 
 
 def rotary_frequencies(
