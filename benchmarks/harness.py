@@ -540,7 +540,7 @@ def check_samples(values: dict[str, list[Any]], tolerance: float) -> None:
 
 def describe_machine() -> dict[str, Any]:
     """Properties of the machine and its software that the measurements depend on, such as ``cpu`` and ``versions``."""
-    from jaxlm.host import processor_name  # imported here, because jaxlm imports jax
+    from jaxlm.host import num_cores, processor_name  # imported here, because jaxlm imports jax
 
     versions = {}
     for package in PACKAGES:
@@ -549,7 +549,7 @@ def describe_machine() -> dict[str, Any]:
     return {
         "time": time.strftime("%Y-%m-%d %H:%M:%S %z"),
         "cpu": processor_name(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": num_cores(),
         "load": " ".join(f"{load:.2f}" for load in os.getloadavg()),
         "versions": " ".join(f"{name} {version}" for name, version in versions.items()),
         "flags": " ".join(f"{name}={os.environ[name]}" for name in FLAGS if name in os.environ) or "none",
@@ -557,7 +557,10 @@ def describe_machine() -> dict[str, Any]:
     }
 
 
-FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_PLATFORMS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "NVIDIA_TF32_OVERRIDE")
+FLAGS = (
+    "XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_PLATFORMS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "NVIDIA_TF32_OVERRIDE",
+    "JAXLM_CHOICES",
+)  # fmt: skip
 """Environment variables that change the measured times, and are written to the results."""
 
 

@@ -96,9 +96,30 @@ def select_cpu_without_accelerators() -> None:
 
 def processor_name() -> str:
     """The name of the processor, for example "AMD EPYC 9354". If it is unknown, the architecture, such as "x86_64"."""
+    return _cpu_info().get("model name") or platform.processor() or platform.machine()
+
+
+def processor_model() -> str:
+    """The name of the processor with its model numbers, for example "AMD EPYC (cpu family 25, model 17)".
+
+    A virtual machine may give different processors the same name. The model numbers are known only on Linux.
+    """
+    info = _cpu_info()
+    keys = ("cpu family", "model", "CPU implementer", "CPU part")
+    numbers = ", ".join(f"{key} {info[key]}" for key in keys if key in info)
+    return f"{processor_name()} ({numbers})" if numbers else processor_name()
+
+
+def _cpu_info() -> dict[str, str]:
+    """The entries of the first processor in ``/proc/cpuinfo``. Empty if there is no such file."""
     try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
-        lines = []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+        return {}
+    entries = (line.partition(":") for line in text.strip().partition("\n\n")[0].splitlines())
+    return {key.strip(): value.strip() for key, _, value in entries}
+
+
+def num_cores() -> int:
+    """The number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

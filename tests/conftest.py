@@ -10,6 +10,7 @@ from typing import Any
 import jaxlib.version
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.pop("JAXLM_CHOICES", None)  # the tests use the defaults
 XLA_DEFAULTS = {
     "xla_force_host_platform_device_count": "8",
     # Tests spend most of their time compiling. Without LLVM optimizations they take half as long.

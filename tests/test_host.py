@@ -60,6 +60,30 @@ def test_keep_freed_memory_does_nothing_without_glibc(monkeypatch: pytest.Monkey
     assert host.is_freed_memory_kept() is False
 
 
+CPU_INFO = {
+    "processor\t: 0\ncpu family\t: 25\nmodel\t\t: 17\nmodel name\t: AMD EPYC\n\nprocessor\t: 1\nmodel\t: 9\n": (
+        "AMD EPYC",
+        "AMD EPYC (cpu family 25, model 17)",
+    ),
+    "processor\t: 0\nCPU implementer\t: 0x41\nCPU part\t: 0xd40\n\nprocessor\t: 1\n": (
+        "aarch64",
+        "aarch64 (CPU implementer 0x41, CPU part 0xd40)",
+    ),
+    None: ("aarch64", "aarch64"),
+}
+"""The content of ``/proc/cpuinfo`` (None: there is no such file), and the results of the two functions."""
+
+
+@pytest.mark.parametrize("content", CPU_INFO)
+def test_the_processor_has_a_name_and_model_numbers(content, monkeypatch, tmp_path):
+    if content is not None:
+        (tmp_path / "cpuinfo").write_text(content)
+    monkeypatch.setattr(host, "Path", lambda name: tmp_path / "cpuinfo")
+    monkeypatch.setattr(host.platform, "processor", lambda: "")
+    monkeypatch.setattr(host.platform, "machine", lambda: "aarch64")
+    assert (host.processor_name(), host.processor_model()) == CPU_INFO[content]
+
+
 @pytest.fixture
 def machine(monkeypatch):
     """A machine without accelerators, with libtpu. The fixture is a list of the calls of ``select_cpu``."""

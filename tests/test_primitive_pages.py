@@ -6,10 +6,11 @@ import re
 import pytest
 
 from jaxlm.nn import choices
+from jaxlm.nn.cpu_choices import CpuChoices
 from tests.pages import ROOT, run_page
 
 PAGES = sorted(path.stem for path in (ROOT / "docs/primitives").glob("*.md") if path.stem != "index")
-CONSTANT = re.compile(r"`([A-Z][A-Z_]+)` \(([\d,]+)\)")
+CONSTANT = re.compile(r"`(CpuChoices\.\w+|[A-Z][A-Z_]+)` \(([\d,]+)\)")
 NAME = re.compile(r"`(jaxlm(?:\.\w+)+)`")
 
 
@@ -23,7 +24,8 @@ def test_the_examples_of_a_page_run(page):
 def test_the_names_and_constants_of_a_page_exist(page):
     text = (ROOT / f"docs/primitives/{page}.md").read_text(encoding="utf-8")
     for name, value in CONSTANT.findall(text):
-        assert getattr(choices, name) == int(value.replace(",", "")), name
+        holder = CpuChoices if "." in name else choices
+        assert getattr(holder, name.rpartition(".")[2]) == int(value.replace(",", "")), name
     names = NAME.findall(text)
     assert names
     for name in names:

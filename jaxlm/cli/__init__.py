@@ -8,6 +8,7 @@ import tyro
 
 import jaxlm
 from jaxlm.cli.answer import Answer
+from jaxlm.cli.calibrate import Calibrate
 from jaxlm.cli.chess import Chess
 from jaxlm.cli.classify import Classify
 from jaxlm.cli.compare import Compare
@@ -42,6 +43,7 @@ COMMANDS: dict[str, type[Command]] = {
     "plan": Plan,
     "launch": Launch,
     "doctor": Doctor,
+    "calibrate": Calibrate,
 }
 """The class of each subcommand, by the name of the subcommand.
 
@@ -52,7 +54,7 @@ docstrings are the help texts.
 DESCRIPTION = """Language models in JAX. Commands for a trained model (a run directory, or a directory in Hugging Face
 layout): generate, translate, summarize, answer, classify, chess, score, evaluate. For finished or running training
 runs: compare. Before training: plan. For runs on other machines or in several processes: launch. For this machine:
-doctor. jaxlm --version prints the version. An error is printed as one line; --debug adds the traceback."""
+doctor, calibrate. jaxlm --version prints the version. An error is printed as one line; --debug adds the traceback."""
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import os
 import platform
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import jax
 import jaxlm
 from jaxlm.devices import device_by_kind
 from jaxlm.extras import install_command
+from jaxlm.nn import cpu_choices
 
 EXTRAS = (
     ("tokenizers", "tokenizers", "reading tokenizer.json and vocab/merges files"),
@@ -55,6 +57,7 @@ class Doctor:
         for device in jax.devices():
             print(f"device {device.id:<11} {device.device_kind}{_memory(device)}{_datasheet(device)}")
         print(f"host memory        {_host_memory()}")
+        print(f"cpu choices        {_cpu_choices()}")
         print()
         for package, extra, purpose in EXTRAS:
             version = _version(package)
@@ -81,6 +84,17 @@ def _datasheet(device: jax.Device) -> str:
     if data is None:
         return ""
     return f"; datasheet: {data.tflops:g} TFLOP/s bfloat16, {data.memory / 1e9:g} GB, {data.bandwidth / 1e9:g} GB/s"
+
+
+def _cpu_choices() -> str:
+    try:
+        calibration = cpu_choices.active_calibration()
+    except (ValueError, FileNotFoundError) as error:
+        return f"ERROR: {error}"
+    if calibration is None:
+        return f"defaults ({cpu_choices.VARIABLE} is not set); jaxlm calibrate measures values for this processor"
+    measured = f"measured {calibration.date} on {calibration.cores} cores"
+    return f"{os.environ[cpu_choices.VARIABLE]}, {measured}: {calibration.values.changes()}"
 
 
 def _host_memory() -> str:

@@ -2,7 +2,8 @@
 
 Many functions of ``jaxlm.nn`` have a reference implementation and faster implementations. If the caller does not choose
 an implementation, this module chooses it. No other module of ``jaxlm.nn`` or ``jaxlm.models`` makes choices by
-platform. docs/labbook.md has the estimates of the TPU compiler.
+platform. docs/labbook.md has the estimates of the TPU compiler. The values whose fastest size depends on the processor
+of a CPU are in :class:`jaxlm.nn.cpu_choices.CpuChoices`, with their measurements.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from jax.typing import DTypeLike
 from jaxlm import host, sharding
 from jaxlm.devices import LANES
 from jaxlm.nn import lazy_pallas
+from jaxlm.nn.cpu_choices import cpu_choices
 from jaxlm.nn.weight_record import is_recording
 
 PLATFORM = {"splash": "tpu", "pallas": "tpu", "cudnn": "gpu"}
@@ -72,21 +74,8 @@ def _is_single_cpu() -> bool:
 MIN_BLOCKWISE_QUERIES = 256
 """Minimum number of queries for ``blockwise``, ``splash``, ``pallas`` and ``cudnn``. With fewer queries, ``reference``
 is faster. Two cases have another minimum: attention without biases on a single CPU device
-(``MIN_BLOCKWISE_QUERIES_CPU``), and ``pallas`` (``MIN_PALLAS_QUERIES``). The value must be at most
-1024, because jaxlm guarantees O(T) memory for T >= 1024."""
-MIN_BLOCKWISE_QUERIES_CPU = 128
-"""Minimum number of queries for ``blockwise`` on one CPU device, without biases.
-
-CPU time in ms (16,384 queries in all rows together, 2 causal heads of width 32; AMD EPYC (Zen 4), jaxlib 0.10.2, median
-of 7). In each pair of numbers, the first is for ``reference`` and the second for ``blockwise``. The rows "both" are the
-forward and the backward pass together:
-
-    queries per row          64            128           256
-    forward, 1 core     13.0    8.5    26.4   11.2   55.2   17.2
-    both, 1 core        29.2   26.8    61.5   42.5  124.8   73.9
-    forward, 2 cores    10.5    8.8    23.4   11.6   37.6   22.0
-    both, 2 cores       25.2   26.5    60.1   49.8   97.1   81.9
-"""
+(``CpuChoices.min_blockwise_queries``), and ``pallas`` (``MIN_PALLAS_QUERIES``). The value must be at most 1024, because
+jaxlm guarantees O(T) memory for T >= 1024."""
 MIN_PALLAS_QUERIES = 64
 """Minimum number of queries for which ``pallas`` is used on a TPU. The kernel pads queries to a multiple of 128."""
 MAX_PALLAS_KEYS = 1024
@@ -118,7 +107,9 @@ def attention(queries: int, keys: int, *, biases: bool, reasons: dict[str, str |
     is_for_pallas = queries >= MIN_PALLAS_QUERIES and (biases or keys <= MAX_PALLAS_KEYS)
     if platform == "tpu" and is_for_pallas and reasons["pallas"] is None:
         return "pallas"
-    min_queries = MIN_BLOCKWISE_QUERIES_CPU if _is_single_cpu() and not biases else MIN_BLOCKWISE_QUERIES
+    min_queries = MIN_BLOCKWISE_QUERIES
+    if _is_single_cpu() and not biases:
+        min_queries = cpu_choices().min_blockwise_queries
     if queries < min_queries:
         return "reference"
     for name in ("splash", "pallas", "cudnn"):
@@ -136,25 +127,6 @@ def loop_over_heads() -> bool:
     return _is_single_cpu()
 
 
-MAX_SHARED_MASK_QUERIES = 256
-"""Maximum number of queries for which the heads share the mask of a block, in ``blockwise`` attention with a loop over
-heads (:func:`share_mask_between_heads`).
-
-CPU time in ms of the forward and the backward pass together, with a mask for each head and with a shared mask (causal,
-heads of width 64; AMD EPYC (Zen 4), one core, jaxlib 0.10.2, fastest of 6). "documents": three documents per row, with
-segment ids. "no segments": without segment ids.
-
-    rows, queries, heads               8, 256, 12    4, 512, 8    2, 1024, 12
-    documents, a mask for each head           117          108            150
-    documents, a shared mask                   86           79            185
-    no segments, a mask for each head          79           79            211
-    no segments, a shared mask                 92           78            217
-
-With jaxlib 0.12 and 512 queries, attention with a shared mask takes 98 ms instead of 116 (documents), but 94 instead of
-80 (no segments) and 120 instead of 102 (documents, not causal).
-"""
-
-
 def share_mask_between_heads(queries: int, *, has_integers: bool) -> bool:
     """Whether all heads share one mask per block, in ``blockwise`` attention with a loop over heads.
 
@@ -166,13 +138,10 @@ def share_mask_between_heads(queries: int, *, has_integers: bool) -> bool:
     Args:
         has_integers: whether the mask depends on arrays of integers (segments or orders).
     """
-    return has_integers and queries <= MAX_SHARED_MASK_QUERIES
+    return has_integers and queries <= cpu_choices().max_shared_mask_queries
 
 
 DecodeProducts = Literal["kernel", "sums", "merged", "reference"]
-DECODE_PARTIAL_SUMS = 8
-"""Number of partial sums into which ``sums`` splits each product of a query and a key. Elementwise operations compute
-the partial sums with vector instructions, then a matmul adds them."""
 
 
 def decode_products(
@@ -213,6 +182,11 @@ def decode_products(
     if is_new_tpu and T <= MAX_DECODE_QUERIES and dtype != jnp.float16:
         return "kernel"
     return "merged" if sharding.platform() in ("cpu", "tpu") else "reference"
+
+
+def decode_partial_sums(width: int) -> int:
+    """The number of partial sums into which ``sums`` splits each product of a query and a key of this width."""
+    return math.gcd(width, cpu_choices().decode_partial_sums)
 
 
 MAX_DENSE_BIAS_TOKENS = 512
@@ -277,17 +251,6 @@ def fused_qkv() -> bool:
 
 # ---------------------------------------------------------------------------------- recurrence, scans, convolutions
 
-CHUNK_ROWS = 512
-"""Number of rows (steps times batch size) of the matmuls in a chunk of a recurrent layer on a single CPU device.
-
-CPU time in ms of an LSTM with T steps, batch size B and hidden width H, forward / forward and backward together (jaxlib
-0.10.2, AMD Zen 5):
-
-    rows              128      256      512      1024     all
-    T128 B32 H512     103/344  98/311   92/312   91/306   109/326
-    T256 B64 H256     100/388  100/361  99/343   100/350  138/401
-"""
-
 
 def recurrence(unsupported: str | None, *, remat: bool) -> Literal["chunked", "pallas"]:
     """The implementation of an LSTM or GRU layer.
@@ -305,11 +268,11 @@ def recurrence(unsupported: str | None, *, remat: bool) -> Literal["chunked", "p
 def recurrence_chunk(batch: int, steps: int) -> int:
     """The number of steps of a chunk of an LSTM, GRU or sLSTM layer.
 
-    On a single CPU device, it is the number of steps that fit into ``CHUNK_ROWS`` rows, at least 1. It may exceed
-    ``steps``. The arrays of a chunk should fit into the CPU cache, and allocating large arrays is slow (0.4 ms/MB for
-    arrays over 32 MB). In all other cases, one chunk has all steps.
+    On a single CPU device, it is the number of steps that fit into ``CpuChoices.recurrence_chunk_rows`` rows, at least
+    1. It may exceed ``steps``. The arrays of a chunk should fit into the CPU cache, and allocating large arrays is slow
+    (0.4 ms/MB for arrays over 32 MB). In all other cases, one chunk has all steps.
     """
-    return max(1, CHUNK_ROWS // max(1, batch)) if _is_single_cpu() else steps
+    return max(1, cpu_choices().recurrence_chunk_rows // max(1, batch)) if _is_single_cpu() else steps
 
 
 def linear_scan(unsupported: str | None) -> Literal["sequential", "chunked", "pallas"]:
@@ -329,10 +292,9 @@ def linear_scan(unsupported: str | None) -> Literal["sequential", "chunked", "pa
 
 MIN_CHUNKED_STEPS = 8
 """Minimum number of steps for which the functions of :func:`matrix_scan` run in chunks."""
-LINEAR_ATTENTION_CHUNK = {"cpu": 32}
-"""Steps of a chunk of ``linear_attention``, ``ssd`` and ``mlstm``, by platform. Platforms without an entry have
-``LINEAR_ATTENTION_CHUNK_ACCELERATOR`` steps, because their matrix units need more rows."""
 LINEAR_ATTENTION_CHUNK_ACCELERATOR = 128
+"""Steps of a chunk of ``linear_attention``, ``ssd`` and ``mlstm`` on an accelerator, whose matrix units need more rows
+than the vector instructions of a CPU (``CpuChoices.linear_attention_chunk``)."""
 
 
 def matrix_scan(steps: int, unsupported: str | None) -> Literal["reference", "chunked", "pallas"]:
@@ -351,25 +313,6 @@ def matrix_scan(steps: int, unsupported: str | None) -> Literal["reference", "ch
     return "pallas" if sharding.platform() == "tpu" and unsupported is None else "chunked"
 
 
-MAX_LOOP_STATE = 2**16
-"""Maximum number of entries B * H * K * V of the state for which ``linear_attention`` with one decay per head runs as a
-loop over steps. This holds on a CPU, without a gradient, and for K >= 64.
-
-Without a gradient, ``linear_attention`` with one decay per channel and ``generalized_delta_rule`` run as a loop for
-every size of the state (:func:`loops_without_gradient`). Time in ms without a gradient, loop / chunks (jaxlib 0.10.2,
-two cores of an AMD EPYC, Zen 4; one decay per head, or one per channel of the keys):
-
-    B  T     H   K    V      entries    per head         per channel      generalized_delta_rule
-    1  64    4   64   64     2**14      0.14 / 0.25      0.18 / 0.31      0.29 / 0.73
-    8  256   4   32   32     2**15      3.6 / 2.9        4.4 / 5.7        3.4 / 9.8
-    1  1024  8   64   64     2**15      3.6 / 5.1        4.4 / 9.2        6.9 / 20.3
-    2  1024  8   64   64     2**16      8.9 / 10.7       10.7 / 15.9      15.4 / 29.8
-    8  256   8   64   64     2**18      14.2 / 11.5      15.0 / 16.3      18.0 / 27.8
-    1  1024  16  128  128    2**18      47.5 / 38.5      56.6 / 48.6      76.0 / 102.1
-    8  512   16  64   128    2**20      103 / 119        111 / 137        159 / 214
-"""
-
-
 def loops_without_gradient(key_width: int, state_size: int, *, per_channel: bool) -> bool:
     """Whether ``linear_attention`` or ``generalized_delta_rule`` runs as a loop over steps if it is not differentiated.
 
@@ -380,7 +323,7 @@ def loops_without_gradient(key_width: int, state_size: int, *, per_channel: bool
     """
     if sharding.platform() != "cpu":
         return False
-    return per_channel or (key_width >= 64 and state_size <= MAX_LOOP_STATE)
+    return per_channel or (key_width >= 64 and state_size <= cpu_choices().max_loop_state)
 
 
 def kernel_chunk(steps: int) -> int:
@@ -390,41 +333,28 @@ def kernel_chunk(steps: int) -> int:
 
 def linear_attention_chunk() -> int:
     """The number of steps of a chunk of ``linear_attention``, ``ssd`` and ``mlstm`` outside the TPU kernels."""
-    return LINEAR_ATTENTION_CHUNK.get(sharding.platform(), LINEAR_ATTENTION_CHUNK_ACCELERATOR)
+    is_cpu = sharding.platform() == "cpu"
+    return cpu_choices().linear_attention_chunk if is_cpu else LINEAR_ATTENTION_CHUNK_ACCELERATOR
 
 
-GATED_DELTA_RULE_CHUNK = {"cpu": 32}
-"""Steps of a chunk of ``gated_delta_rule``, by platform. Platforms without an entry have
-``GATED_DELTA_RULE_CHUNK_ACCELERATOR`` steps."""
 GATED_DELTA_RULE_CHUNK_ACCELERATOR = 64
-"""The chunk size of the paper (Yang, Kautz and Hatamizadeh 2024). Large chunks are more expensive than in
-``linear_attention``, because each chunk solves a triangular system."""
+"""Steps of a chunk of ``gated_delta_rule`` on an accelerator: the chunk size of the paper (Yang, Kautz and Hatamizadeh
+2024). Large chunks are more expensive than in ``linear_attention``, because each chunk solves a triangular system."""
 
 
 def gated_delta_rule_chunk() -> int:
     """The number of steps of a chunk of ``gated_delta_rule`` outside the TPU kernels."""
-    return GATED_DELTA_RULE_CHUNK.get(sharding.platform(), GATED_DELTA_RULE_CHUNK_ACCELERATOR)
+    is_cpu = sharding.platform() == "cpu"
+    return cpu_choices().gated_delta_rule_chunk if is_cpu else GATED_DELTA_RULE_CHUNK_ACCELERATOR
 
 
-GENERALIZED_DELTA_RULE_CHUNK = 16
-"""Steps of a chunk of ``generalized_delta_rule``. Larger chunks are more expensive, because each channel has its own
-decays.
-
-CPU time in ms, forward / forward and backward together (B 1, T 512, H 8, K 64; jaxlib 0.10.2, two busy cores; best of
-six):
-
-    reference    chunk 8    chunk 16    chunk 32
-    11/2140      36/228     38/216      59/240
-"""
-
-
+GENERALIZED_DELTA_RULE_CHUNK_ACCELERATOR = 16
+"""Steps of a chunk of ``generalized_delta_rule`` on an accelerator, if the log decays have no known bound."""
 GENERALIZED_DELTA_RULE_CHUNK_BOUNDED = 64
 """Steps of a chunk of ``generalized_delta_rule`` on an accelerator, if the log decays have a known bound.
 
 Cycles of the forward and backward pass (B 8, T 1,024, H 32, K 64, bfloat16, bound -0.61; TPU compiler's estimate for a
-v5e): 69 M with chunks of 64 steps, 110 M with 16. On a CPU (shapes as in the table of
-``GENERALIZED_DELTA_RULE_CHUNK``), forward and backward with chunks of 8, 16, 32 and 64 steps take 112, 72, 85 and 106
-ms with a bound, and 130, 139, 150 and 185 ms without it.
+v5e): 69 M with chunks of 64 steps, 110 M with 16.
 """
 
 
@@ -435,9 +365,11 @@ def generalized_delta_rule_chunk(is_bounded: Callable[[int], bool]) -> int:
         is_bounded: a function of the number of steps of a chunk. It returns whether the log decays have a bound
             (``min_log_decay``) that is small enough for such a chunk.
     """
-    if sharding.platform() != "cpu" and is_bounded(GENERALIZED_DELTA_RULE_CHUNK_BOUNDED):
+    if sharding.platform() == "cpu":
+        return cpu_choices().generalized_delta_rule_chunk
+    if is_bounded(GENERALIZED_DELTA_RULE_CHUNK_BOUNDED):
         return GENERALIZED_DELTA_RULE_CHUNK_BOUNDED
-    return GENERALIZED_DELTA_RULE_CHUNK
+    return GENERALIZED_DELTA_RULE_CHUNK_ACCELERATOR
 
 
 def whole_triangular_systems() -> bool:
@@ -556,15 +488,6 @@ def isolate_weight_gradient() -> bool:
     return sharding.platform() == "cpu"
 
 
-MAX_FEW_ROWS = 32
-"""Maximum number of rows for which a float32 product with a table of embeddings has the table as its first operand.
-
-CPU time in ms of four products with tables of 10,000 x 650 (two cores of an AMD EPYC (Zen 4), jaxlib 0.10.2):
-
-    rows                       1      2      8     16     32     64
-    hidden @ table.T         4.4   10.1   15.6   19.3   28.6   41.1
-    (table @ hidden.T).T     6.4    8.0    9.7   12.9   20.8   39.4
-"""
 MAX_FUSED_VECTOR_BYTES = 2**14
 """If a vector has fewer bytes than this number, XLA on a CPU fuses the transpose of a table into the product of the
 table and the vector."""
@@ -581,15 +504,15 @@ def is_table_first_operand(rows: int, width: int) -> bool:
         width: width of a hidden state.
     """
     is_one_narrow_row = rows == 1 and 4 * width < MAX_FUSED_VECTOR_BYTES
-    return _is_single_cpu() and rows <= MAX_FEW_ROWS and not is_one_narrow_row
+    return _is_single_cpu() and rows <= cpu_choices().max_few_rows and not is_one_narrow_row
 
 
 def isolate_logits(rows: int) -> bool:
     """Whether the logits are computed separately from the operations that follow, such as adding a bias.
 
     The result is True for one row on a single CPU device. XLA would merge the bias into the product of the table and
-    the row, and would then transpose the whole table first. With a bias, the four products of ``MAX_FEW_ROWS`` would
-    take 46 ms instead of 4.5.
+    the row, and would then transpose the whole table first. With a bias, the four products of
+    ``CpuChoices.max_few_rows`` would take 46 ms instead of 4.5.
     """
     return _is_single_cpu() and rows == 1
 
@@ -603,21 +526,17 @@ def argmax_by_maximum() -> bool:
     return sharding.platform() == "cpu"
 
 
-MAX_LOGITS = {"cpu": 2**24}
-"""Maximum number of logits that exist at the same time on a CPU device: 64 MiB in float32. With fewer logits, the
-matmuls have too few rows. With more, allocating new memory is slow. If the process keeps its freed memory
-(``host.keep_freed_memory``), :func:`max_logits` doubles the number."""
 MAX_LOGITS_ACCELERATOR = 2**27
-"""The same limit for an accelerator: 512 MiB in float32. Each chunk of a loss reads and writes the gradient of all
-output weights, so many chunks are slow. For example, with a limit of 2**24 logits, the 98 chunks of a GPT-2 step took
-as long as the rest of the step."""
+"""Maximum number of logits that exist at the same time on an accelerator: 512 MiB in float32. Each chunk of a loss
+reads and writes the gradient of all output weights, so many chunks are slow. For example, with a limit of 2**24 logits,
+the 98 chunks of a GPT-2 step took as long as the rest of the step."""
 
 
 def max_logits() -> int:
     """The maximum number of logits that exist at the same time, on all devices together."""
-    platform = sharding.platform()
-    is_freed_memory_kept = platform == "cpu" and host.is_freed_memory_kept()
-    per_device = MAX_LOGITS.get(platform, MAX_LOGITS_ACCELERATOR) * (2 if is_freed_memory_kept else 1)
+    per_device = MAX_LOGITS_ACCELERATOR
+    if sharding.platform() == "cpu":
+        per_device = cpu_choices().max_logits * (2 if host.is_freed_memory_kept() else 1)
     return per_device * sharding.num_shards(("batch", None, "vocab"))
 
 

@@ -1,9 +1,9 @@
 """Checks of an experiment. They run before the first training step, so that a run with a wrong setting fails early.
 
-``jaxlm.training.experiment.command_line`` calls :func:`check_settings` and, if ``--output`` or ``--resume`` is given,
-:func:`check_output` before any data is read. ``jaxlm.training.experiment.prepare_run`` runs directly before training.
-It calls all checks of this module except :func:`check_settings`. The config classes of the model, the training and the
-optimizer check the ranges of their own fields.
+``jaxlm.training.experiment.command_line`` calls :func:`check_settings`, :func:`check_cpu_choices` and, if ``--output``
+or ``--resume`` is given, :func:`check_output` before any data is read. ``jaxlm.training.experiment.prepare_run`` runs
+directly before training. It calls all checks of this module except the first two. The config classes of the model, the
+training and the optimizer check the ranges of their own fields.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
-from jaxlm import integrity
+from jaxlm import integrity, processes
 from jaxlm.config import numbers_of
 from jaxlm.data.tokenizers import TOKENIZER_FILES, num_required_ids
 from jaxlm.decoding.describe import require_task
 from jaxlm.decoding.prompts import source_vocab_size
 from jaxlm.models import Model, get_model
+from jaxlm.nn.cpu_choices import VARIABLE, cpu_choices
 from jaxlm.objectives import causal
 
 if TYPE_CHECKING:  # so that the commands that import this module start without orbax
@@ -90,6 +91,24 @@ def check_settings(experiment: Any, initial: Any, preset: str | None = None) -> 
                 if (value := _get(experiment, name)) != _get(initial, name):
                     option = name.replace("_", "-")
                     raise ValueError(f"{name}={value} has no effect, because {reason}: leave --{option} out")
+
+
+def check_cpu_choices() -> None:
+    """Check, on a CPU, that the file of ``JAXLM_CHOICES`` is valid, and that all processes have the same values.
+
+    Raises:
+        FileNotFoundError, ValueError: as in ``jaxlm.nn.cpu_choices.active_calibration``, or the values of this process
+            differ from those of the first process. The processes of a run must compile the same program.
+    """
+    if jax.default_backend() != "cpu":
+        return
+    values = cpu_choices().changes()
+    first = processes.call_in_first_process(lambda: values)
+    if values != first:
+        raise ValueError(
+            f"{VARIABLE}: this process has {values}, but the first process has {first}: set {VARIABLE} to a file with "
+            "the same values in all processes, or unset it"
+        )
 
 
 def _get(config: Any, name: str) -> Any:

@@ -34,8 +34,13 @@ def compare_runs(runs: Sequence[str | Path]) -> str:
         texts = {score.name: f"{score.value_text} {score.interval_text}".strip() for score in result.get("scores", [])}
         score_cells = [texts.get(key, NO_VALUE) for key in scores]
         cells.append([*_run_cells(name, run, result), *_metric_cells(run, metrics), *score_cells])
-    widths = [max(len(line[index]) for line in cells) for index in range(len(header))]
-    lines = [f"| {' | '.join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))} |" for line in cells]
+    return aligned_table(cells)
+
+
+def aligned_table(rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table whose first row is the header. Spaces align the columns, for a reader at a terminal."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [f"| {' | '.join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))} |" for row in rows]
     lines.insert(1, f"|{'|'.join('-' * (width + 2) for width in widths)}|")
     return "\n".join(lines)
 

@@ -232,6 +232,7 @@ def command_line(
         model = model.merge(preset, set_is_given="--model.set" in parsed.given)
         experiment = dataclasses.replace(experiment, model=model)
         checks.check_settings(experiment, initial, parsed.preset)
+        checks.check_cpu_choices()
         if parsed.recipe is not None:
             print_once(_describe_recipe(parsed.recipe, experiment.optimizer))
         output = resume or experiment.output

@@ -28,6 +28,7 @@ import numpy.typing as npt
 
 from jaxlm import config, host, integrity, json_files, processes
 from jaxlm.metrics import Score
+from jaxlm.nn.cpu_choices import CpuChoices, cpu_choices
 
 T = TypeVar("T")
 
@@ -262,8 +263,9 @@ def _describe_processor() -> str:
     devices = jax.devices()
     if devices[0].platform != "cpu":
         return f"{len(devices)} x {devices[0].device_kind}"
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{host.processor_name()}, {cores} {'core' if cores == 1 else 'cores'}"
+    cores, values = host.num_cores(), cpu_choices()
+    calibrated = "" if values == CpuChoices() else f", calibrated: {values.changes()}"
+    return f"{host.processor_name()}, {cores} {'core' if cores == 1 else 'cores'}{calibrated}"
 
 
 # --------------------------------------------------------------------------------------------- samples.jsonl

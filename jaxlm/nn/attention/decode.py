@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -108,7 +107,7 @@ def _scores(q_BTHK: jax.Array, k_BEGK: jax.Array, products: choices.DecodeProduc
     B, T, H, K = q_BTHK.shape
     E, G = k_BEGK.shape[1:3]
     if products == "sums":
-        lanes = math.gcd(K, choices.DECODE_PARTIAL_SUMS)
+        lanes = choices.decode_partial_sums(K)
         q_BHK, k_BEHK = q_BTHK.reshape(B, H, K).astype(jnp.float32), k_BEGK.astype(jnp.float32)
         parts = [slice(start, start + lanes) for start in range(0, K, lanes)]
         sums_BEHL = functools.reduce(jnp.add, (k_BEHK[..., part] * q_BHK[:, None, :, part] for part in parts))

@@ -17,6 +17,7 @@ from jaxlm.nn.attention.bias import AttentionBias
 from jaxlm.nn.attention.cache import CacheContext, CacheView, append, append_and_read
 from jaxlm.nn.attention.distance_bias import distance_bias, distance_bias_at_positions
 from jaxlm.nn.attention.mask import Mask, keep
+from jaxlm.nn.cpu_choices import CpuChoices
 from jaxlm.nn.dropout import keep_rows
 from jaxlm.sharding import Sharding, make_mesh
 from jaxlm.testing.helpers import assert_trees_close, relative_error
@@ -152,7 +153,8 @@ def test_dropout_is_the_same_in_every_implementation_and_has_the_given_rate(mask
 @pytest.mark.parametrize(("sections", "is_mask_shared"), [(1, False), (4, False), (4, True)])
 def test_sections_and_ranges_of_keys_of_long_sequences(monkeypatch, sections, is_mask_shared):
     """The code for thousands of queries, tested on a short sequence whose last block is not full."""
-    monkeypatch.setattr(choices, "MAX_SHARED_MASK_QUERIES", 256 if is_mask_shared else 0)
+    values = CpuChoices(max_shared_mask_queries=256 if is_mask_shared else 1)
+    monkeypatch.setattr(choices, "cpu_choices", lambda: values)
     monkeypatch.setattr(blockwise, "BLOCK_ROWS", (24, 24))
     monkeypatch.setattr(blockwise, "MAX_SECTIONS", sections)
     monkeypatch.setattr(blockwise, "KEY_RANGE_MULTIPLE", 8)
@@ -264,7 +266,8 @@ def test_errors_name_bad_input():
 @pytest.mark.parametrize("is_mask_shared", [True, False])
 def test_documents_and_grouped_queries_in_a_loop_over_heads(monkeypatch, is_mask_shared):
     """With ranges of keys and 64-bit indices, for one stored mask of all heads and for one mask per head."""
-    monkeypatch.setattr(choices, "MAX_SHARED_MASK_QUERIES", 256 if is_mask_shared else 0)
+    values = CpuChoices(max_shared_mask_queries=256 if is_mask_shared else 1)
+    monkeypatch.setattr(choices, "cpu_choices", lambda: values)
     monkeypatch.setattr(blockwise, "BLOCK_ROWS", (16, 16))
     monkeypatch.setattr(blockwise, "KEY_RANGE_MULTIPLE", 8)
     monkeypatch.setattr(blockwise, "MIN_KEYS_FOR_RANGES", 16)

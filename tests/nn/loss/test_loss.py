@@ -5,6 +5,7 @@ import pytest
 
 from jaxlm import host, sharding
 from jaxlm.nn import choices
+from jaxlm.nn.cpu_choices import CpuChoices
 from jaxlm.nn.embedding import unembed
 from jaxlm.nn.loss import chunked_cross_entropy, cross_entropy, selected_cross_entropy
 from jaxlm.sharding import Sharding, make_mesh
@@ -183,7 +184,7 @@ def test_chunks_are_as_large_as_the_limit_per_device_allows(monkeypatch):
         return 1 + sum(lengths)  # the first chunk is computed before the loop
 
     targets = jnp.zeros((8, 16), int)
-    monkeypatch.setitem(choices.MAX_LOGITS, "cpu", 8 * V)
+    monkeypatch.setattr(choices, "cpu_choices", lambda: CpuChoices(max_logits=8 * V))
     assert chunks() == 16
     with Sharding(make_mesh("data=4,tensor=2")).scope():
         assert chunks() == 2

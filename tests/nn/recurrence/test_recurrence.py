@@ -10,6 +10,7 @@ from jax.extend.core import jaxprs_in_params
 
 from jaxlm import sharding, spec
 from jaxlm.nn import choices, recurrence
+from jaxlm.nn.cpu_choices import CpuChoices
 from jaxlm.nn.segments import segment_boundaries
 from jaxlm.testing.helpers import add_noise, assert_trees_close, assert_trees_equal, initial_values, relative_error
 
@@ -77,13 +78,13 @@ CASES = {
     "chunks of 3, 3 and 1": ({}, 3 * B),  # the default implementation is chunked
     "chunks of 2 with remat": ({"remat": True}, 2 * B),
 }
-"""(Arguments of the layer, CHUNK_ROWS)."""
+"""(Arguments of the layer, rows of a chunk)."""
 
 
 @pytest.fixture(params=CASES)
 def options(request, monkeypatch):
     arguments, rows = CASES[request.param]
-    monkeypatch.setattr(choices, "CHUNK_ROWS", rows)
+    monkeypatch.setattr(choices, "cpu_choices", lambda: CpuChoices(recurrence_chunk_rows=rows))
     return arguments
 
 
@@ -141,7 +142,7 @@ def loops_of(jaxpr):
 @pytest.mark.parametrize("rows", [512, 3 * B])
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_loop_over_steps_carries_a_weight_gradient(kind, rows, monkeypatch):
-    monkeypatch.setattr(choices, "CHUNK_ROWS", rows)
+    monkeypatch.setattr(choices, "cpu_choices", lambda: CpuChoices(recurrence_chunk_rows=rows))
     params, x, _ = setup(kind)
 
     def loops_with_weight_gradient(implementation):

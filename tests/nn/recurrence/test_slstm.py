@@ -9,6 +9,7 @@ import pytest
 
 from jaxlm import spec
 from jaxlm.nn import choices
+from jaxlm.nn.cpu_choices import CpuChoices
 from jaxlm.nn.recurrence import slstm, slstm_specs, slstm_state_specs
 from jaxlm.nn.recurrence.slstm import STATE_NAMES
 from jaxlm.nn.segments import segment_boundaries
@@ -62,7 +63,7 @@ def equations(params, projected, state, reset_BT=None, keep_BT=None):
 
 @pytest.fixture(autouse=True)
 def chunks_of_four_steps(monkeypatch):
-    monkeypatch.setattr(choices, "CHUNK_ROWS", 4 * B)
+    monkeypatch.setattr(choices, "cpu_choices", lambda: CpuChoices(recurrence_chunk_rows=4 * B))
 
 
 @pytest.mark.plain_cases(1)
@@ -73,7 +74,7 @@ def test_values_and_all_gradients_equal_those_of_the_equations(masked, monkeypat
     assert all(np.abs(leaf).max() > 1e-2 for leaf in jax.tree.leaves(want))
     assert_trees_close(results(slstm, arguments(), **options, implementation="reference"), want, 3e-6)
     for rows in (4 * B, 512):  # two full chunks and a partial chunk; one chunk
-        monkeypatch.setattr(choices, "CHUNK_ROWS", rows)
+        monkeypatch.setattr(choices, "cpu_choices", lambda rows=rows: CpuChoices(recurrence_chunk_rows=rows))
         assert_trees_close(results(slstm, arguments(), **options), want, 3e-6)
 
 

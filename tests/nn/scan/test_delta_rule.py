@@ -108,7 +108,7 @@ def test_float16_does_not_use_the_bound(monkeypatch):
 
 def test_an_accelerator_has_large_chunks_only_with_a_sufficient_bound(monkeypatch):
     monkeypatch.setattr(sharding, "platform", lambda: "gpu")
-    small, large = choices.GENERALIZED_DELTA_RULE_CHUNK, choices.GENERALIZED_DELTA_RULE_CHUNK_BOUNDED
+    small, large = choices.GENERALIZED_DELTA_RULE_CHUNK_ACCELERATOR, choices.GENERALIZED_DELTA_RULE_CHUNK_BOUNDED
     sizes, scan = [], delta_rule.chunks.scan_chunks
 
     def recorded(*arguments):
