@@ -12,12 +12,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxlm.config import check_value
 from jaxlm.models import common
 from jaxlm.nn.attention import Implementation, attention, cache
 from jaxlm.nn.attention.rotary import RotaryScaling, check_dynamic_scaling, rotary_angles, rotary_width, rotate
-from jaxlm.nn.linear import linear, linear_specs
+from jaxlm.nn.linear import add_bias, linear, linear_specs
 from jaxlm.sharding import constrain
 from jaxlm.spec import Initializer, Params
 
@@ -92,11 +93,15 @@ def attend(
             unchanged. None: no state.
         context: the mask, the positions and the cache slots of the call.
     """
-    names = ("query", "key", "value")
-    q, k, v = (constrain(linear(weights[name], x_BTD), ("batch", "seq", "heads", "kv")) for name in names)
+    m = cfg.multipliers or Multipliers()
+    q, k, v = (
+        constrain(scaled_linear(weights[name], x_BTD, factor, m.attention_input), ("batch", "seq", "heads", "kv"))
+        for name, factor in (("query", 1.0), ("key", m.key), ("value", 1.0))
+    )
     kv, (k, v) = cache.append_and_read(state, (rotate(k, angles), v), context)
     y = attention(rotate(q, angles), k, v, context.mask, implementation=cfg.attention_implementation)
-    return linear(weights["output"], y, num_input_axes=2), None if state is None else {**state, **kv}
+    y = scaled_linear(weights["output"], y, m.attention_output, num_input_axes=2)
+    return y, None if state is None else {**state, **kv}
 
 
 # -------------------------------------------------------------------------------------------------- multipliers
@@ -140,54 +145,29 @@ class Multipliers:
             check_value(float, getattr(self, field.name), f"multipliers.{field.name}")
 
 
-def fold_multipliers(m: Multipliers, params: Params) -> dict[str, Any]:
-    """The parameters with all multipliers except ``embedding`` and ``head`` folded into the weights.
+def scaled(x: jax.Array, factor: Any) -> jax.Array:
+    """``factor * x`` in the dtype of ``x``.
 
-    ``embedding`` and ``head`` are not folded, because a scaled token table would be a second copy of a large array, and
-    a tied head would need another scale. Each other multiplier belongs to the input or to the output of a linear layer.
-    A multiplier of the input scales the weight of this layer. A multiplier of the output scales the weight and the
-    bias.
+    Args:
+        factor: a number, or a NumPy array with the last axes of ``x``.
     """
+    if np.all(np.equal(factor, 1.0)):
+        return x
+    dtype = jnp.promote_types(x.dtype, jnp.float32)  # in half precision, the factor itself would be rounded
+    new_axes = tuple(range(x.ndim - np.ndim(factor)))
+    return (x.astype(dtype) * np.expand_dims(np.asarray(factor, dtype), new_axes)).astype(x.dtype)
 
-    def scale(layer: Params, output_factor: Any, input_factor: float = 1.0) -> dict[str, Any]:
-        if jnp.ndim(output_factor) == 0 and (output_factor, input_factor) == (1.0, 1.0):
-            return dict(layer)
-        factors = {"weight": jnp.asarray(output_factor) * input_factor, "bias": jnp.asarray(output_factor)}
-        num_axes = jnp.ndim(output_factor)
-        # A half-precision weight times its factor is float32, so that only the cast in ``linear`` rounds it.
-        return {
-            name: x.astype(jnp.promote_types(x.dtype, jnp.float32))
-            * jnp.expand_dims(factors[name], range(x.ndim - num_axes))
-            for name, x in layer.items()
-        }
 
-    def scale_block(block: Params) -> dict[str, Any]:
-        block = dict(block)
-        if "mixer" in block:
-            mixer = block["mixer"]
-            BC_factors = jnp.repeat(jnp.array([m.B, m.C]), mixer["BC"]["weight"].shape[-1] // 2)
-            block["mixer"] = {
-                **mixer,
-                "zx": scale(mixer["zx"], jnp.array([[m.z], [m.x]]), m.mixer_input),
-                "BC": scale(mixer["BC"], BC_factors, m.mixer_input),
-                "dt": scale(mixer["dt"], m.dt, m.mixer_input),
-                "output": scale(mixer["output"], m.mixer_output),
-            }
-        if "attention" in block:
-            attention = block["attention"]
-            block["attention"] = {
-                "query": scale(attention["query"], 1.0, m.attention_input),
-                "key": scale(attention["key"], m.key, m.attention_input),
-                "value": scale(attention["value"], 1.0, m.attention_input),
-                "output": scale(attention["output"], m.attention_output),
-            }
-        if "mlp" in block:
-            mlp = block["mlp"]
-            block["mlp"] = {**mlp, "gate": scale(mlp["gate"], m.mlp_gate), "down": scale(mlp["down"], m.mlp_output)}
-        return block
+def scaled_linear(
+    weights: Params, x: jax.Array, output_factor: Any, input_factor: float = 1.0, *, num_input_axes: int = 1
+) -> jax.Array:
+    """``output_factor * linear(weights, input_factor * x)``.
 
-    layers = params["layers"]
-    return {
-        **params,
-        "layers": tuple(map(scale_block, layers)) if isinstance(layers, tuple) else scale_block(layers),
-    }
+    The product with the weight is multiplied once. To multiply the weight instead, a decoder would read and write all
+    weights for each token.
+
+    Args:
+        output_factor: a number, or an array with the last axes of the result.
+    """
+    y = scaled(linear({"weight": weights["weight"]}, x, num_input_axes=num_input_axes), output_factor * input_factor)
+    return add_bias(y, output_factor * weights["bias"]) if "bias" in weights else y

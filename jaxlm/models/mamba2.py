@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxlm import spec
 from jaxlm.models import common, heads, hybrid
@@ -28,7 +29,7 @@ from jaxlm.nn.attention import cache
 from jaxlm.nn.convolution import causal_depthwise_convolution, depthwise_convolution_specs
 from jaxlm.nn.convolution.window import TokenLayout, move_padding_last, past_segment_specs, restore_order, tail_specs
 from jaxlm.nn.embedding import embed
-from jaxlm.nn.linear import linear, linear_specs
+from jaxlm.nn.linear import linear_specs
 from jaxlm.nn.norm import rms_norm, rms_norm_specs
 from jaxlm.nn.scan import ssd
 from jaxlm.nn.swiglu import swiglu, swiglu_specs
@@ -143,13 +144,10 @@ def apply(
     if has_attention(cfg):
         context, state = cache.make_context(tokens, state, layout.segment_ids, None)
         angles = hybrid.attention_angles(cfg, context.positions)
-    if cfg.multipliers is not None:
-        params = hybrid.fold_multipliers(cfg.multipliers, params)
+    m = cfg.multipliers or hybrid.Multipliers()
     dtype, x_dtype = jnp.dtype(cfg.dtype), jnp.dtype("float32" if cfg.residual_in_float32 else cfg.dtype)
     x = embed(params["token_embedding"], tokens, x_dtype, size=cfg.vocab_size)
-    if cfg.multipliers is not None:
-        x = x * cfg.multipliers.embedding
-    x = constrain(x, ("batch", "seq", "activation_embed"))
+    x = constrain(x if m.embedding == 1.0 else x * m.embedding, ("batch", "seq", "activation_embed"))
 
     def block(x: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
         weights, layer_state, _ = layer
@@ -163,8 +161,9 @@ def apply(
             outputs.append(y)
         x = constrain(x + sum(outputs), ("batch", "seq", "activation_embed"))
         if cfg.mlp_dim is not None:
-            y = swiglu(weights["mlp"], rms_norm(weights["mlp_norm"], x, cfg.norm_epsilon).astype(dtype))
-            x = constrain(x + y, ("batch", "seq", "activation_embed"))
+            normed = rms_norm(weights["mlp_norm"], x, cfg.norm_epsilon).astype(dtype)
+            y = swiglu(weights["mlp"], normed, lambda gate: jax.nn.silu(hybrid.scaled(gate, m.mlp_gate)))
+            x = constrain(x + hybrid.scaled(y, m.mlp_output), ("batch", "seq", "activation_embed"))
         return x, layer_state
 
     layers = None if state is None else state["layers"]
@@ -180,23 +179,28 @@ def _mixer(
 ) -> tuple[jax.Array, Any]:
     """The output of a mixer, [B, T, D], and the new state of the layer (None without a state)."""
     B, T, _ = u_BTD.shape
-    zx = constrain(linear(weights["zx"], u_BTD), ("batch", "seq", None, "mlp"))
-    z, x, BC, dt = zx[:, :, 0], zx[:, :, 1], linear(weights["BC"], u_BTD), linear(weights["dt"], u_BTD)
+    m = cfg.multipliers or hybrid.Multipliers()
+    BC_factor = np.repeat(np.array([m.B, m.C]), cfg.num_groups * cfg.state_size)
+    factors = {"zx": np.array([[m.z], [m.x]]), "BC": BC_factor, "dt": m.dt}
+    zx, BC, dt = (hybrid.scaled_linear(weights[name], u_BTD, factor, m.mixer_input) for name, factor in factors.items())
+    zx = constrain(zx, ("batch", "seq", None, "mlp"))
+    z, x = zx[:, :, 0], zx[:, :, 1]
     x_tail, BC_tail, hidden = (None if state is None else state[name] for name in ("x", "BC", "hidden"))
     x, x_tail = causal_depthwise_convolution(weights["x_convolution"], layout, x, x_tail)
     BC, BC_tail = causal_depthwise_convolution(weights["BC_convolution"], layout, BC, BC_tail)
     x, BC = jax.nn.silu(x), jax.nn.silu(BC)
 
     x_BTHP = constrain(x.reshape(B, T, num_heads(cfg), cfg.head_dim), ("batch", "seq", "heads", "kv"))
-    BC = BC.reshape(B, T, 2, cfg.num_groups, cfg.state_size)
+    B_BTGN, C_BTGN = (half.reshape(B, T, cfg.num_groups, cfg.state_size) for half in jnp.split(BC, 2, axis=2))
     dt = jax.nn.softplus(dt.astype(jnp.float32) + weights["dt_bias"][None, None])
     dt = jnp.clip(dt, cfg.dt_limit_min, cfg.dt_limit_max)
     y, hidden = ssd(
-        x_BTHP, dt, -jnp.exp(weights["A_log"].astype(jnp.float32)), BC[:, :, 0], BC[:, :, 1], hidden,
+        x_BTHP, dt, -jnp.exp(weights["A_log"].astype(jnp.float32)), B_BTGN, C_BTGN, hidden,
         negative_eigenvalues=cfg.negative_eigenvalues, **masks,
     )  # fmt: skip
     # A TPU pads a last axis of head_dim entries to 128. So the elementwise operations below use the shape [B, T, I].
-    y = y.reshape(z.shape) + jnp.repeat(weights["D"].astype(x.dtype), cfg.head_dim)[None, None] * x
+    D_H = weights["D"].astype(jnp.promote_types(x.dtype, jnp.float32))
+    y = (y.reshape(z.shape) + jnp.repeat(D_H, cfg.head_dim)[None, None] * x).astype(x.dtype)
 
     gate = jax.nn.silu(z)
     y = y if cfg.norm_before_gate else y * gate
@@ -206,7 +210,7 @@ def _mixer(
         y = rms_norm({"scale": scale_GC}, y_BTGC, cfg.norm_epsilon).reshape(z.shape)
     y = y * gate if cfg.norm_before_gate else y
     state = None if state is None else {**state, "x": x_tail, "BC": BC_tail, "hidden": hidden}
-    return linear(weights["output"], y), state
+    return hybrid.scaled_linear(weights["output"], y, m.mixer_output), state
 
 
 def logits(cfg: Config, params: Params, hidden: jax.Array) -> jax.Array:
