@@ -34,7 +34,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from jaxlm.nn import choices
-from jaxlm.nn.scan import chunks, delta_rule_pallas, head_blocks
+from jaxlm.nn.scan import chunks, delta_rule_pallas, head_blocks, step_pallas
 from jaxlm.nn.scan.matrix_state import (
     Chunked,
     Implementation,
@@ -189,6 +189,8 @@ def generalized_delta_rule(
         (query_BTHK, key_BTHK, value_BTHV, log_BTHK, a_BTHK, b_BTHK), state_BHKV, reset_BT, keep_BT
     )
     if not isinstance(implementation, Chunked):  # reference
+        if is_default and step_pallas.supports(query_BTHK, value_BTHV):
+            return step_pallas.run(_generalized_step, inputs[:4], inputs[4:], state_BHKV, reset_BT)
         return chunks.scan_steps(_generalized_step, inputs, state_BHKV, reset_BT)
     loops = is_default and choices.loops_without_gradient(query_BTHK.shape[3], state_BHKV.size, per_channel=True)
     chunk = implementation.steps

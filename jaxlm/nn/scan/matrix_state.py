@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.nn import choices
-from jaxlm.nn.scan import head_blocks, matrix_state_pallas
+from jaxlm.nn.scan import head_blocks, matrix_state_pallas, step_pallas
 from jaxlm.nn.scan.chunks import per_head, prepare, product_in, scan_chunks, scan_steps
 from jaxlm.nn.segments import Masks, check_masks, reset_state
 from jaxlm.spec import require_arrays
@@ -134,6 +134,8 @@ def linear_attention(
     # autodiff differentiates the products of decays.
     step, run_chunk = (functools.partial(function, jnp.exp) for function in (decay_step, decay_chunk))
     if implementation == "reference":
+        if is_default and step_pallas.supports(query_BTGK, value_BTHV):
+            return step_pallas.run(step, inputs, (), state_BHKV, reset_BT)
         return scan_steps(step, inputs, state_BHKV, reset_BT)
     loops = is_default and choices.loops_without_gradient(K, state_BHKV.size, per_channel=log_decay.ndim == 4)
     return scan_chunks(run_chunk, inputs, state_BHKV, reset_BT, implementation.steps, step if loops else None)

@@ -1,0 +1,138 @@
+"""A Pallas kernel for TPUs: one step of a recurrence whose state is a matrix for each head, as in decoding.
+
+    S_t = decay * S_{t-1} + k (scale * v).T + b (a @ S_{t-1}).T          output: q @ S_t
+
+XLA computes a step with several operations, and some of them read the state again. The kernel reads and writes the
+state once. A grid step computes all heads of a row. The kernel has the transposed state, [V, K] for each head: of K and
+V, K is more often a multiple of a TPU's 128 vector lanes (Mamba-2: 128 and 64), and XLA then pads no entries.
+
+Shapes: B batch, H heads, G groups of heads, K width of queries and keys, V width of values, E = 1 or K decays per head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxlm import sharding
+from jaxlm.nn import choices, lazy_pallas
+from jaxlm.nn.custom_gradient import custom_vjp
+from jaxlm.nn.lazy_pallas import pl, pltpu
+from jaxlm.nn.scan.head_blocks import groups_are_sharded
+
+VMEM_LIMIT_BYTES = 32 * 2**20
+"""Bytes of VMEM that the kernel may use."""
+
+
+def supports(query_BTGK: jax.Array, value_BTHV: jax.Array) -> bool:
+    """Whether the kernel is used for a call with these queries and values: one step on a TPU, and a state that fits."""
+    (B, T, G, K), (H, V), shards = query_BTGK.shape, value_BTHV.shape[2:], sharding.num_shards(("heads",))
+    if not B or T > 1 or H % shards or (groups_are_sharded(G, H) and G % shards):
+        return False
+    # The old and the new state have two buffers each. The last axis of the state is padded to a multiple of 128.
+    state_bytes = 4 * H // shards * V * (K + -K % 128)
+    return 5 * state_bytes <= VMEM_LIMIT_BYTES and choices.step_kernel(value_BTHV.dtype)
+
+
+def run(
+    step: Callable[..., Any], inputs: Sequence[jax.Array], low_rank: Sequence[jax.Array], state_BHKV: jax.Array,
+    reset_BT: jax.Array | None,
+) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+    """The output of one step, [B, 1, H, V] in the dtype of the values, and the new state, [B, H, K, V] float32.
+
+    Args:
+        step: ``step(state, mask, *inputs of the step)`` computes the same results with XLA, as in ``scan_steps``. The
+            gradient is the gradient of this function.
+        inputs: queries and keys [B, 1, G, K], values [B, 1, H, V], log decays [B, 1, H, E], and scales [B, 1, H, 1].
+            Without scales, they are 1.
+        low_rank: a and b, [B, 1, H, K] each; () for none.
+        state_BHKV: the state before the step, float32.
+        reset_BT: True where the state is set to zeros before the step; None: nowhere.
+    """
+    arrays = tuple(x[:, 0] for x in (*inputs, *low_rank))
+    is_reset_B = jnp.zeros(len(state_BHKV), jnp.int32) if reset_BT is None else reset_BT[:, 0].astype(jnp.int32)
+    heads, per_row = ("batch", "heads", None), ("batch", None, None)
+    keys = heads if groups_are_sharded(arrays[0].shape[1], state_BHKV.shape[1]) else per_row
+    axes = [("batch",), keys, keys, *[heads] * (len(arrays) - 2), (*heads, None)]
+
+    def forward(arrays: Any, state_BHKV: jax.Array, is_reset_B: jax.Array) -> Any:
+        mapped = sharding.map_shards(
+            lambda *shards: _device_step(len(low_rank) > 0, *shards), axes, [heads, (*heads, None)]
+        )
+        return mapped(is_reset_B, *arrays, state_BHKV), (arrays, state_BHKV, is_reset_B)
+
+    def backward(saved: Any, cotangents: Any) -> Any:
+        arrays, state_BHKV, is_reset_B = saved
+
+        def reference(arrays: Any, state_BHKV: jax.Array) -> Any:
+            new_BHKV, out_BHV = step(state_BHKV, (is_reset_B > 0, None), *arrays)
+            return out_BHV, new_BHKV
+
+        return (*jax.vjp(reference, arrays, state_BHKV)[1](cotangents), None)
+
+    out_BHV, new_BHKV = custom_vjp.from_rules(forward, backward)(arrays, state_BHKV, is_reset_B)
+    return out_BHV[:, None], new_BHKV
+
+
+def _device_step(has_low_rank: bool, is_reset_B: jax.Array, *arrays: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The output of the rows and heads of one device, [B, H, V], and their new state.
+
+    Args:
+        arrays: the inputs of the step without the axis of time, a and b, and the state.
+    """
+    *inputs, state_BHKV = arrays
+    state_BHVK = jnp.swapaxes(state_BHKV, 2, 3)
+
+    def row_block(x: jax.Array | jax.ShapeDtypeStruct) -> Any:
+        return pl.BlockSpec((None, *x.shape[1:]), lambda b, is_reset: (b, *[0] * (len(x.shape) - 1)))
+
+    outputs = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (inputs[2], state_BHVK))
+
+    def kernel(is_reset: Any, *references: Any) -> None:
+        _kernel(has_low_rank, is_reset, references[:-3], *references[-3:])
+
+    out_BHV, new_BHVK = pl.pallas_call(
+        kernel, name="recurrence_step", interpret=lazy_pallas.INTERPRET, out_shape=outputs,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1, grid=(len(state_BHVK),), in_specs=[row_block(x) for x in (*inputs, state_BHVK)],
+            out_specs=tuple(row_block(x) for x in outputs),
+        ),
+        input_output_aliases={len(inputs) + 1: 1},
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",), vmem_limit_bytes=VMEM_LIMIT_BYTES),
+    )(is_reset_B, *inputs, state_BHVK)  # fmt: skip
+    return out_BHV, jnp.swapaxes(new_BHVK, 2, 3)
+
+
+def _kernel(
+    has_low_rank: bool, is_reset: Any, inputs: Sequence[Any], state: Any, out: Any, new_state: Any
+) -> None:  # fmt: skip
+    """Compute the step of one row.
+
+    Args:
+        is_reset: [B], whether the state of the row is set to zeros before the step.
+        inputs: the queries and keys [G, K], the values [H, V], the log decays [H, E], the scales [H, 1] if there are
+            scales, and a and b [H, K] if ``has_low_rank``.
+        state, new_state: [H, V, K].
+        out: [H, V].
+    """
+    q_GK, k_GK, v_HV, log_HE, *others = (x[...].astype(jnp.float32) for x in inputs)
+    v_VH = v_HV.T
+    a_HK, b_HK = others[-2:] if has_low_rank else (None, None)
+    scale_H1 = others[0] if len(others) % 2 else None
+    H, decay_HE, keeps_state = state.shape[0], jnp.exp(log_HE), is_reset[pl.program_id(0)] == 0
+    out_VH, head_VH = jnp.zeros_like(v_VH), lax.broadcasted_iota(jnp.int32, v_VH.shape, 1)
+    for head in range(H):
+        this, group = slice(head, head + 1), slice(head * len(q_GK) // H, head * len(q_GK) // H + 1)
+        old_VK = jnp.where(keeps_state, state[head], 0.0)
+        v_V1 = v_VH[:, this] if scale_H1 is None else v_VH[:, this] * scale_H1[this]
+        new_VK = decay_HE[this] * old_VK + v_V1 * k_GK[group]
+        if a_HK is not None and b_HK is not None:
+            new_VK += jnp.sum(old_VK * a_HK[this], axis=1, keepdims=True) * b_HK[this]
+        new_state[head] = new_VK
+        out_V1 = jnp.sum(new_VK * q_GK[group], axis=1, keepdims=True)
+        out_VH = jnp.where(head_VH == head, out_V1, out_VH)
+    out[...] = out_VH.T.astype(out.dtype)
