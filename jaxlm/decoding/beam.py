@@ -20,7 +20,15 @@ from jaxlm import spec
 from jaxlm.config import check_field_types, check_min
 from jaxlm.decoding.config import EarlyStopping
 from jaxlm.decoding.finite import check_finite, rows_finite
-from jaxlm.decoding.prompts import EndId, as_end_ids, check_prompts, is_end, read_prompts, read_tokens
+from jaxlm.decoding.prompts import (
+    EndId,
+    as_end_ids,
+    check_prompts,
+    is_end,
+    read_prompts,
+    read_tokens,
+    with_float32_vectors,
+)
 from jaxlm.models import Model
 from jaxlm.nn.attention import cache
 from jaxlm.sharding import Sharding, active
@@ -257,6 +265,7 @@ def _continue_search(
     B, K, N = search.live_tokens.shape
     specs, _ = _split_source(model, model.state_specs(B * K, slots))
     search = dataclasses.replace(search, state=cache.resize(specs, search.state, slots))
+    params = with_float32_vectors(params)
 
     def unfinished(search: _Search) -> jax.Array:
         return (search.step < min(N, slots - prompt_length + 1)) & jnp.any(search.searching)

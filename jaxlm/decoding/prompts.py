@@ -6,7 +6,7 @@ for prompt tokens and 0 for padding. Shapes: B batch, T prompt length with paddi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -262,6 +262,28 @@ def read_prompts(
         state = model.init_state(prompts_BT.shape[0], slots)
     hidden_BTD, state = model.apply(params, prompts_BT, state=state, segment_ids=segment_ids_BT)
     return state, model.logits(params, last_token_hidden(hidden_BTD, segment_ids_BT))[:, 0]
+
+
+def with_float32_vectors(params: Any, cast: Callable[[Any], Any] = lambda x: x.astype(jnp.float32)) -> Any:
+    """The tree of parameters with ``cast`` applied to the half-precision vectors that models use in float32.
+
+    These are the parameters of norms, and vectors such as decay rates. On a TPU, XLA converts each vector with a
+    separate operation, which takes as long as normalizing a few tokens. So a loop that reads one token per step gets
+    converted vectors. Biases, which are used in the compute dtype, are not converted. The results do not change.
+    """
+    if isinstance(params, tuple):
+        return tuple(with_float32_vectors(x, cast) for x in params)
+    if not isinstance(params, Mapping):
+        return params
+    is_norm, has_bias = "scale" in params or "scale_minus_one" in params, "weight" in params
+
+    def convert(x: Any) -> Any:
+        if isinstance(x, tuple | Mapping):
+            return with_float32_vectors(x, cast)
+        is_vector = is_norm or (x.ndim == 1 and not has_bias)
+        return cast(x) if is_vector and jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize < 4 else x
+
+    return {name: convert(x) for name, x in params.items()}
 
 
 def read_tokens(

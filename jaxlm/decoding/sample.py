@@ -24,7 +24,16 @@ from flax import struct
 from jaxlm import spec
 from jaxlm.config import check_field_types
 from jaxlm.decoding.finite import check_finite, rows_finite
-from jaxlm.decoding.prompts import EndId, as_end_ids, check_prompts, check_sharding, is_end, read_prompts, read_tokens
+from jaxlm.decoding.prompts import (
+    EndId,
+    as_end_ids,
+    check_prompts,
+    check_sharding,
+    is_end,
+    read_prompts,
+    read_tokens,
+    with_float32_vectors,
+)
 from jaxlm.models import Model
 from jaxlm.nn.embedding import argmax, widen_ids
 from jaxlm.sharding import Sharding, active
@@ -499,7 +508,7 @@ def _advance(
     model: Model, params: Params, progress: PartialGeneration, steps: int | jax.Array, *, sharding: Sharding | None
 ) -> PartialGeneration:
     """The result of :func:`advance`, without its check of the logits."""
-    last_step = jnp.minimum(progress.step + steps, progress.tokens.shape[1])
+    last_step, params = jnp.minimum(progress.step + steps, progress.tokens.shape[1]), with_float32_vectors(params)
 
     def unfinished(progress: PartialGeneration) -> jax.Array:
         return (progress.step < last_step) & ~jnp.all(progress.ended)

@@ -29,7 +29,15 @@ from flax import struct
 
 from jaxlm.config import check_min
 from jaxlm.decoding.finite import check_finite, rows_finite
-from jaxlm.decoding.prompts import EndId, check_free_slots, check_memory_slots, is_end, read_prompts, read_tokens
+from jaxlm.decoding.prompts import (
+    EndId,
+    check_free_slots,
+    check_memory_slots,
+    is_end,
+    read_prompts,
+    read_tokens,
+    with_float32_vectors,
+)
 from jaxlm.decoding.sample import (
     GREEDY,
     Generation,
@@ -232,6 +240,8 @@ def _generate(
         draft_finite=jnp.ones(B, bool),
     )
     ended_B = is_end(newest_B, settings.end_ids) | (N == 1)
+    target_params, draft_params = (with_float32_vectors(params) for _, params in models.pairs)
+    models = dataclasses.replace(models, target_params=target_params, draft_params=draft_params)
     progress = _Progress((target_state, draft_state), newest_B, ended_B, keys_B, result)
     run_round = functools.partial(_round, models, settings)
     return jax.lax.while_loop(lambda progress: ~jnp.all(progress.ended), run_round, progress).result

@@ -25,9 +25,9 @@ from jax.typing import DTypeLike
 from jaxlm.models import common, heads
 from jaxlm.nn.convolution.window import (
     TokenLayout,
-    causal_windows,
     move_padding_last,
     past_segment_specs,
+    previous_inputs,
     restore_order,
     tail_specs,
 )
@@ -165,9 +165,11 @@ def _token_shift(
     weights: dict[str, jax.Array], x: jax.Array, tail: Any, layout: TokenLayout
 ) -> tuple[dict[str, jax.Array], Any]:
     """A dict with ``(1 - mu) * x_t + mu * x_{t-1}`` [B, T, D] for each weight mu [D], and the new tail (the last x)."""
-    windows, tail = causal_windows(layout, x, tail, 2)
-    difference = windows[:, :, 0] - x
-    return {name: x + difference * mu.astype(x.dtype)[None, None] for name, mu in weights.items()}, tail
+    previous, tail = previous_inputs(layout, x, tail)
+    difference = previous - x
+    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    shifted = {name: x + difference * mu.astype(dtype)[None, None] for name, mu in weights.items()}
+    return {name: y.astype(x.dtype) for name, y in shifted.items()}, tail
 
 
 def _low_rank(weights: Params, x: jax.Array, activation: Callable[[jax.Array], jax.Array] = lambda x: x) -> jax.Array:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from jaxlm import spec
-from jaxlm.decoding.prompts import check_sharding, read_tokens
+from jaxlm.decoding.prompts import check_sharding, read_tokens, with_float32_vectors
 from jaxlm.models import Model
 from jaxlm.nn.embedding import argmax
 from jaxlm.objectives import objective, span_corruption
@@ -178,6 +178,7 @@ def decoding_step(
         return dataclasses.replace(leaf, dtype=dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
 
     params = sharding.abstract(jax.tree.map(cast, model.specs))
+    params = with_float32_vectors(params, lambda x: x.update(dtype=jnp.dtype("float32")))
     state = sharding.abstract(specs)
     rows = sharding.named_sharding(("batch",), (batch,), "a batch")
     tokens = jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=rows)

@@ -20,7 +20,7 @@ from flax import struct
 from jax import lax
 from jax.typing import DTypeLike
 
-from jaxlm.nn.segments import document_numbers, segment_boundaries
+from jaxlm.nn.segments import document_numbers, segment_boundaries, select_state
 from jaxlm.spec import ArraySpec, require_arrays
 
 Padding = Literal["same", "valid", "causal"]
@@ -215,6 +215,25 @@ def causal_windows(
     return windows(x_BSC, kernel, padding="valid", dilation=dilation, documents_BT=documents, fill=fill), tail_BWC
 
 
+def previous_inputs(
+    layout: TokenLayout, x_BTC: jax.Array, tail_B1C: jax.Array | None
+) -> tuple[jax.Array, jax.Array | None]:
+    """The input of the step before each step, [B, T, C], and the tail for the next call, as in :func:`causal_windows`.
+
+    The first step of a document gets zeros.
+    """
+    require_arrays(x_BTC=x_BTC, tail_B1C=tail_B1C)
+    if tail_B1C is None:
+        x_BSC = jnp.pad(x_BTC, ((0, 0), (1, 0), (0, 0)))
+        documents_BS = None if layout.documents is None else jnp.pad(layout.documents, ((0, 0), (1, 0)))
+    else:
+        x_BSC, documents_BS, tail_B1C = prepend_tail(layout, x_BTC, tail_B1C)
+    previous_BTC = x_BSC[:, :-1]
+    if documents_BS is not None:
+        previous_BTC = jnp.where((documents_BS[:, :-1] == documents_BS[:, 1:])[..., None], previous_BTC, 0)
+    return previous_BTC, tail_B1C
+
+
 def prepend_tail(layout: TokenLayout, x_BTC: jax.Array, tail_BWC: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The tail followed by the new inputs [B, S, C], their document numbers [B, S], and the tail for the next call."""
     tail_length = tail_BWC.shape[1]
@@ -228,6 +247,8 @@ def _last_real(x_BS: jax.Array, count_B: jax.Array, length: int) -> jax.Array:
 
     A row of ``x`` begins with ``length`` entries of earlier calls. Then come ``count`` real entries and the padding.
     """
+    if x_BS.shape[1] == length + 1:  # one new token: XLA would turn the slices below into a gather
+        return select_state(count_B > 0, x_BS[:, 1:], x_BS[:, :-1])
     return jax.vmap(lambda row, count: lax.dynamic_slice_in_dim(row, count, length))(x_BS, count_B)
 
 
