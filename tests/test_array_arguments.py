@@ -126,8 +126,8 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     ),
     "gated_delta_rule": (scan.gated_delta_rule, {**QKV, "log_decay_BTH": PER_HEAD, "beta_BTH": PER_HEAD}),
     "generalized_delta_rule": (
-        scan.generalized_delta_rule,
-        {**QKV, "log_decay_BTHK": HEADS, "a_BTHK": HEADS, "b_BTHK": HEADS},
+        lambda a, b, **arguments: scan.generalized_delta_rule(low_rank=(a, b), **arguments),
+        {**QKV, "log_decay_BTHK": HEADS, "a": HEADS, "b": HEADS},
     ),
     "lstm": (functools.partial(recurrence.lstm, params(recurrence.lstm_specs(4, 4))), {"x_BTD": FLOATS, **MASKS}),
     "gru": (functools.partial(recurrence.gru, params(recurrence.gru_specs(4, 4))), {"x_BTD": FLOATS, **MASKS}),
