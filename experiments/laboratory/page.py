@@ -303,7 +303,9 @@ def write(
         "a warm-up of 5 % of the steps and a cosine schedule. The batches of a seed are the same for all models.\n"
         "`griffin` alternates recurrent layers and local attention. `hawk` has only recurrent layers.\n"
         "`mlstm` and `slstm` are `xlstm` with one kind of layer.\n"
-        "`[-1, 1]` means that the state transition of a time step may have negative eigenvalues.\n"
+        "`[-1, 1]` means that the state transition of a time step may have negative eigenvalues.\n\n"
+        "The comparison of LSTMs and GRUs on War and Peace (Karpathy et al. 2015) is on the page\n"
+        "[text generation](tasks/text_generation.md#war-and-peace).\n"
     ]
     for name, experiment in experiments.items():
         runs = best_runs(experiment, results.get(name, ()))
