@@ -181,7 +181,7 @@ def _token_scores(
     targets_BT: jax.Array | None,
     inputs: dict[str, jax.Array | None],
     *,
-    sharding: Sharding | None,  # unused; jit traces again when it changes, because the model reads the active sharding
+    sharding: Sharding | None,  # static, so that jit traces again if the active sharding changes
 ) -> tuple[TokenScores, jax.Array]:
     """The scores [B, T] of the targets, and whether the logits of each row are finite, bool [B].
 

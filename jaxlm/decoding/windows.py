@@ -102,7 +102,7 @@ def _read_sources(
     segment_ids_BS: jax.Array,
     *,
     length: int,
-    sharding: Sharding | None,  # unused; jit traces again when it changes, because the model reads the active sharding
+    sharding: Sharding | None,  # static, so that jit traces again if the active sharding changes
 ) -> Any:
     return model.init_decode_state(params, source_BS, length, segment_ids=segment_ids_BS)
 

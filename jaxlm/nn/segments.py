@@ -37,7 +37,7 @@ def positions_in_segments(
         [[0, 1, 0, 2, 0, 1]]
     """
     is_first_BT, keep_BT, _ = segment_boundaries(segment_ids_BT, last_segment_B, include_first=True)
-    order_BT = jnp.cumsum(keep_BT, axis=1, dtype=jnp.int32) - 1  # the number of earlier real tokens
+    order_BT = jnp.cumsum(keep_BT, axis=1, dtype=jnp.int32) - 1  # at a real token: the number of earlier real tokens
     require_arrays(next_position_B=next_position_B)
     start_of_row = 0 if next_position_B is None else -next_position_B[:, None].astype(jnp.int32)
     start_BT = lax.cummax(jnp.where(is_first_BT, order_BT, start_of_row), axis=1)
@@ -122,8 +122,7 @@ def check_state(state: State, batch: int, specs: Mapping[str, ArraySpec]) -> Non
 
     Args:
         batch: the size of the first axis of each array, which may be 0.
-        specs: the specs for a batch of 1. They do not depend on ``batch``, because a spec cannot have an axis of size
-            0.
+        specs: the specs for a batch of 1, because an ``ArraySpec`` cannot have an axis of size 0.
 
     Raises:
         ValueError: an array is missing or has another shape.
@@ -154,7 +153,7 @@ def select_state(condition: jax.Array, x: Any, y: Any) -> Any:
 
 
 def reset_state(masks: Masks, state: Any) -> Any:
-    """The state of a step with zeros where ``reset`` is True.
+    """The state before a step, with zeros where ``reset`` is True.
 
     Args:
         masks: ``(reset, keep)`` of the step, with shapes as in :func:`select_state`. None: the state is unchanged.

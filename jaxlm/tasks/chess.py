@@ -97,9 +97,9 @@ def next_move_accuracy(
 
     Raises:
         TypeError: the tokenizer is not a ``MoveTokenizer``, or ``games`` is one string.
-        ValueError: there are no games; ``batch_size`` is below 1; a game has no moves, has an illegal move or is longer
-            than the model's positions; the model does not predict next tokens; the tokenizer has more tokens than the
-            model; or the notation of a ``chess_llama`` is not UCI.
+        ValueError: there are no games; ``batch_size`` is below 1; a game has no moves, has an illegal move or has
+            more moves than ``max_positions``; the model does not predict next tokens; the tokenizer has more tokens
+            than the model; or the model is a ``chess_llama`` and the tokenizer is not ``MoveTokenizer("uci")``.
     """
     check_model(model, tokenizer)
     check_games("games", games, batch_size)
@@ -158,7 +158,7 @@ def legal_move_rate(
         TypeError: the model has no state, or the tokenizer is not a ``MoveTokenizer``.
         ValueError: ``games`` or ``max_moves`` is below 1, ``max_moves`` exceeds the model's positions, the temperature
             is outside its range, the model does not predict next tokens, the tokenizer has more tokens than the model,
-            or the notation of a ``chess_llama`` is not UCI.
+            or the model is a ``chess_llama`` and the tokenizer is not ``MoveTokenizer("uci")``.
     """
     check_min(1, games=games, max_moves=max_moves)
     reader, legal_moves, rng = MoveReader(model, params, tokenizer), LegalMoves(tokenizer), np.random.default_rng(seed)
@@ -301,7 +301,7 @@ def _best_id_and_rank(
     segment_ids_BT: jax.Array,
     *,
     vocab_size: int,
-    sharding: Sharding | None,  # unused; jit traces again when it changes, because the model reads the active sharding
+    sharding: Sharding | None,  # static, so that jit traces again if the active sharding changes
 ) -> tuple[jax.Array, jax.Array]:
     """The model's most probable id for each token after the first, and the token's rank; both int32 [B, T - 1].
 

@@ -42,7 +42,7 @@ class Player(Protocol):
     """The interface of a player. A player selects moves for several boards in one call.
 
     Attributes:
-        max_moves: largest number of earlier moves on a board for which the player can select a move. None: no limit.
+        max_moves: the player can select a move on a board after at most this many moves. None: no limit.
     """
 
     @property
@@ -424,8 +424,8 @@ def _largest_loss(board: chess.Board, color: bool) -> int:
                 continue
             loss = _PIECE_VALUES[piece_type]
             if board.is_attacked_by(color, square):
-                # A king cannot capture a protected piece, so the loss is 0 if only the king attacks. For this, the
-                # value of the king (0 in _PIECE_VALUES) is replaced with the value of the piece.
+                # A king cannot capture a protected piece, so the loss is 0 if only the king attacks. So a king
+                # that attacks counts with the value of the attacked piece, instead of 0 as in _PIECE_VALUES.
                 loss -= min(_PIECE_VALUES[board.piece_type_at(attacker) or 0] or loss for attacker in attackers)
             largest = max(largest, loss)
     return largest

@@ -357,7 +357,7 @@ def _last_logits(
     segment_ids_BT: jax.Array,
     *,
     start_id: int | None,
-    sharding: Sharding | None,  # unused; jit traces again when it changes, because the model reads the active sharding
+    sharding: Sharding | None,  # static, so that jit traces again if the active sharding changes
 ) -> jax.Array:
     """The logits [B, V] of the token that follows each row."""
     if model.reads_source:

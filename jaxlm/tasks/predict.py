@@ -558,7 +558,7 @@ def _label_probabilities(
     inputs: dict[str, jax.Array],
     *,
     independent: bool,
-    sharding: Sharding | None,  # unused; jit traces again when it changes, because the model reads the active sharding
+    sharding: Sharding | None,  # static, so that jit traces again if the active sharding changes
 ) -> tuple[jax.Array, jax.Array]:
     """The probabilities of :func:`_checked_probabilities`, and whether the logits of each row are finite, bool [B]."""
     hidden_BTD, _ = model.apply(params, tokens_BT, segment_ids=segment_ids_BT, **inputs)

@@ -395,7 +395,7 @@ def _best_spans(
     inputs: dict[str, jax.Array],
     *,
     max_answer_tokens: int,
-    sharding: Sharding | None,  # unused; jit traces again when it changes, because the model reads the active sharding
+    sharding: Sharding | None,  # static, so that jit traces again if the active sharding changes
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """The best span of each row [B, 2], its logit [B], the logit of "no answer" [B], and a flag [B] for finite logits.
 

@@ -1,4 +1,7 @@
-"""Plots of metrics over steps, as PNG files and as inline SVG. matplotlib is imported when a plot is drawn."""
+"""Plots of metrics over steps, as PNG files and as inline SVG, and of attention maps, as PNG files.
+
+matplotlib is imported when a plot is drawn.
+"""
 
 from __future__ import annotations
 
@@ -123,7 +126,10 @@ def readable_name(name: str) -> str:
 
 
 def _training_loss(steps: list[int], values: list[float]) -> list[Series]:
-    """The line of the training losses and, with at least :data:`MIN_SMOOTHED_LOSSES` losses, of their running mean."""
+    """The line of the training losses.
+
+    With at least :data:`MIN_SMOOTHED_LOSSES` losses, also the line of their running mean.
+    """
     label = f"training (last {values[-1]:.3f})"
     if len(values) < MIN_SMOOTHED_LOSSES:
         return [Series(label, steps, values)]

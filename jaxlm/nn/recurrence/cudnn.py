@@ -33,8 +33,8 @@ def lstm(
         lengths_B = jnp.maximum(jnp.sum(keep_BT, axis=1, dtype=jnp.int32), 1)  # 1 for a row without tokens
     time_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None, :], (B, T))
     is_real_BT = time_BT < lengths_B[:, None]
-    # cuDNN reads only from the first token to the last. For the other direction, reverse the tokens of each row. The
-    # padding stays at the end of the row.
+    # A unidirectional LSTM of cuDNN reads from the first token to the last. For the other direction, reverse the tokens
+    # of each row. The padding stays at the end of the row.
     order_BT1 = jnp.where(is_real_BT, lengths_B[:, None] - 1 - time_BT, time_BT)[:, :, None]
     if reverse:
         x_BTD = jnp.take_along_axis(x_BTD, order_BT1, axis=1)
