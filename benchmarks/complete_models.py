@@ -161,7 +161,7 @@ def save(batch: Any, directory: str) -> None:
 
 
 def torch_options(family: str, length: int) -> dict[str, Any]:
-    """Changes to the config of the torch class, for texts of ``length`` tokens. They do not change the results.
+    """Changes to the config of the torch class, for texts of ``length`` tokens.
 
     Mamba2ForCausalLM computes arrays of B * T * chunk_size * heads * state_size entries. With the published chunk size
     of 256, the layers of mamba2-130m need more than 32 GB for a training step with 2 rows of 256 tokens. In
@@ -173,7 +173,8 @@ def torch_options(family: str, length: int) -> dict[str, Any]:
 def load(directory: str) -> dict[str, np.ndarray]:
     """The arrays of a saved batch by name.
 
-    ``labels`` is ``Batch.targets``. ``targets`` are the positions [B, P] that XLNet predicts; other families have none.
+    ``labels`` has the target ids (``Batch.targets``). ``targets`` has the positions [B, P] that XLNet predicts; other
+    families have no ``targets``.
     """
     with np.load(Path(directory) / BATCH_FILE) as file:
         return dict(file)

@@ -115,7 +115,7 @@ PRESETS = {
 
 
 def read(data: Data) -> Examples:
-    """Examples with ``source``, ``target``, ``text`` (the original text of the file or docstring) and ``group``.
+    """Examples with ``source``, ``target``, ``text`` (the text in the file or docstring) and ``group``.
 
     In ``source``, white space is replaced by single spaces. The ``source`` of a docstring begins with the name of the
     object and a colon.
@@ -130,7 +130,7 @@ def read(data: Data) -> Examples:
         keys = loaded.column("project")
     groups = group_similar(loaded.column("text"), keys, similarity=data.similarity)
     examples: list[Example] = [
-        # Line breaks in the files only wrap lines, so replace all white space by single spaces.
+        # The model reads no line breaks, so replace all white space by single spaces.
         {"source": " ".join(row["source"].split()), "target": row["summary"], "text": row["text"], "group": group}
         for row, group in zip(rows, groups, strict=True)
     ]

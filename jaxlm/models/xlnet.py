@@ -98,7 +98,7 @@ def apply(
         segment_ids: [B, T] int32, 0 for padding and n for document n. Documents do not interact. Default: one document.
         key: random key for dropout; None: no dropout.
         token_types: [B, T] int32, such as 0 and 1 for the two sentences of a pair. The attention bias of two tokens
-            depends on whether their types are equal. Default: no such bias. But equal types for all tokens give a bias.
+            depends on whether their types are equal. Default: no such bias. Equal types for all tokens do add a bias.
         right_to_left: [B] bool, True for rows whose tokens are in reverse order; their distances are negated.
         order: [B, T] int32, the rank of each position in the factorization order (Yang et al. 2019, eq. 3). Several
             positions may have the same rank. The content stream attends to positions of the same or a lower rank. The

@@ -114,7 +114,7 @@ class BiasFn(Protocol):
 
 @runtime_checkable
 class KernelBiasFn(BiasFn, Protocol):
-    """A bias function that TPU kernels support: it gathers only with ``Tile.gather_shifted``, never single entries."""
+    """A bias function that the ``pallas`` kernels support: it gathers only with ``Tile.gather_shifted``."""
 
     def padded(
         self, floats: Mapping[str, jax.Array], query_padding: int, key_padding: int

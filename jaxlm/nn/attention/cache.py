@@ -87,7 +87,7 @@ class CacheView:
 
 
 def updates_in_place(state: State | None, num_new: int) -> bool:
-    """Whether the cache has at least 8 slots per new token, so that a loop over layers should update it in place.
+    """Whether a loop over layers should update the cache in place: if it has at least 8 slots per new token.
 
     False without a state.
     """
@@ -134,8 +134,8 @@ def append_and_read(kv: Any, new: tuple[jax.Array, jax.Array], context: CacheCon
         new: keys and values of the new tokens, each [B, T, G, K].
 
     Returns:
-        The cache in the layout of ``kv``, and (keys, values), each [B, S, G, K]. If ``kv`` is None: None and ``new``,
-        each [B, T, G, K].
+        The cache in the layout of ``kv``, and (keys, values), each [B, S, G, K]. If ``kv`` is None: None, and
+        ``new``, whose arrays are [B, T, G, K].
     """
     if kv is None:
         return None, new

@@ -31,8 +31,8 @@ def memory_specs(
     """Specs of an empty memory for ``slots`` tokens per row.
 
     The memory contains ``hidden`` [B, M, width] for each layer, and ``segment_ids`` [B, M] with 0 for an empty slot.
-    ``hidden`` are the inputs of a layer. ``jaxlm.models.attention_rnn_lm`` instead stores projected keys and values of
-    previous outputs.
+    ``hidden`` are the inputs of a layer. In ``jaxlm.models.attention_rnn_lm``, they are the projected keys and the
+    values (not projected) of previous outputs, concatenated.
 
     Args:
         layers: number of layers; None: the specs of one layer, with ``hidden`` directly in the dict.
