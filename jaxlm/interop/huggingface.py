@@ -598,8 +598,8 @@ def _missing_paths(
     assert description.model_in_files is not None
     config, stored_config = description.model.config, description.model_in_files.config
     stored_path_of = {name: path for path, location in locations_in_files.items() for name in location.names}
-    # Some families (recurrent, resnet, alexnet) name their layers layer_0, layer_1, ...; the others have the key
-    # ``layers``.
+    # Some families (such as lstm, attention_rnn and resnet) name their layers layer_0, layer_1, ...; the others have
+    # the key ``layers``.
     groups_with_layers = {path.partition("/")[0] for path in locations if re.search(r"(^|/)layer(s|_\d+)/", path)}
     paths_of_head: dict[str, list[str]] = {}
     for path in locations:

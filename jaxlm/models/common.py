@@ -27,7 +27,8 @@ class ModelConfig:
 
     A value must have the type of its field. An integer field must be at least the ``minimum`` in the metadata of its
     ``dataclasses.field`` (default: 1). A field whose name ends in ``dropout`` is a rate in [0, 1). A field whose name
-    ends in ``epsilon`` or ``init_bound`` must be at least 0. A rotary base must exceed 1.
+    ends in ``epsilon``, ``init_bound`` or ``init_stddev`` must be at least 0. A rotary base must exceed 1, and a number
+    of layers has an upper limit.
     """
 
     vocab_multiple: int = 1

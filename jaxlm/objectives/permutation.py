@@ -281,7 +281,7 @@ def join_texts(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The tokens ``A <sep> B <sep> <cls>`` (without ``second``: ``A <sep> <cls>``) and their token types, both int32.
 
-    All tasks of XLNet have texts of this form.
+    The second part of a row has this form, and the inputs of the fine-tuning tasks of Yang et al. have it.
 
     Example:
         >>> tokens, types = join_texts(np.array([20, 21]), np.array([30]))

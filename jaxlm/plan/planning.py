@@ -1,5 +1,5 @@
 """The function :func:`plan` compiles a step for devices that the machine may lack. A :class:`Plan` has the estimates of
-the compiler."""
+the compiler, and estimates that jaxlm computes from them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ ACCURACY = {
         "no plan was compared with a TPU yet; memory and the cycles of XLA operations are from the TPU compiler, and "
         "jaxlm computes the times of kernels and collectives"
     ),
-    "gpu": "no plan was compared with a GPU yet; memory is that which the GPU compiler computes",
+    "gpu": "no plan was compared with a GPU yet; the GPU compiler computes the memory",
 }
 """How exact plans were, by platform. ``python -m benchmarks.plans`` compares plans with steps (docs/tpu.md)."""
 

@@ -581,7 +581,7 @@ class _Loop:
             due = self._checkpoint_postponed or self.step % config.checkpoint_every == 0
             scheduled = due or is_last or stop == "patience" or (config.restore_best and improved)
             if scheduled or stop is not None:
-                reader.flush()  # raises DivergedError if the weights are not finite
+                reader.flush()  # raises DivergedError if training has diverged
                 # While steps are skipped, the weights do not change, and a checkpoint with the same weights would
                 # replace an older checkpoint (keep_last).
                 skipping = reader.skipped_in_a_row > 0
@@ -614,8 +614,8 @@ class _Loop:
             raise DivergedError(f"{error}. {hint}", error.step) from error
         del self._state  # two states may not fit in memory
         state, saved = self._checkpoints.roll_back(self._abstract_state)
-        # Training continues with the batch after the failed step, `error.step`. `self.step` may be a later step,
-        # because metrics are read late.
+        # Training continues with the batch that follows the batch of the failed step (`error.step`). `self.step` may be
+        # a later step, because metrics are read late.
         next_batch = self._batch_offset + error.step
         self._data.restore({**self._data.state(), "next": next_batch})
         carry_size = self._trainer.carry_size
@@ -748,7 +748,7 @@ class _Loop:
     def _restore_best(self) -> list[str]:
         """Restore the state of the best saved evaluation. If its arrays are damaged, restore the last state.
 
-        The result has the reason why the best state is damaged, or is empty.
+        The result is a list with the reason why the best state is damaged; it is empty if this state is not damaged.
         """
         reasons = []
         del self._state  # two states may not fit in memory

@@ -117,8 +117,8 @@ class Trainer:
     Attributes:
         model: the model.
         optimizer: an Optax transformation. It gets the loss as ``value`` (for ``optax.contrib.reduce_on_plateau``).
-            Transformations that evaluate the loss themselves are not supported (``optax.contrib.sam``,
-            ``optax.contrib.sophia``, line searches).
+            Transformations that evaluate the loss themselves are not supported (``optax.contrib.sam`` with
+            ``opaque_mode=True``, ``optax.contrib.sophia``, line searches).
         loss: the ``loss`` of an objective, or a function with its signature.
         grad_accum_steps: A, the number of micro-batches per batch. They are computed one after the other, which saves
             memory, and their gradients are summed. The sum is the gradient of the whole batch, with three exceptions:
