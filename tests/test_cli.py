@@ -93,7 +93,7 @@ def test_errors_are_one_line(run_directory, tmp_path, capsys):
     unfinished = tmp_path / "unfinished"
     (unfinished / "model").mkdir(parents=True)
     (unfinished / "config.json").write_text("{}")
-    message = f"{unfinished} has no exported model, because the run has not finished: resume it"
+    message = f"{unfinished} has no exported model yet: wait until the training ends, or resume it"
     assert message in error_line(capsys, "generate", unfinished, *prompt)
     assert "character 'Z' (U+005A) at position 1" in error_line(capsys, "generate", run_directory, "--prompt", "tZ")
     assert "pass at least one character" in error_line(capsys, "generate", run_directory, "--prompt", "")

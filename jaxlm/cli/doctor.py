@@ -89,7 +89,7 @@ def _datasheet(device: jax.Device) -> str:
 def _cpu_choices() -> str:
     try:
         calibration = cpu_choices.active_calibration()
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         return f"ERROR: {error}"
     if calibration is None:
         return f"defaults ({cpu_choices.VARIABLE} is not set); jaxlm calibrate measures values for this processor"

@@ -265,7 +265,7 @@ def _continue_search(
     B, K, N = search.live_tokens.shape
     specs, _ = _split_source(model, model.state_specs(B * K, slots))
     search = dataclasses.replace(search, state=cache.resize(specs, search.state, slots))
-    params = with_float32_vectors(params)
+    params = with_float32_vectors(model, params)
 
     def unfinished(search: _Search) -> jax.Array:
         return (search.step < min(N, slots - prompt_length + 1)) & jnp.any(search.searching)

@@ -18,6 +18,7 @@ from jaxlm.config import check_min, check_value
 from jaxlm.decoding.describe import require_next_token_head
 from jaxlm.models import Model
 from jaxlm.models.heads import last_token_hidden
+from jaxlm.models.registry import FAMILIES
 from jaxlm.sharding import Sharding, active
 from jaxlm.spec import Array, Params, State
 
@@ -264,26 +265,34 @@ def read_prompts(
     return state, model.logits(params, last_token_hidden(hidden_BTD, segment_ids_BT))[:, 0]
 
 
-def with_float32_vectors(params: Any, cast: Callable[[Any], Any] = lambda x: x.astype(jnp.float32)) -> Any:
-    """The tree of parameters with ``cast`` applied to the half-precision vectors that models use in float32.
+def with_float32_vectors(
+    model: Model, params: Any, cast: Callable[[Any], Any] = lambda x: x.astype(jnp.float32)
+) -> Any:
+    """The parameters with ``cast`` applied to half-precision parameters of norms, and to other half-precision vectors.
 
-    These are the parameters of norms, and vectors such as decay rates. On a TPU, XLA converts each vector with a
-    separate operation, which takes as long as normalizing a few tokens. So a loop that reads one token per step gets
-    converted vectors. Biases, which are used in the compute dtype, are not converted. The results do not change.
+    On a TPU, XLA converts each vector with a separate operation, which takes as long as normalizing a few tokens. So a
+    loop that reads one token per step gets converted vectors. Vectors beside a ``weight`` (biases) are not converted,
+    and neither are vectors in stacked layers. The results do not change, because the families of jaxlm compute norms in
+    float32 and cast other vectors at their use. The parameters of other families are returned unchanged.
     """
-    if isinstance(params, tuple):
-        return tuple(with_float32_vectors(x, cast) for x in params)
-    if not isinstance(params, Mapping):
-        return params
-    is_norm, has_bias = "scale" in params or "scale_minus_one" in params, "weight" in params
+    # An object with the methods of a model need not have a family.
+    return _convert_vectors(params, cast) if getattr(model, "family", None) in FAMILIES else params
 
-    def convert(x: Any) -> Any:
+
+def _convert_vectors(tree: Any, cast: Callable[[Any], Any]) -> Any:
+    if isinstance(tree, tuple):
+        return tuple(_convert_vectors(x, cast) for x in tree)
+    if not isinstance(tree, Mapping):
+        return tree
+    is_norm, has_weight = "scale" in tree or "scale_minus_one" in tree, "weight" in tree
+
+    def convert(name: str, x: Any) -> Any:
         if isinstance(x, tuple | Mapping):
-            return with_float32_vectors(x, cast)
-        is_vector = is_norm or (x.ndim == 1 and not has_bias)
+            return _convert_vectors(x, cast)
+        is_vector = (is_norm and name in ("scale", "scale_minus_one", "bias")) or (x.ndim == 1 and not has_weight)
         return cast(x) if is_vector and jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize < 4 else x
 
-    return {name: convert(x) for name, x in params.items()}
+    return {name: convert(name, x) for name, x in tree.items()}
 
 
 def read_tokens(

@@ -240,7 +240,7 @@ def _generate(
         draft_finite=jnp.ones(B, bool),
     )
     ended_B = is_end(newest_B, settings.end_ids) | (N == 1)
-    target_params, draft_params = (with_float32_vectors(params) for _, params in models.pairs)
+    target_params, draft_params = (with_float32_vectors(*pair) for pair in models.pairs)
     models = dataclasses.replace(models, target_params=target_params, draft_params=draft_params)
     progress = _Progress((target_state, draft_state), newest_B, ended_B, keys_B, result)
     run_round = functools.partial(_round, models, settings)

@@ -169,5 +169,7 @@ def scaled_linear(
     Args:
         output_factor: a number, or an array with the last axes of the result.
     """
+    if x.dtype == jnp.float16:  # the product could overflow without the factor
+        x, input_factor = x * input_factor, 1.0
     y = scaled(linear({"weight": weights["weight"]}, x, num_input_axes=num_input_axes), output_factor * input_factor)
     return add_bias(y, output_factor * weights["bias"]) if "bias" in weights else y

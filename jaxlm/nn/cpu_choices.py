@@ -12,6 +12,7 @@ import contextvars
 import dataclasses
 import functools
 import os
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -163,14 +164,16 @@ def active_calibration() -> Calibration | None:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is damaged, has an unknown name or an invalid value, or was measured on another processor
-            or with another version of jaxlib.
+        ValueError: the path is a directory; or the file is damaged, has an unknown name or an invalid value, or was
+            measured on another processor or with another version of jaxlib.
     """
     name = os.environ.get(VARIABLE)
     if not name:
         return None
     path = Path(os.path.expanduser(name))
-    fix = f"run jaxlm calibrate --output {path} on this machine, or unset {VARIABLE}"
+    fix = f"run jaxlm calibrate --output {shlex.quote(str(path))} on this machine, or unset {VARIABLE}"
+    if path.is_dir():
+        raise ValueError(f"{VARIABLE}={name} is a directory: set it to a file, or unset it")
     if not path.is_file():
         raise FileNotFoundError(f"{VARIABLE}={name} is not a file: {fix}")
     try:

@@ -178,7 +178,7 @@ def decoding_step(
         return dataclasses.replace(leaf, dtype=dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
 
     params = sharding.abstract(jax.tree.map(cast, model.specs))
-    params = with_float32_vectors(params, lambda x: x.update(dtype=jnp.dtype("float32")))
+    params = with_float32_vectors(model, params, lambda x: x.update(dtype=jnp.dtype("float32")))
     state = sharding.abstract(specs)
     rows = sharding.named_sharding(("batch",), (batch,), "a batch")
     tokens = jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=rows)

@@ -27,7 +27,9 @@ def load(directory: str | Path, dtype: str | None = None) -> tuple[Model, Any, T
     run = Path(directory)
     directory = run / "model" if (run / "model").is_dir() else run
     if directory != run and (run / "config.json").exists() and not (directory / "config.json").exists():
-        raise FileNotFoundError(f"{run} has no exported model, because the run has not finished: resume it")
+        raise FileNotFoundError(
+            f"{run} has no exported model yet: wait until the training ends, or resume it if it was interrupted"
+        )
     overrides: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
     model, params = load_pretrained(directory, **overrides)
     tokenizer = load_tokenizer(directory)

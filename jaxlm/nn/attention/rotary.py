@@ -76,7 +76,7 @@ class RotaryScaling:
                 f"low_frequency_factor={self.low_frequency_factor}"
             )
         if self.kind == "yarn" and not 0 < self.beta_slow < self.beta_fast:
-            raise ValueError(f"beta_slow={self.beta_slow} must be between 0 and beta_fast={self.beta_fast}")
+            raise ValueError(f"beta_slow={self.beta_slow} must be above 0 and below beta_fast={self.beta_fast}")
 
 
 def rotary_frequencies(

@@ -161,7 +161,8 @@ def generalized_delta_rule(
     """
     check_inputs(query_BTHK, key_BTHK, value_BTHV, state_BHKV, reset_BT, keep_BT)
     if not isinstance(low_rank, tuple) or len(low_rank) != 2:
-        raise ValueError(f"low_rank must be the tuple (a, b) of two arrays, not {type(low_rank).__name__}")
+        got = f"a tuple of {len(low_rank)}" if isinstance(low_rank, tuple) else type(low_rank).__name__
+        raise ValueError(f"low_rank must be the tuple (a, b) of two arrays, not {got}")
     a_BTHK, b_BTHK = low_rank
     arrays = {"log_decay": log_decay_BTHK, "a": a_BTHK, "b": b_BTHK}
     require_arrays(**arrays)

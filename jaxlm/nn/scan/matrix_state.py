@@ -42,8 +42,8 @@ class Chunked:
     steps: int
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.steps & (self.steps - 1):
-            raise ValueError(f"Chunked({self.steps}): the number of steps must be a power of two, such as 32 or 64")
+        if type(self.steps) is not int or self.steps < 1 or self.steps & (self.steps - 1):
+            raise ValueError(f"Chunked({self.steps!r}): the number of steps must be a power of two, such as 32 or 64")
 
 
 Implementation = Literal["reference", "chunked", "pallas"] | Chunked
@@ -158,6 +158,10 @@ def choose_implementation(
     """
     if isinstance(implementation, Chunked):
         return implementation
+    if isinstance(implementation, int):
+        raise ValueError(
+            f"{name} implementation {implementation}: for chunks of this size, write Chunked({implementation})"
+        )
     names = Literal["reference", "chunked", "pallas"]
     choices.check_implementation(name, implementation, names, {"pallas": unsupported})
     chosen = implementation or choices.matrix_scan(steps, unsupported)

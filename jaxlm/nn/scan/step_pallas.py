@@ -35,7 +35,7 @@ def supports(query_BTGK: jax.Array, value_BTHV: jax.Array) -> bool:
         return False
     # The old and the new state have two buffers each. The last axis of the state is padded to a multiple of 128.
     state_bytes = 4 * H // shards * V * (K + -K % 128)
-    return 5 * state_bytes <= VMEM_LIMIT_BYTES and choices.step_kernel(value_BTHV.dtype)
+    return 5 * state_bytes <= VMEM_LIMIT_BYTES and all(choices.step_kernel(x.dtype) for x in (query_BTGK, value_BTHV))
 
 
 def run(

@@ -84,7 +84,7 @@ def test_dynamic_scaling_changes_nothing_up_to_the_original_length():
         ({"kind": "linear", "factor": 0.5}, "factor=0.5 of rotary scaling must be at least 1"),
         (
             {"kind": "yarn", "factor": 2.0, "original_positions": 8, "beta_slow": 0.0},
-            "beta_slow=0.0 must be between 0 and beta_fast=32.0",
+            "beta_slow=0.0 must be above 0 and below beta_fast=32.0",
         ),
         ({"kind": "linear", "factor": float("nan")}, "factor=nan of rotary scaling must be at least 1"),
         ({"kind": "yarn", "factor": 2.0}, "original_positions=None of yarn rotary scaling must be at least 1"),
@@ -92,7 +92,7 @@ def test_dynamic_scaling_changes_nothing_up_to_the_original_length():
             {"kind": "llama3", "factor": 2.0, "original_positions": 8, "high_frequency_factor": 1.0},
             "high_frequency_factor=1.0 must exceed low_frequency_factor=1.0",
         ),
-        ({"kind": "yarn", "factor": 2.0, "original_positions": 8, "beta_fast": 0.5}, "and beta_fast=0.5"),
+        ({"kind": "yarn", "factor": 2.0, "original_positions": 8, "beta_fast": 0.5}, "below beta_fast=0.5"),
     ],
 )
 def test_bad_scalings_raise(fields, message):

@@ -227,5 +227,9 @@ def test_bad_inputs_raise():
         Chunked(24)
     with pytest.raises(ValueError, match=r"Chunked\(0\): the number of steps must be a power of two"):
         Chunked(0)
+    with pytest.raises(ValueError, match=r"Chunked\(4.0\): the number of steps must be a power of two"):
+        Chunked(4.0)
+    with pytest.raises(ValueError, match=r"implementation 32: for chunks of this size, write Chunked\(32\)"):
+        linear_attention(q, k, v, log_decay, implementation=32)
     with pytest.raises(ValueError, match="no linear_attention implementation 'fast': choose from reference, chunked"):
         linear_attention(q, k, v, log_decay, implementation="fast")
