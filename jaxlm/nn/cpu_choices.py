@@ -134,7 +134,9 @@ class CpuChoices:
             if name.endswith("_chunk") and value & (value - 1):
                 raise ValueError(f"{name}={value} must be a power of two, such as 32 or 64")
         if self.min_blockwise_queries > MAX_BLOCKWISE_QUERIES:
-            raise ValueError(f"min_blockwise_queries={self.min_blockwise_queries} must be at most 1024")
+            raise ValueError(
+                f"min_blockwise_queries={self.min_blockwise_queries} must be at most {MAX_BLOCKWISE_QUERIES}"
+            )
 
     def changes(self) -> str:
         """The values that are not defaults, as text; "all defaults" if there are none."""

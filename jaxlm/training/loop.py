@@ -231,6 +231,7 @@ class Run:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "directory", Path(self.directory))
+        object.__setattr__(self, "resume_directory", Path(self.resume_directory or self.directory))
         if reserved := [key for key in RESERVED_KEYS if key in self.meta]:
             raise ValueError(
                 f"meta has the key {reserved[0]!r}, under which a checkpoint has values of the training loop: rename it"
@@ -346,7 +347,8 @@ def train(
     directory = run.directory
     directory.mkdir(parents=True, exist_ok=True)
     if config.checkpoint_every is not None:
-        processes.require_shared_directory(directory, run.resume_directory or directory)
+        assert run.resume_directory is not None  # set by __post_init__
+        processes.require_shared_directory(directory, run.resume_directory)
     checkpointer = Checkpointer(directory / "checkpoints", keep_last=config.keep_last)
     lock = integrity.lock_directory(directory) if processes.is_first() else contextlib.nullcontext()
     with lock, checkpointer as checkpoints, _Signals() as signals:
@@ -553,7 +555,7 @@ class _Loop:
         if self._config.checkpoint_every is not None:
             message = (
                 f"saved step {self.step} in {directory / 'checkpoints'}; --resume "
-                f"{self._run.resume_directory or directory} continues from there"
+                f"{self._run.resume_directory} continues from there"
             )
         self._bar.say(f"{self._signals.caught}: {message}")
         return self._result(None, self._signals.caught)

@@ -51,7 +51,7 @@ def unsupported_reason(query_BTGK: jax.Array, value_BTHV: jax.Array | jax.ShapeD
     if not query_BTGK.shape[0]:
         return "needs at least one row"
     (G, K), (H, V), num_shards = query_BTGK.shape[2:], value_BTHV.shape[2:], sharding.num_shards(("heads",))
-    if H % num_shards or (G % num_shards and G > 1):
+    if not shards_divide_heads(G, H):
         return f"needs numbers of heads and (if more than 1) groups divisible by {num_shards}, not {H} and {G}"
     local_groups = G // num_shards if groups_are_sharded(G, H) else G
     if heads_per_block(local_groups, H // num_shards, K, V) is None:
@@ -61,6 +61,12 @@ def unsupported_reason(query_BTGK: jax.Array, value_BTHV: jax.Array | jax.ShapeD
             "multiple of 128, or all heads must share one key"
         )
     return None
+
+
+def shards_divide_heads(G: int, H: int) -> bool:
+    """Whether the shards of the head axis get equal numbers of heads, and of groups if there are several groups."""
+    num_shards = sharding.num_shards(("heads",))
+    return H % num_shards == 0 and (G == 1 or G % num_shards == 0)
 
 
 def groups_are_sharded(G: int, H: int) -> bool:

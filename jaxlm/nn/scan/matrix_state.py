@@ -27,6 +27,8 @@ from jaxlm.nn.scan.chunks import per_head, prepare, product_in, scan_chunks, sca
 from jaxlm.nn.segments import Masks, check_masks, reset_state
 from jaxlm.spec import require_arrays
 
+_ImplementationName = Literal["reference", "chunked", "pallas"]
+
 
 @dataclasses.dataclass(frozen=True)
 class Chunked:
@@ -46,7 +48,7 @@ class Chunked:
             raise ValueError(f"Chunked({self.steps!r}): the number of steps must be a power of two, such as 32 or 64")
 
 
-Implementation = Literal["reference", "chunked", "pallas"] | Chunked
+Implementation = _ImplementationName | Chunked
 
 
 def linear_attention(
@@ -162,8 +164,7 @@ def choose_implementation(
         raise ValueError(
             f"{name} implementation {implementation}: for chunks of this size, write Chunked({implementation})"
         )
-    names = Literal["reference", "chunked", "pallas"]
-    choices.check_implementation(name, implementation, names, {"pallas": unsupported})
+    choices.check_implementation(name, implementation, _ImplementationName, {"pallas": unsupported})
     chosen = implementation or choices.matrix_scan(steps, unsupported)
     return Chunked(default_chunk) if chosen == "chunked" else chosen
 

@@ -22,7 +22,7 @@ from jaxlm import sharding
 from jaxlm.nn import choices, lazy_pallas
 from jaxlm.nn.custom_gradient import custom_vjp
 from jaxlm.nn.lazy_pallas import pl, pltpu
-from jaxlm.nn.scan.head_blocks import groups_are_sharded
+from jaxlm.nn.scan.head_blocks import groups_are_sharded, shards_divide_heads
 
 VMEM_LIMIT_BYTES = 32 * 2**20
 """Bytes of VMEM that the kernel may use."""
@@ -31,7 +31,7 @@ VMEM_LIMIT_BYTES = 32 * 2**20
 def supports(query_BTGK: jax.Array, value_BTHV: jax.Array) -> bool:
     """Whether the kernel is used for a call with these queries and values: one step on a TPU, and a state that fits."""
     (B, T, G, K), (H, V), shards = query_BTGK.shape, value_BTHV.shape[2:], sharding.num_shards(("heads",))
-    if not B or T > 1 or H % shards or (groups_are_sharded(G, H) and G % shards):
+    if not B or T > 1 or not shards_divide_heads(G, H):
         return False
     # The old and the new state have two buffers each. The last axis of the state is padded to a multiple of 128.
     state_bytes = 4 * H // shards * V * (K + -K % 128)
