@@ -83,6 +83,10 @@ class Experiment:
 # ---------------------------------------------------------------------------------------------- associative recall
 
 
+_RECALL_SIZES = ((64, 4), (128, 8), (256, 16))
+"""Tokens and pairs of the rows of each case."""
+
+
 def _recall_case(length: int, pairs: int) -> Case:
     def sample(rng: np.random.Generator) -> Batch:
         return synthetic.recall(rng, 64, length, pairs, vocab_size=8192)
@@ -104,7 +108,7 @@ _RECALL = Experiment(
         "deviation of 0.1. As in the published runs, the output head is the token table, in models with the config "
         "field `tie_embeddings`."
     ),
-    cases={f"{length} tokens, {pairs} pairs": _recall_case(length, pairs) for length, pairs in ((64, 4), (128, 8))},
+    cases={f"{length} tokens, {pairs} pairs": _recall_case(length, pairs) for length, pairs in _RECALL_SIZES},
     plan=Plan(steps=4000, widths=(64, 128), layers=2, learning_rates=(3e-3, 1e-3), stop_at=0.99),
     claims=(
         Claim(
@@ -117,7 +121,7 @@ _RECALL = Experiment(
             maximum=0.9, cases=("128 tokens, 8 pairs",), widths=(64,),
         ),
     ),
-    chance={f"{length} tokens, {pairs} pairs": 1 / 4096 for length, pairs in ((64, 4), (128, 8))},
+    chance={f"{length} tokens, {pairs} pairs": 1 / 4096 for length, pairs in _RECALL_SIZES},
 )  # fmt: skip
 
 # ------------------------------------------------------------------------------------------------ formal languages
@@ -160,6 +164,10 @@ _FORMAL_LANGUAGES = Experiment(
         Claim(
             "Transformers do not generalize on parity and cycle navigation", "Delétang et al. 2023, results",
             ("gpt", "llama"), "lengths 41 to 100", maximum=0.8, cases=("parity", "cycle_navigation"),
+        ),
+        Claim(
+            "Transformers and LSTMs, which have no structured memory, do not generalize on the context-free task",
+            _DELETANG, ("gpt", "llama", "lstm"), "lengths 41 to 100", maximum=0.9, cases=("reverse_string",),
         ),
     ),
     chance={name: 1 / language.num_answers for name, language in synthetic.FORMAL_LANGUAGES.items()},

@@ -20,6 +20,7 @@ from jaxlm import spec
 from jaxlm.config import check_field_types, check_min
 from jaxlm.decoding.config import EarlyStopping
 from jaxlm.decoding.finite import check_finite, rows_finite
+from jaxlm.decoding.loop import decoding_loop
 from jaxlm.decoding.prompts import (
     EndId,
     as_end_ids,
@@ -270,7 +271,7 @@ def _continue_search(
     def unfinished(search: _Search) -> jax.Array:
         return (search.step < min(N, slots - prompt_length + 1)) & jnp.any(search.searching)
 
-    def extend(search: _Search) -> _Search:
+    def extend(search: _Search, specs: spec.Tree) -> _Search:
         state = spec.take_rows_clipped(specs, search.state, search.parents)
         newest = search.live_tokens[:, :, search.step - 1].reshape(B * K)
         state, logits = read_tokens(model, params, {**state, **search.source}, newest)
@@ -278,7 +279,7 @@ def _continue_search(
         search = dataclasses.replace(search, state=row_state)
         return _select(search, logits[:, : settings.num_ids], settings)
 
-    return jax.lax.while_loop(unfinished, extend, search)
+    return decoding_loop(model, specs, unfinished, extend, search, max_steps=N)
 
 
 def _split_source(model: Model, state: State) -> tuple[Any, Any]:

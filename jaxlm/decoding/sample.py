@@ -24,6 +24,7 @@ from flax import struct
 from jaxlm import spec
 from jaxlm.config import check_field_types
 from jaxlm.decoding.finite import check_finite, rows_finite
+from jaxlm.decoding.loop import decoding_loop
 from jaxlm.decoding.prompts import (
     EndId,
     as_end_ids,
@@ -516,9 +517,11 @@ def _advance(
     def unfinished(progress: PartialGeneration) -> jax.Array:
         return (progress.step < last_step) & ~jnp.all(progress.ended)
 
-    def generate_token(progress: PartialGeneration) -> PartialGeneration:
+    def generate_token(progress: PartialGeneration, specs: Any) -> PartialGeneration:
         newest_B = progress.tokens[:, progress.step - 1]
         state, logits_BV = read_tokens(model, params, progress.state, newest_B, ~progress.ended)
         return _draw(dataclasses.replace(progress, state=state), logits_BV)
 
-    return jax.lax.while_loop(unfinished, generate_token, progress)
+    return decoding_loop(
+        model, model.state_specs(1, 1), unfinished, generate_token, progress, max_steps=progress.tokens.shape[1]
+    )

@@ -148,7 +148,7 @@ def _attend(
     memory_context, new_memory = memory.make_context(tokens_BT, old_memory, segments_BT)
     if old_memory is not None:
         kv_BSX = jnp.concatenate([old_memory["hidden"], kv_BTX], axis=1)
-        new_memory = {**new_memory, "hidden": memory.append(old_memory["hidden"], kv_BTX, memory_context.kept_indices)}
+        new_memory = {**new_memory, "hidden": memory.append(old_memory["hidden"], kv_BTX, memory_context)}
     keys_BSK, values_BSK = jnp.split(kv_BSX, 2, axis=-1)
 
     def attend_step(step: Any) -> jax.Array:

@@ -25,7 +25,7 @@ from jaxlm.models import common, heads
 from jaxlm.nn import choices
 from jaxlm.nn.attention import attention, memory
 from jaxlm.nn.attention.bias import AttentionBias
-from jaxlm.nn.attention.distance_bias import distance_bias, sinusoids
+from jaxlm.nn.attention.distance_bias import distance_bias, distance_bias_at_query_positions, sinusoids
 from jaxlm.nn.convolution.window import real_first_indices
 from jaxlm.nn.dropout import dropout
 from jaxlm.nn.linear import add_bias, linear, linear_specs
@@ -139,12 +139,9 @@ def apply(
 
     def block(x: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
         weights, layer_memory, layer_key = layer
-        context, new_inputs = x, None
-        if layer_memory is not None:
-            context = jnp.concatenate([jax.lax.stop_gradient(layer_memory["hidden"]), x], axis=1)
-            new_inputs = {"hidden": x}
+        inputs, new_inputs = memory.append_and_read(layer_memory, x, memory_context)
         biases = params if not cfg.untie_relative else weights["attention"]
-        x = _attention(cfg, weights, biases, x, context, r_SD, memory_context.mask, layer_key)
+        x = _attention(cfg, weights, biases, x, inputs, r_SD, memory_context, layer_key)
         x = constrain(x, ("batch", "seq", "activation_embed"))
         return constrain(_mlp(cfg, weights, x, layer_key), ("batch", "seq", "activation_embed")), new_inputs
 
@@ -155,39 +152,45 @@ def apply(
         x = jnp.take_along_axis(x, jnp.argsort(order_BT, axis=1)[..., None], axis=1)
     return x, None if state is None else {
         **state,
-        "layers": memory.append_layers(memories, new_inputs, memory_context.kept_indices),
+        "layers": memory.append_layers(memories, new_inputs, memory_context),
     }
 
 
 def _attention(
-    cfg: Config, weights: Params, biases: dict[str, Any], x: jax.Array, context: jax.Array, r_SD: jax.Array,
-    mask: Any, key: jax.Array | None,
+    cfg: Config, weights: Params, biases: dict[str, Any], x: jax.Array, inputs: jax.Array, r_SD: jax.Array,
+    memory_context: memory.MemoryContext, key: jax.Array | None,
 ) -> jax.Array:  # fmt: skip
     """The output of the attention sublayer, [B, T, D].
 
-    Keys and values come from ``context`` [B, S, D], whose last T entries are ``x``.
+    Keys and values come from ``inputs`` [B, S, D], the inputs of the layer in the memory and at the new tokens.
     """
-    attention_weights, norm, T, S = weights["attention"], weights["attention_norm"], x.shape[1], context.shape[1]
+    attention_weights, norm, T, S = weights["attention"], weights["attention_norm"], x.shape[1], inputs.shape[1]
+    normed = x
     if cfg.pre_norm:
-        context = layer_norm(norm, context, cfg.norm_epsilon)
+        inputs = layer_norm(norm, inputs, cfg.norm_epsilon)
+        normed = layer_norm(norm, x, cfg.norm_epsilon)
     qkv = attention_weights["qkv"]["weight"]
-    q = constrain(linear({"weight": qkv[:, 0]}, context[:, -T:]), ("batch", "seq", "heads", "kv"))
+    q = constrain(linear({"weight": qkv[:, 0]}, normed), ("batch", "seq", "heads", "kv"))
     content_q, position_q = (add_bias(q, biases[name]) for name in ("content_bias", "position_bias"))
     scale = cfg.head_dim**-0.5
 
     def bias(table: jax.Array, q: jax.Array) -> AttentionBias:
+        if memory_context.slots is not None:
+            return distance_bias_at_query_positions(table, S - 1, memory_context.slots, S, q_BTHK=q, scale=scale)
         return distance_bias(table, S - 1, T, S, query_offset=S - T, q_BTHK=q, scale=scale)
 
-    if S > T and choices.absorbed_attention(q, context, dropout=cfg.attention_dropout, key=key):
+    if S > T and choices.absorbed_attention(q, inputs, dropout=cfg.attention_dropout, key=key):
         relative_bias = bias(r_SD[:, None], memory.absorb_weight(attention_weights["relative"]["weight"], position_q))
-        absorbed_q = memory.absorb_weight(qkv[:, 1], content_q)
-        attended = memory.attend_to_inputs(absorbed_q, context, mask, scale=scale, biases=[relative_bias])
+        attended = memory.attend_to_inputs(
+            memory.absorb_weight(qkv[:, 1], content_q), inputs, memory_context.mask, scale=scale,
+            biases=[relative_bias], in_decoding_layout=memory_context.slots is not None,
+        )  # fmt: skip
         out = memory.project_heads(qkv[:, 2], attended)
     else:
         axes = "batch", common.time_axis_name(S, T), None, "heads", "kv"
-        kv = constrain(linear({"weight": qkv[:, 1:]}, context), axes)
+        kv = constrain(linear({"weight": qkv[:, 1:]}, inputs), axes)
         out = attention(
-            content_q, kv[:, :, 0], kv[:, :, 1], mask, scale=scale,
+            content_q, kv[:, :, 0], kv[:, :, 1], memory_context.mask, scale=scale,
             bias=bias(linear(attention_weights["relative"], r_SD), position_q),
             dropout=cfg.attention_dropout, key=fold_in_name(key, "attention"),
         )  # fmt: skip
@@ -283,6 +286,10 @@ def state_specs(cfg: Config, batch: int, length: int) -> dict[str, ArraySpec]:
     return memory.memory_specs(
         cfg.num_layers, batch, slots, cfg.embed_dim, jnp.dtype(cfg.dtype), stacked=cfg.scan_layers
     )
+
+
+to_decoding_layout = memory.to_decoding_layout
+from_decoding_layout = memory.from_decoding_layout
 
 
 def carried_state_length(cfg: Config) -> int:

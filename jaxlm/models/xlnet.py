@@ -120,7 +120,11 @@ def apply(
         tokens, state, segment_ids, kind, token_types=token_types, right_to_left=right_to_left, order=order,
         targets=targets,
     )  # fmt: skip
-    S = T if state is None else T + state["segment_ids"].shape[1]
+    num_remembered = T if order is None or cfg.reuse_length is None else min(T, cfg.reuse_length)
+    remembered = (tokens, segment_ids, jnp.zeros_like(tokens) if token_types is None else token_types)
+    new_tokens, new_segments, new_types = jax.tree.map(lambda x: x[:, :num_remembered], remembered)
+    memory_context, new_state = memory.make_context(new_tokens, state, new_segments)
+    S = T if state is None else state["segment_ids"].shape[1] + (T if memory_context.slots is None else 0)
     lowest_distance = -S if right_to_left is not None else 0 if kind == "left_to_right" else 1 - T
     encoded_RD = _encode_distances(cfg, jnp.arange(S, lowest_distance - 1, -1), key)
 
@@ -133,13 +137,12 @@ def apply(
     axes = "batch", common.time_axis_name(x.shape[1], T), "activation_embed"
     x = constrain(x, axes)
 
-    num_remembered = T if order is None or cfg.reuse_length is None else min(T, cfg.reuse_length)
-
     def block(x: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
         weights, layer_memory, layer_key = layer
-        old_inputs = None if layer_memory is None else layer_memory["hidden"]
-        attended = _attention(cfg, weights["attention"], x, T, old_inputs, streams, encoded_RD, layer_key)
-        new_inputs = None if layer_memory is None else {"hidden": x[:, :num_remembered]}
+        inputs, new_inputs = memory.append_and_read(layer_memory, x[:, :T], memory_context)
+        if layer_memory is not None and num_remembered < T:
+            new_inputs = {"hidden": x[:, :num_remembered]}
+        attended = _attention(cfg, weights["attention"], x, T, inputs, streams, encoded_RD, layer_key)
         x = layer_norm(weights["attention_norm"], x + attended, cfg.norm_epsilon)
         x = constrain(x, axes)
         x = layer_norm(weights["mlp_norm"], x + _mlp(cfg, weights["mlp"], x, T, layer_key), cfg.norm_epsilon)
@@ -150,27 +153,27 @@ def apply(
     hidden = dropout(x[:, T:] if two_streams else x, cfg.dropout, fold_in_name(key, "output"))
     if state is None:
         return hidden, None
-    types_BT = jnp.zeros_like(tokens) if token_types is None else token_types
-    new_segments = None if segment_ids is None else segment_ids[:, :num_remembered]
-    return hidden, _add_to_memory(
-        state, tokens[:, :num_remembered], new_segments, types_BT[:, :num_remembered], new_inputs
-    )
+    return hidden, {
+        **new_state,
+        "layers": memory.append_layers(memories, new_inputs, memory_context),
+        "token_types": memory.append(state["token_types"], new_types, memory_context),
+    }
 
 
 def _attention(
-    cfg: Config, weights: Params, x_BQD: jax.Array, T: int, memory_BMD: jax.Array | None, streams: tuple[Stream, ...],
+    cfg: Config, weights: Params, x_BQD: jax.Array, T: int, inputs_BSD: jax.Array, streams: tuple[Stream, ...],
     encoded_RD: jax.Array, key: jax.Array | None,
 ) -> jax.Array:  # fmt: skip
     """The output of attention for the concatenated streams ``x``, [B, Q, D].
 
     Args:
-        memory_BMD: the inputs of this layer for earlier tokens; None: no memory.
+        inputs_BSD: the inputs of this layer in the memory and at the new tokens.
         encoded_RD: the encodings of the distances, from distance S down to the lowest distance that occurs.
     """
     q = constrain(linear(weights["query"], x_BQD), ("batch", common.time_axis_name(x_BQD.shape[1], T), "heads", "kv"))
-    inputs_BSD = x_BQD[:, :T] if memory_BMD is None else jnp.concatenate([memory_BMD, x_BQD[:, :T]], axis=1)
     scale, S = q.shape[-1] ** -0.5, inputs_BSD.shape[1]
-    use_absorbed = memory_BMD is not None and choices.absorbed_attention(q, inputs_BSD, dropout=cfg.dropout, key=key)
+    use_absorbed = S > T and choices.absorbed_attention(q, inputs_BSD, dropout=cfg.dropout, key=key)
+    queries = (q,) if len(streams) == 1 else (q[:, :T], q[:, T:])
     if use_absorbed:
         table = encoded_RD[:, None]
     else:
@@ -183,7 +186,7 @@ def _attention(
         return memory.absorb_weight(weights[name]["weight"], q_BTHK) if use_absorbed else q_BTHK
 
     outputs = []
-    for q_BTHK, stream, name in zip((q[:, :T], q[:, T:]), streams, ("content", "query")):
+    for q_BTHK, stream, name in zip(queries, streams, ("content", "query")):
         content_q, position_q = (add_bias(q_BTHK, weights[bias]) for bias in ("content_bias", "position_bias"))
         biases = [stream.position_bias(table, S, absorb("relative", position_q), scale)]
         if stream.token_types is not None:
@@ -192,7 +195,9 @@ def _attention(
             biases.append(type_bias(type_q, types_2HK, *stream.token_types, scale=scale))
         content_q = absorb("key", content_q)
         if use_absorbed:
-            outputs.append(memory.attend_to_inputs(content_q, inputs_BSD, stream.mask, scale=scale, biases=biases))
+            # With a memory, there is only one stream in the decoding layout.
+            options = {"scale": scale, "biases": biases, "in_decoding_layout": len(streams) == 1}
+            outputs.append(memory.attend_to_inputs(content_q, inputs_BSD, stream.mask, **options))
         else:
             options = {"scale": scale, "dropout": cfg.dropout, "key": fold_in_name(key, f"{name}_attention")}
             outputs.append(attention(content_q, k, v, stream.mask, bias=biases, **options))
@@ -249,14 +254,6 @@ def _encode_distances(cfg: Config, distance_R: jax.Array, key: jax.Array | None)
     # The authors' code draws a dropout mask for each row; here all rows share one mask.
     encoded_RD = dropout(sinusoids(distance_R, cfg.embed_dim), cfg.dropout, fold_in_name(key, "distance"))
     return encoded_RD.astype(cfg.dtype)
-
-
-def _add_to_memory(state: State, tokens: Any, segment_ids: jax.Array | None, token_types: Any, new_inputs: Any) -> Any:
-    """The state after appending the new tokens' segment ids, types and inputs of all layers."""
-    context, new_state = memory.make_context(tokens, state, segment_ids)
-    layers = memory.append_layers(state["layers"], new_inputs, context.kept_indices)
-    types = memory.append(state["token_types"], token_types, context.kept_indices)
-    return {**new_state, "layers": layers, "token_types": types}
 
 
 def _check_inputs(cfg: Config, tokens: Any, token_types: Any, right_to_left: Any, order: Any, targets: Any) -> None:
@@ -341,6 +338,9 @@ def state_specs(cfg: Config, batch: int, length: int) -> dict[str, ArraySpec]:
     token_types = ArraySpec((batch, length), ("batch", None), dtype=jnp.int32)
     return {**memory.memory_specs(*shape, jnp.dtype(cfg.dtype), stacked=cfg.scan_layers), "token_types": token_types}
 
+
+to_decoding_layout = memory.to_decoding_layout
+from_decoding_layout = memory.from_decoding_layout
 
 VARIANTS = {
     "xlnet-base-cased": Config(num_layers=12, num_heads=12, embed_dim=768, mlp_dim=3072, activation="gelu_tanh"),

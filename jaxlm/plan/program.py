@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from jaxlm import spec
+from jaxlm.decoding.loop import loop_state_specs
 from jaxlm.decoding.prompts import check_sharding, read_tokens, with_float32_vectors
 from jaxlm.models import Model
 from jaxlm.nn.embedding import argmax
@@ -171,7 +172,7 @@ def decoding_step(
     """
     check_sharding(sharding)
     sizes = {"source_length": sequence} if model.reads_source else {}
-    specs = model.state_specs(batch, sequence, **sizes)
+    specs = loop_state_specs(model, model.state_specs(batch, sequence, **sizes), max_steps=sequence)
     dtype = jnp.dtype(param_dtype)
 
     def cast(leaf: spec.ArraySpec) -> spec.ArraySpec:

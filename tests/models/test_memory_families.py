@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm import get_model
+from jaxlm import get_model, spec
 from jaxlm.nn import choices
 from jaxlm.nn.attention import memory
 from jaxlm.testing.helpers import assert_trees_close, assert_trees_equal, initial_params, random_tokens
@@ -76,3 +76,65 @@ def test_absorbed_attention_needs_few_queries_and_many_inputs():
     assert absorbed(4, choices.MIN_ABSORBED_CONTEXT // 2)  # two rows, and the minimum counts the inputs of all rows
     assert not absorbed(5, choices.MIN_ABSORBED_CONTEXT)
     assert not absorbed(4, choices.MIN_ABSORBED_CONTEXT // 2 - 1)
+
+
+LAYOUT_CASES = {
+    "xlnet": ("xlnet-tiny", {}, 6),
+    "xlnet, stacked layers": ("xlnet-tiny", {"scan_layers": True}, 20),
+    "xl": ("transformer-xl-tiny", {}, 6),
+    "xl, stacked layers": ("transformer-xl-tiny", {"scan_layers": True, "clamp_length": 4}, 20),
+    "xl, pre-norm": ("transformer-xl-tiny", {"pre_norm": True, "untie_relative": False}, 6),
+    "xl, same length": ("transformer-xl-tiny", {"same_length": True, "memory_length": 5}, 6),
+}
+
+
+@pytest.mark.plain_cases(3)
+@pytest.mark.parametrize("absorbed", [False, True])
+@pytest.mark.parametrize("case", LAYOUT_CASES)
+def test_both_layouts_of_the_memory_give_equal_hidden_states_and_states(monkeypatch, case, absorbed):
+    """Also after the memory has dropped tokens. The second row reads padding from the third call on."""
+    name, fields, slots = LAYOUT_CASES[case]
+    monkeypatch.setattr(choices, "MIN_ABSORBED_CONTEXT", 0 if absorbed else 10**9)
+    model = get_model(name, **fields)
+    params, tokens, num_steps = initial_params(model), random_tokens(model, ROWS, 13), 4
+    specs, prefix_segments = model.state_specs(ROWS, slots), np.ones((ROWS, 9), np.int32)
+    prefix_segments[0, :4] = 0
+    prefix = {"segment_ids": prefix_segments, "state": spec.init(specs)}
+    _, usual = jax.jit(model.apply)(params, tokens[:, :9], **prefix)
+    decoding = memory.to_decoding_layout(specs, usual, num_steps)
+    apply = jax.jit(model.apply)
+    for step in range(num_steps):
+        segments = np.array([[1], [int(step < 2)], [1]], np.int32)
+        token = tokens[:, 9 + step : 10 + step]
+        want, usual = apply(params, token, state=usual, segment_ids=segments)
+        got, decoding = apply(params, token, state=decoding, segment_ids=segments)
+        real = segments[:, 0] > 0
+        assert_trees_close(np.asarray(got)[real], np.asarray(want)[real], 3e-6)
+    back = memory.from_decoding_layout(specs, decoding, num_steps)
+    assert np.array_equal(back["segment_ids"], usual["segment_ids"])
+    is_token = np.asarray(usual["segment_ids"]) > 0
+    for got, want in zip(*(jax.tree.leaves(spec.unstack(state)["layers"]) for state in (back, usual)), strict=True):
+        assert_trees_close(np.asarray(got)[is_token], np.asarray(want)[is_token], 3e-6)
+
+
+def test_token_types_in_both_layouts_of_the_memory():
+    model = get_model("xlnet-tiny")
+    params, tokens, types = initial_params(model), random_tokens(model, ROWS, 8), np.array([[1], [0], [2]])
+    specs, apply = model.state_specs(ROWS, 10), jax.jit(model.apply)
+    prefix = {"token_types": np.broadcast_to(types, (ROWS, 7)), "state": spec.init(specs)}
+    _, usual = apply(params, tokens[:, :7], **prefix)
+    decoding = memory.to_decoding_layout(specs, usual, 2)
+    want, usual = apply(params, tokens[:, 7:], state=usual, token_types=types)
+    got, decoding = apply(params, tokens[:, 7:], state=decoding, token_types=types)
+    assert_trees_close(got, want, 3e-6)
+    back = memory.from_decoding_layout(specs, decoding, 2)
+    assert np.array_equal(back["token_types"], usual["token_types"])
+
+
+def test_the_decoding_layout_refuses_an_order_and_reversed_rows():
+    model = get_model("xlnet-tiny")
+    specs = model.state_specs(2, 4)
+    state, one = memory.to_decoding_layout(specs, spec.init(specs), 4), np.zeros((2, 1), np.int32)
+    for inputs in ({"order": one, "targets": one}, {"right_to_left": np.array([True, False])}):
+        with pytest.raises(ValueError, match="a memory in the decoding layout reads tokens from left to right"):
+            model.apply(initial_params(model), one, state=state, **inputs)

@@ -255,7 +255,7 @@ def make_context(
         "length": length_B + T,
     }
     slots_BT = length_B[:, None] + jnp.arange(T, dtype=jnp.int32)[None, :]
-    query_documents, key_documents = _documents(state["segment_ids"], segments, slots_BT)
+    query_documents, key_documents = document_ids(state["segment_ids"], segments, slots_BT)
     mask = Mask(
         causal=True,
         query_order=slots_BT,
@@ -266,7 +266,7 @@ def make_context(
     return CacheContext(segments, positions, mask, length_B, length_B + T <= S), state
 
 
-def _documents(ids_BS: jax.Array, new_ids_BT: jax.Array, slots_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+def document_ids(ids_BS: jax.Array, new_ids_BT: jax.Array, slots_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Document ids for the mask: of the new tokens [B, T], and of all slots [B, S].
 
     Tokens of the same document have the same id. Padding has id 0. A segment id that occurs again after another segment

@@ -34,7 +34,10 @@ from jaxlm.nn.lazy_pallas import pl, pltpu
 from jaxlm.nn.linear import dot
 
 MAX_BLOCK_SLOTS = 512
-"""Maximum number of slots of a block. Rows with few visible slots read fewer slots with small blocks."""
+"""Maximum number of slots of a block, if the cache has several blocks. With small blocks, rows with few visible slots
+read fewer slots."""
+MAX_SLOTS_OF_ONE_BLOCK = 768
+"""A cache with at most this many slots is one block. A second block would take longer than reading a few more slots."""
 MAX_BLOCK_BYTES = 2**20
 """Maximum number of bytes of the keys of a block, and of its values, if the block has more than LANES slots."""
 MAX_BLOCK_WIDTH = 1024
@@ -63,6 +66,8 @@ def attention(
 ) -> jax.Array:
     """Attention as in ``jaxlm.nn.attention.attention``.
 
+    If ``v_BSGK`` is ``k_BSGK`` (the same object), the kernel reads the array once.
+
     Args:
         end_B: [1 or B] int32. No query of a row may attend to slot ``end`` of the row or to a later slot.
     """
@@ -74,42 +79,44 @@ def attention(
         bias = jnp.where(visible[:, :, None], bias, -jnp.inf)
     for each in biases:
         bias = bias + dense_bias(each, T, S).swapaxes(1, 2)
-    views = [x if isinstance(x, CacheView) else CacheView(x.reshape(B, S, -1)) for x in (k_BSGK, v_BSGK)]
+    arrays = (k_BSGK,) if v_BSGK is k_BSGK else (k_BSGK, v_BSGK)
+    views = [x if isinstance(x, CacheView) else CacheView(x.reshape(B, S, -1)) for x in arrays]
     layer = jnp.asarray(0 if views[0].layer is None else views[0].layer, jnp.int32)
     stacks = [view.stack[None] if view.layer is None else view.stack for view in views]
-    arguments = q_BTHK, *stacks, bias, jnp.broadcast_to(end_B, (B,)), layer
+    arguments = q_BTHK, bias, jnp.broadcast_to(end_B, (B,)), layer, *stacks
     active = sharding.active()
     if active is None:
         return _device_attention(scale, G, *arguments)
     axes = [
-        ("batch", None, "heads", None), *[(None, "batch", None, "heads")] * 2,
+        ("batch", None, "heads", None),
         tuple(None if size == 1 else name for size, name in zip(bias.shape, ("batch", None, "heads", None))),
-        ("batch",), (),
+        ("batch",), (), *[(None, "batch", None, "heads")] * len(stacks),
     ]  # fmt: skip
-    names = "queries", "cached keys", "cached values", "an attention bias", "the ends of the rows", "the layer"
+    names = "queries", "an attention bias", "the ends of the rows", "the layer", "cached keys", "cached values"
     specs = tuple(
-        active.named_sharding(a, x.shape, name).spec for a, x, name in zip(axes, arguments, names, strict=True)
+        active.named_sharding(a, x.shape, name).spec
+        for a, x, name in zip(axes, arguments, names[: len(arguments)], strict=True)
     )
     run = functools.partial(_device_attention, scale, G // active.num_shards(("heads",)))
     return jax.shard_map(run, mesh=active.mesh, in_specs=specs, out_specs=specs[0], check_vma=False)(*arguments)
 
 
 def _device_attention(
-    scale: float, G: int, q_BTHK: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array, end_B: jax.Array, layer: Any
+    scale: float, G: int, q_BTHK: jax.Array, bias: jax.Array, end_B: jax.Array, layer: Any, *kv: jax.Array
 ) -> jax.Array:
     """Attention for the rows and heads of one device, [B, T, H, V].
 
     Args:
-        k, v: the caches of all layers, [L, B, S, G * K] and [L, B, S, G * V].
         bias: [1 or B, T, 1 or H, S], -inf for slots that a query may not attend to.
+        kv: the caches of all layers: keys [L, B, S, G * K], and values [L, B, S, G * V] if they are not the keys.
     """
     B, T, H, K = q_BTHK.shape
-    C = _block_heads(G, K, v.shape[3] // G)
+    C = _block_heads(G, K, kv[-1].shape[3] // G)
     N, P = G // C, H // G * C
     reads_PC1 = (np.arange(P)[:, None] // (H // G) == np.arange(C))[:, :, None]
     q = jnp.where(reads_PC1, q_BTHK.reshape(B, T, N, P, 1, K), 0).reshape(B, T, N, P, -1)
     bias = bias[:, :, None] if bias.shape[2] == 1 else bias.reshape(*bias.shape[:2], N, P, -1)
-    out = _attend(_Static(scale, C), (q, k, v, bias), (end_B, layer[None]))
+    out = _attend(_Static(scale, C), (q, bias, *kv), (end_B, layer[None]))
     return out.reshape(B, T, N, P // C, C, -1).swapaxes(3, 4).reshape(B, T, H, -1)
 
 
@@ -128,9 +135,9 @@ def _block_heads(G: int, *widths: int) -> int:
 
 def _reference(static: _Static, floats: Any, layer: jax.Array) -> jax.Array:
     """The result of :func:`_attend`, computed with XLA; its gradient is the gradient of the kernel."""
-    q, k, v, bias = floats
+    q, bias, *kv = floats
     N, P = q.shape[2:4]
-    k, v = (x[layer[0]].reshape(*x.shape[1:3], N, -1) for x in (k, v))
+    k, v = (x[layer[0]].reshape(*x.shape[1:3], N, -1) for x in (kv[0], kv[-1]))
     scores = jnp.einsum("BTNPK,BSNK->BTNPS", q, k, preferred_element_type=jnp.float32) * static.scale + bias
     probabilities = softmax(jnp.where(bias == -jnp.inf, -jnp.inf, scores), None).astype(v.dtype)
     mixed = jnp.einsum("BTNPS,BSNV->BTNPV", probabilities, v, preferred_element_type=jnp.float32)
@@ -158,13 +165,13 @@ def _kernel(
         slots: S.
         blocks: for each row, the number of blocks of slots that are read.
         layer: not used here; the block specs of the keys and values use it.
-        inputs: the queries [T, P, C * K], the keys [E, C * K], the values [E, C * V], the bias [T, 1 or P, E], and the
-            result of :func:`_selected_entries`.
+        inputs: the queries [T, P, C * K], the bias [T, 1 or P, E], the result of :func:`_selected_entries`, the keys
+            [E, C * K], and the values [E, C * V] if they are not the keys.
         out: [T, R, C * V].
         top, total, mixed: [T, P, 1], [T, P, 1] and [T, P, C * V] float32, kept from block to block.
     """
     del layer
-    q, k, v, bias, selected = inputs
+    q, bias, selected, k, v = (*inputs, inputs[-1])[:5]
     row, block = pl.program_id(0), pl.program_id(2)
     queries, size = q.shape[0], k.shape[0]
 
@@ -205,10 +212,12 @@ def _kernel(
 
 
 def _block_slots(slots: int, bytes_of_slot: int) -> int:
-    """The number of slots of a block: a multiple of LANES, or all slots if the cache has fewer.
+    """The number of slots of a block: a multiple of LANES, or all slots of a small cache.
 
     The multiple is the largest within ``MAX_BLOCK_SLOTS`` and ``MAX_BLOCK_BYTES``, but at least LANES.
     """
+    if slots <= MAX_SLOTS_OF_ONE_BLOCK and slots * bytes_of_slot <= MAX_BLOCK_BYTES:
+        return slots
     size = max(min(MAX_BLOCK_SLOTS, MAX_BLOCK_BYTES // bytes_of_slot) // LANES, 1) * LANES
     return min(size, slots)
 
@@ -217,15 +226,15 @@ def _forward(static: _Static, floats: Any, integers: Any) -> tuple[jax.Array, An
     """The weighted values, [B, T, N, R, C * V], and the arrays for the backward pass.
 
     Args:
-        floats: q [B, T, N, P, C * K], k [L, B, S, G * K], v [L, B, S, G * V] and the bias [1 or B, T, 1 or N, 1 or P,
-            S].
+        floats: q [B, T, N, P, C * K], the bias [1 or B, T, 1 or N, 1 or P, S], k [L, B, S, G * K], and v [L, B, S,
+            G * V] if the values are not the keys.
         integers: the argument ``end_B`` of :func:`attention`, [B], and the index of the layer, [1].
     """
-    q, k, v, bias = floats
+    q, bias, *kv = floats
     end_B, layer = integers
     B, T, N, P, _ = q.shape
-    S, width = k.shape[2], v.shape[3] // N
-    E = _block_slots(S, max(q.shape[4], width) * k.dtype.itemsize)
+    S, width, dtype = kv[0].shape[2], kv[-1].shape[3] // N, kv[-1].dtype
+    E = _block_slots(S, max(q.shape[4], width) * dtype.itemsize)
     blocks_B = jnp.maximum(-(-end_B // E), 1)
     selected = _selected_entries(P, static.block_heads, width)
     R = selected.shape[0]
@@ -248,21 +257,22 @@ def _forward(static: _Static, floats: Any, integers: Any) -> tuple[jax.Array, An
         num_scalar_prefetch=2,
         grid=(B, N, -(-S // E)),
         in_specs=[(
-            row_block(P, q.shape[4]), slot_block(k), slot_block(v),
+            row_block(P, q.shape[4]),
             pl.BlockSpec((None, T, None, bias.shape[3], E), bias_index),
             pl.BlockSpec(selected.shape, lambda b, n, s, blocks, layer: (0, 0, 0)),
+            *map(slot_block, kv),
         )],
         out_specs=row_block(R, width),
         scratch_shapes=[pltpu.VMEM((T, P, size), jnp.float32) for size in (1, 1, width)],
     )  # fmt: skip
     run = pl.pallas_call(
         functools.partial(_kernel, static, S), grid_spec=grid, interpret=lazy_pallas.INTERPRET, name="decode_attention",
-        out_shape=jax.ShapeDtypeStruct((B, T, N, R, width), v.dtype),
+        out_shape=jax.ShapeDtypeStruct((B, T, N, R, width), dtype),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT_BYTES
         ),
     )  # fmt: skip
-    return run(blocks_B, layer, (q, k, v, bias, selected)), (floats, layer)
+    return run(blocks_B, layer, (q, bias, selected, *kv)), (floats, layer)
 
 
 def _backward(static: _Static, saved: Any, dout: jax.Array) -> tuple[Any, None]:

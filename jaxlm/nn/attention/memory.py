@@ -4,11 +4,17 @@ The memory starts empty. (Hugging Face's Transformer-XL starts with zeros, to wh
 last, and the oldest tokens are dropped. Padding never displaces a token. Every array has an axis with the name
 ``batch``; beam search, resets and shardings find the axis by this name.
 
-Shapes: B batch, M memory slots, T new tokens, S = M + T keys, D model width, H heads, K head width, L layers.
+A memory has two layouts. In the usual layout, each call copies all slots, because it returns a new memory. The loops of
+``jaxlm.decoding`` read one token per step, so they use the decoding layout (:func:`to_decoding_layout`): the tokens of
+a row are in its first slots, unused slots follow, and a step writes only the slot of its token.
+
+Shapes: B batch, M memory slots, T new tokens, N slots that the decoding layout adds, S keys (M + T, in the decoding
+layout M + N), D model width, H heads, K head width, L layers.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,8 +24,9 @@ from flax import struct
 from jax.typing import DTypeLike
 
 from jaxlm import spec
-from jaxlm.nn.attention import decode
+from jaxlm.nn.attention import cache, decode
 from jaxlm.nn.attention.bias import AttentionBias
+from jaxlm.nn.attention.cache import CacheView
 from jaxlm.nn.attention.mask import Mask
 from jaxlm.nn.segments import document_numbers
 from jaxlm.spec import ArraySpec, State
@@ -62,13 +69,15 @@ class MemoryContext:
         key_positions: [1 or B, S].
         mask: which of the S keys each of the T queries may attend to.
         kept_indices: [B, M] indices of the keys that the next memory contains (see :func:`append`). None: the last M
-            keys, or there is no memory.
+            keys, or there is no memory, or it has the decoding layout.
+        slots: [B, 1] the slot of the new token of each row, in the decoding layout. None: the usual layout.
     """
 
     query_positions: jax.Array
     key_positions: jax.Array
     mask: Mask
     kept_indices: jax.Array | None
+    slots: jax.Array | None = None
 
 
 def make_context(
@@ -86,16 +95,26 @@ def make_context(
     :func:`append_layers`.
 
     Args:
-        state: a state as in :func:`memory_specs`; None: there is no memory, and S = T.
+        state: a state as in :func:`memory_specs`, or in the decoding layout; None: there is no memory, and S = T.
         segment_ids: [B, T], 0 for padding (anywhere in a row), 1, 2, ... for documents. Default: one document (1).
         causal: whether later keys are masked.
         window: the number of tokens that a query may attend to, itself included; None: no limit. Needs ``causal``.
+
+    Raises:
+        ValueError: the state has the decoding layout, and T is not 1 or ``causal`` is False.
     """
     B, T = tokens_BT.shape
     if state is None and segment_ids is None:
         positions_1T = jnp.arange(T, dtype=jnp.int32)[None]
         return MemoryContext(positions_1T, positions_1T, Mask(causal=causal, window=window), None), None
     segments_BT = jnp.ones((B, T), jnp.int32) if segment_ids is None else jnp.asarray(segment_ids)
+    if state is not None and "length" in state:
+        if T != 1 or not causal:
+            raise ValueError(
+                f"a memory in the decoding layout reads one token per call with a causal mask, got {T} tokens and "
+                f"causal={causal}: convert the state with from_decoding_layout first"
+            )
+        return _make_decoding_context(state, segments_BT, window)
     segments_BS = segments_BT
     if state is not None:
         segments_BS = jnp.concatenate([state["segment_ids"], segments_BT], axis=1)
@@ -114,17 +133,63 @@ def make_context(
         if segment_ids is not None:
             # Padding and empty slots are sorted first, so that they are dropped before tokens.
             kept_indices_BM = jnp.argsort(segments_BS > 0, axis=1, stable=True)[:, T:]
-        state = {**state, "segment_ids": append(state["segment_ids"], segments_BT, kept_indices_BM)}
+        state = {**state, "segment_ids": _append(state["segment_ids"], segments_BT, kept_indices_BM)}
     return MemoryContext(positions_BT, positions_BS, mask, kept_indices_BM), state
 
 
-def append(memory_BM: jax.Array, new_BT: jax.Array, kept_indices_BM: jax.Array | None) -> jax.Array:
-    """The next memory, [B, M, ...]: M of the entries of ``memory`` and ``new``. No gradient flows into these arrays.
+def _make_decoding_context(state: State, segments_B1: jax.Array, window: int | None) -> tuple[MemoryContext, Any]:
+    """The result of :func:`make_context` for a state in the decoding layout."""
+    slots_B1 = state["length"][:, None]
+    segments_BS = cache.append(state["segment_ids"], segments_B1, state["length"])
+    query_documents, key_documents = cache.document_ids(segments_BS, segments_B1, slots_B1)
+    index_1S = jnp.arange(segments_BS.shape[1], dtype=jnp.int32)[None]
+    # The usual layout has dropped the tokens before the last M.
+    is_in_memory_BS = index_1S >= slots_B1 - state["capacity"][:, None]
+    mask = Mask(
+        causal=True,
+        window=window,
+        query_order=slots_B1,
+        key_order=index_1S,
+        query_segments=query_documents,
+        key_segments=jnp.where(is_in_memory_BS, key_documents, 0),
+    )
+    state = {**state, "segment_ids": segments_BS, "length": state["length"] + 1}
+    return MemoryContext(slots_B1, index_1S, mask, None, slots_B1), state
+
+
+def append_and_read(layer_memory: Any, new_BTD: jax.Array, context: MemoryContext) -> tuple[jax.Array, Any]:
+    """The inputs that a layer attends to, [B, S, D], and the layer's entry in ``new`` of :func:`append_layers`.
 
     Args:
-        memory_BM, new_BT: [B, M, ...] and [B, T, ...]; they are concatenated to S entries.
-        kept_indices_BM: indices of the S entries that the next memory contains; None: the last M.
+        layer_memory: a dict with ``hidden``, the inputs of the layer at earlier tokens; None: there is no memory.
+        new_BTD: the inputs of the layer at the new tokens.
     """
+    if layer_memory is None:
+        return new_BTD, None
+    if context.slots is None:
+        old_BMD = jax.lax.stop_gradient(layer_memory["hidden"])
+        return jnp.concatenate([old_BMD, new_BTD], axis=1), {"hidden": new_BTD}
+    hidden_BSD = append(layer_memory["hidden"], new_BTD, context)
+    return hidden_BSD, {"hidden": hidden_BSD}
+
+
+def append(memory_BM: jax.Array, new_BT: jax.Array, context: MemoryContext) -> jax.Array:
+    """The next memory, from an array of the memory and its entries for the new tokens. No gradient flows into these.
+
+    In the usual layout, the result has M of the entries of ``memory`` and ``new``. In the decoding layout, it has the
+    new entry in the slot of the new token.
+
+    Args:
+        memory_BM: [B, M, ...]; in the decoding layout [B, S, ...].
+        new_BT: [B, T, ...].
+    """
+    if context.slots is not None:
+        return cache.append(memory_BM, new_BT, context.slots[:, 0])
+    return _append(memory_BM, new_BT, context.kept_indices)
+
+
+def _append(memory_BM: jax.Array, new_BT: jax.Array, kept_indices_BM: jax.Array | None) -> jax.Array:
+    """The result of :func:`append` in the usual layout; for ``kept_indices``, see :class:`MemoryContext`."""
     both_BS = jax.lax.stop_gradient(jnp.concatenate([memory_BM, new_BT.astype(memory_BM.dtype)], axis=1))
     if kept_indices_BM is None:
         return both_BS[:, new_BT.shape[1] :]
@@ -132,14 +197,69 @@ def append(memory_BM: jax.Array, new_BT: jax.Array, kept_indices_BM: jax.Array |
     return jnp.take_along_axis(both_BS, index, axis=1, mode="clip")
 
 
-def append_layers(memory: Any, new: Any, kept_indices_BM: jax.Array | None) -> Any:
+def append_layers(memory: Any, new: Any, context: MemoryContext) -> Any:
     """The next memory of all layers of a state, stacked or per layer (see :func:`append`).
 
     Call it once, after the loop over layers. A loop that carried the memories would copy all of them in every layer.
     """
+    if context.slots is not None:  # the decoding layout: ``append_and_read`` has written the new tokens
+        return new
     if isinstance(memory, tuple):
-        return jax.tree.map(lambda old, x: append(old, x, kept_indices_BM), memory, new)
-    return jax.tree.map(lambda old, x: jax.vmap(append, in_axes=(0, 0, None))(old, x, kept_indices_BM), memory, new)
+        return jax.tree.map(lambda old, x: _append(old, x, context.kept_indices), memory, new)
+    append_stacked = jax.vmap(_append, in_axes=(0, 0, None))
+    return jax.tree.map(lambda old, x: append_stacked(old, x, context.kept_indices), memory, new)
+
+
+def decoding_specs(specs: spec.Tree, num_added: int) -> Any:
+    """The specs of a state in the decoding layout (:func:`to_decoding_layout`).
+
+    Args:
+        specs: the specs of the state in the usual layout.
+        num_added: N, the number of slots that the decoding layout adds.
+    """
+
+    def lengthen(leaf: ArraySpec, batch_axis: int) -> ArraySpec:
+        shape = list(leaf.shape)
+        shape[batch_axis + 1] += num_added
+        return dataclasses.replace(leaf, shape=tuple(shape))
+
+    count = ArraySpec(specs["segment_ids"].shape[:1], ("batch",), dtype=jnp.int32)
+    return {**spec.map_axis(specs, "batch", lengthen, specs), "length": count, "capacity": count}
+
+
+def to_decoding_layout(specs: spec.Tree, state: State, num_added: int) -> Any:
+    """The state in the decoding layout, which can read ``num_added`` further tokens per row, one per call.
+
+    The tokens of a row are in its first slots. Unused slots follow. ``length`` [B] is the number of slots that are in
+    use, and ``capacity`` [B] is M, the number of earlier tokens that a token may attend to.
+
+    Args:
+        specs: specs with the axes of ``state``. In each array, the axis of slots follows the axis ``batch``.
+    """
+    is_token_BM = state["segment_ids"] > 0
+    order_BM = jnp.argsort(~is_token_BM, axis=1, stable=True)  # tokens first
+
+    def convert(leaf: jax.Array, batch_axis: int) -> jax.Array:
+        widths = [(0, num_added if axis == batch_axis + 1 else 0) for axis in range(leaf.ndim)]
+        return jnp.pad(_take_slots(leaf, order_BM, batch_axis), widths)
+
+    length_B = jnp.sum(is_token_BM, axis=1, dtype=jnp.int32)
+    capacity_B = jnp.full_like(length_B, is_token_BM.shape[1])
+    return {**spec.map_axis(specs, "batch", convert, state), "length": length_B, "capacity": capacity_B}
+
+
+def from_decoding_layout(specs: spec.Tree, state: State, num_added: int) -> Any:
+    """The state in the usual layout, from a state that :func:`to_decoding_layout` returned with these arguments."""
+    kept_indices_BM = jnp.argsort(state["segment_ids"] > 0, axis=1, stable=True)[:, num_added:]  # tokens last
+    arrays = {name: state[name] for name in specs}
+    return spec.map_axis(specs, "batch", lambda leaf, axis: _take_slots(leaf, kept_indices_BM, axis), arrays)
+
+
+def _take_slots(leaf: jax.Array, indices_BM: jax.Array, batch_axis: int) -> jax.Array:
+    """The entries of ``leaf`` at ``indices`` of the axis after ``batch_axis``."""
+    shape = [1] * leaf.ndim
+    shape[batch_axis : batch_axis + 2] = indices_BM.shape
+    return jnp.take_along_axis(leaf, indices_BM.reshape(shape), axis=batch_axis + 1, mode="clip")
 
 
 def absorb_weight(weight_DHK: jax.Array, q_BTHK: jax.Array) -> jax.Array:
@@ -155,9 +275,23 @@ def absorb_weight(weight_DHK: jax.Array, q_BTHK: jax.Array) -> jax.Array:
 
 
 def attend_to_inputs(
-    q_BTHD: jax.Array, inputs_BSD: jax.Array, mask: Mask, *, scale: float, biases: Sequence[AttentionBias]
+    q_BTHD: jax.Array,
+    inputs_BSD: jax.Array,
+    mask: Mask,
+    *,
+    scale: float,
+    biases: Sequence[AttentionBias],
+    in_decoding_layout: bool,
 ) -> jax.Array:
-    """The attention-weighted mean of the inputs for queries from :func:`absorb_weight`, [B, T, H, D]."""
+    """The attention-weighted mean of the inputs for queries from :func:`absorb_weight`, [B, T, H, D].
+
+    Args:
+        in_decoding_layout: whether the inputs are the slots of a memory in the decoding layout, so that the last slots
+            may be unused.
+    """
+    if in_decoding_layout:
+        view = CacheView(inputs_BSD, heads=1)
+        return decode.attention(q_BTHD, view, view, mask, scale=scale, biases=tuple(biases))
     inputs_BS1D = inputs_BSD[:, :, None]
     return decode.attend_to_first_keys(q_BTHD, inputs_BS1D, inputs_BS1D, mask, scale, biases)
 

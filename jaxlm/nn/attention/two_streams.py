@@ -10,6 +10,7 @@ Shapes: B batch, T tokens, P positions of the query stream, M memory slots, S = 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -17,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from jaxlm.nn.attention import memory
+from jaxlm.nn.attention import cache, memory
 from jaxlm.nn.attention.bias import AttentionBias
 from jaxlm.nn.attention.distance_bias import distance_bias, distance_bias_at_positions, distance_bias_at_query_positions
 from jaxlm.nn.attention.mask import Mask
@@ -87,10 +88,25 @@ def make_streams(
         order: [B, T] integers, the order of each token in the factorization. Required for ``kind="permuted"``; must be
             None for other kinds.
         targets: [B, P] integers, the positions to predict. Required for ``kind="permuted"``; not used for other kinds.
+
+    Returns:
+        One :class:`Stream`, or two. With a state in the decoding layout, one stream has the queries of both streams,
+        first the query of the content stream: both attend to the same keys.
+
+    Raises:
+        ValueError: the state has the decoding layout, and ``kind`` is not left_to_right, or there is more than one
+            token or a ``right_to_left``.
     """
     B, T = tokens_BT.shape
     is_causal = kind != "bidirectional"
     context, _ = memory.make_context(tokens_BT, state, segment_ids, causal=is_causal)
+    if context.slots is not None:
+        if kind != "left_to_right" or right_to_left is not None:
+            raise ValueError(
+                f"a memory in the decoding layout reads tokens from left to right, got kind={kind!r} and "
+                f"right_to_left={right_to_left}: convert the state with from_decoding_layout first"
+            )
+        return (_decoding_stream(context, state, token_types),)
     M = 0 if state is None else state["segment_ids"].shape[1]
     sign = 1 if right_to_left is None else jnp.where(right_to_left, -1, 1)[:, None]
     types_BS = token_types
@@ -141,3 +157,20 @@ def make_streams(
     order_BT = None if state is None and segment_ids is None else context.query_positions
     # A query has the position after its token, because it predicts the next token.
     return make_stream(at_tokens, 0, order_BT), make_stream(at_tokens, 1, order_BT)
+
+
+def _decoding_stream(context: memory.MemoryContext, state: Any, token_types: Any) -> Stream:
+    """The queries of both streams for one new token per row, with a state in the decoding layout."""
+    assert context.slots is not None
+
+    def twice(x_B1: jax.Array) -> jax.Array:
+        return jnp.concatenate([x_B1, x_B1], axis=1)
+
+    mask = dataclasses.replace(
+        context.mask, query_order=twice(context.mask.query_order), query_segments=twice(context.mask.query_segments)
+    )
+    types = None
+    if token_types is not None:
+        types = twice(token_types), cache.append(state["token_types"], token_types, context.slots[:, 0])
+    query_indices = jnp.concatenate([context.slots, context.slots + 1], axis=1)
+    return Stream(mask, 0, query_indices, None, types)

@@ -24,6 +24,7 @@ def kernel(monkeypatch):
     monkeypatch.setattr(lazy_pallas, "INTERPRET", True)
     monkeypatch.setattr(choices, "decode_products", lambda *arguments: "kernel")
     monkeypatch.setattr(decode_kernel, "MAX_BLOCK_SLOTS", 128)
+    monkeypatch.setattr(decode_kernel, "MAX_SLOTS_OF_ONE_BLOCK", 128)
 
 
 def cached(filled, T, S, H, G, K, V, layers=None, dtype=np.float32):
@@ -155,3 +156,26 @@ def test_cached_decoding_of_a_model(scan_layers):
         hidden, state = step(state, tokens[:, start : start + 3])
         parts.append(hidden)
     assert relative_error(jnp.concatenate(parts, axis=1), want) < 1e-5
+
+
+def test_values_that_are_the_keys_are_one_input_of_the_kernel(monkeypatch):
+    q, k, _, mask = cached((3, 150), 2, 160, 4, 1, 16, 16)
+    num_inputs, attend = [], decode_kernel._attend
+    monkeypatch.setattr(
+        decode_kernel,
+        "_attend",
+        lambda static, floats, *rest: num_inputs.append(len(floats)) or attend(static, floats, *rest),
+    )
+
+    def value_and_gradients(same):
+        def run(q, stack):
+            keys = CacheView(stack, heads=1)
+            values = keys if same else CacheView(stack, heads=1)
+            end_1 = jnp.full((1,), 160, jnp.int32)
+            return decode_kernel.attention(q, keys, values, mask, end_B=end_1, scale=0.3, biases=())
+
+        out, vjp_fn = jax.vjp(run, q, k.stack)
+        return out, vjp_fn(jnp.cos(jnp.arange(out.size, dtype=jnp.float32).reshape(out.shape)))
+
+    assert_trees_close(value_and_gradients(True), value_and_gradients(False), 1e-6)
+    assert num_inputs == [3, 4]  # queries, bias, keys (and values)

@@ -7,7 +7,7 @@ import pytest
 
 from jaxlm import spec
 from jaxlm.nn.attention import memory
-from jaxlm.nn.attention.mask import keep
+from jaxlm.nn.attention.mask import Mask, keep
 
 # Three calls with three rows each: padding on the left, on the right and in the middle; documents continue and start.
 CALLS = [
@@ -30,7 +30,7 @@ def run(slots, calls=CALLS):
 @jax.jit
 def read(tokens, state, segments):
     context, state = memory.make_context(tokens, state, segments)
-    hidden = memory.append(state["hidden"], tokens[..., None], context.kept_indices)
+    hidden = memory.append(state["hidden"], tokens[..., None], context)
     return context, {**state, "hidden": hidden}
 
 
@@ -94,10 +94,43 @@ def test_a_window_counts_tokens_and_not_padding():
 @pytest.mark.parametrize("kept", [None, jnp.asarray([[1, 2], [0, 2]])])
 def test_the_memory_has_no_gradient(kept):
     old, new = jnp.ones((2, 2, 3)), jnp.ones((2, 1, 3))
-    gradients = jax.grad(lambda old, new: jnp.sum(memory.append(old, new, kept)), argnums=(0, 1))(old, new)
+    context = memory.MemoryContext(jnp.ones((1, 1)), jnp.ones((1, 3)), Mask(), kept)
+    gradients = jax.grad(lambda old, new: jnp.sum(memory.append(old, new, context)), argnums=(0, 1))(old, new)
     assert all(np.all(np.asarray(gradient) == 0.0) for gradient in gradients)
 
 
 def test_a_memory_without_slots_raises():
     with pytest.raises(ValueError, match="a memory needs at least 1 slot, got slots=0"):
         memory.memory_specs(1, 2, 0, 4, jnp.float32)
+
+
+@pytest.mark.parametrize("slots", [3, 12])
+def test_the_decoding_layout_keeps_the_same_tokens_as_the_usual_layout(slots):
+    specs = memory.memory_specs(None, 3, slots, 1, jnp.float32)
+    *_, state = list(run(slots))[-1]
+    usual, num_added = state, 4
+    state = memory.to_decoding_layout(specs, state, num_added)
+    assert spec.differences(memory.decoding_specs(specs, num_added), state) == []
+    used = np.arange(slots + num_added) < np.asarray(state["length"])[:, None]
+    assert np.array_equal(np.asarray(state["segment_ids"]) > 0, used)  # tokens first
+    for call in range(num_added):
+        token, segments = jnp.full((3, 1), 1000.0 + call), jnp.asarray([[3], [int(call < 2)], [4]])
+        _, usual = read(token, usual, segments)
+        context, state = read(token, state, segments)
+        # A token attends to itself and to the last M tokens of its document.
+        visible = np.asarray(keep(context.mask, 1, slots + num_added))[:, 0]
+        for row in np.flatnonzero(np.asarray(segments[:, 0])):
+            assert 1 <= visible[row].sum() <= slots + 1
+            assert set(np.asarray(state["segment_ids"])[row, visible[row]].tolist()) == {int(segments[row, 0])}
+    back = memory.from_decoding_layout(specs, state, num_added)
+    for name in specs:
+        kept = np.asarray(usual["segment_ids"]) > 0  # entries of empty slots may differ
+        assert np.array_equal(np.asarray(back[name])[kept], np.asarray(usual[name])[kept])
+    assert np.array_equal(back["segment_ids"], usual["segment_ids"])
+
+
+def test_the_decoding_layout_refuses_several_tokens():
+    specs = memory.memory_specs(1, 2, 3, 1, jnp.float32)
+    state = memory.to_decoding_layout(specs, spec.init(specs), 4)
+    with pytest.raises(ValueError, match="one token per call with a causal mask, got 2 tokens and causal=True"):
+        memory.make_context(jnp.zeros((2, 2), int), state, None)
