@@ -7,7 +7,7 @@ content stream (and the memory) provides keys and values. So a block processes t
 attention runs once per stream (``jaxlm.nn.attention.two_streams``).
 
 The code follows that of Yang et al. The published ``VARIANTS`` have the tanh approximation of GELU, with which their
-weights were trained. Hugging Face's ``config.json`` of these weights has the exact GELU, and so has a loaded model.
+weights were trained. Hugging Face's ``config.json`` of these weights, and so a model loaded with it, has the exact GELU.
 
 Shapes: B batch, T time, P positions of the query stream, Q = T + P queries (Q = T without a query stream), M memory
 slots, S = M + T keys, D model width, H heads, K = D / H head width, F MLP hidden width, R distances, V vocabulary.
@@ -252,7 +252,7 @@ def _encode_distances(cfg: Config, distance_R: jax.Array, key: jax.Array | None)
 
 
 def _add_to_memory(state: State, tokens: Any, segment_ids: jax.Array | None, token_types: Any, new_inputs: Any) -> Any:
-    """The state after appending the new tokens' segment ids, types and inputs of all layers."""
+    """The state with the segment ids, the types and the layer inputs of the new tokens appended."""
     context, new_state = memory.make_context(tokens, state, segment_ids)
     layers = memory.append_layers(state["layers"], new_inputs, context.kept_indices)
     types = memory.append(state["token_types"], token_types, context.kept_indices)

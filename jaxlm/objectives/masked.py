@@ -11,8 +11,8 @@ There are two ways to select the targets:
 - With ``num_predict``, at most this number of tokens is selected in each row, as in BERT's published code. Then logits
   and their gradients are computed only at these positions, typically 15 % of all positions. If a word has more tokens
   than the row may still select, it is not selected. So long words are selected less often. The published code also
-  limits the number of tokens in a short row to ``rate`` times its length. This module has no such limit, so give rows
-  of full length.
+  selects at most the fraction ``rate`` of the tokens of a row. This module has no such limit, so give rows of full
+  length.
 
 The tokens of a word are selected together, but replaced independently of each other, as in BERT's published code.
 

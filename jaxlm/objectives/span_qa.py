@@ -6,7 +6,7 @@ not depend on the amount of padding. In ``transformers``, padding tokens are als
 without padding. If a question has no answer, the target of both distributions is the position of ``[CLS]`` (section
 4.3).
 
-Shapes: B batch, T time, L maximum number of tokens of an answer.
+Shapes: B batch, T time, L maximum number of tokens of an answer, N = T * L candidate answers.
 """
 
 from __future__ import annotations
