@@ -37,7 +37,7 @@ class ExpertsConfig(common.TransformerConfig):
     expert_interval: int = 1
     """Only every expert_interval-th layer has experts. The other layers have MLPs."""
     dense_layers: tuple[int, ...] = ()
-    """Indices, from 0, of layers that have an MLP instead of experts, whatever expert_interval is."""
+    """Indices, from 0, of layers that have an MLP instead of experts, regardless of expert_interval."""
     capacity_factor: float | None = None
     """Maximum number of tokens that an expert accepts in a row, as a multiple of the mean number of tokens per expert.
     The maximum is rounded up. Earlier tokens have priority. An expert adds 0 to the output of a token that it does not

@@ -17,10 +17,10 @@ There are two ways to select the targets:
 The tokens of a word are selected together, but replaced independently of each other, as in BERT's published code.
 
 For BERT's static masking, make the masks once before training. For RoBERTa's dynamic masking (Liu et al. 2019, section
-4.1), make new masks in each epoch. A ``to_batch`` function (``jaxlm.data.Batches``) gets neither the step nor the
-epoch. It can seed its random generator with ``zlib.crc32(token_batch.tokens.tobytes())``. Then a resumed run has the
-same masks, and equal token batches have equal masks. But a token batch has only the rows of its process, so a run with
-another number of processes has other masks.
+4.1), make new masks in each epoch. A ``to_batch`` function (``jaxlm.data.Batches``) gets a token batch, but neither the
+step nor the epoch. It can seed its random generator with ``zlib.crc32(token_batch.tokens.tobytes())``. Then a resumed
+run has the same masks, and equal token batches have equal masks. But a token batch has only the rows of its process, so
+a run with another number of processes has other masks.
 
 Shapes: B batch, T time, P target positions.
 """
