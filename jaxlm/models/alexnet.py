@@ -44,7 +44,8 @@ class Config(common.ModelConfig):
     """Shape and behavior of a character-level network. The defaults are the small published classifier."""
 
     vocab_size: int = 71
-    """Number of ids: one per character of the alphabet, and one for all others (also the space, as published)."""
+    """Number of ids: one per character of the alphabet, and one for all other characters (also the space, as
+    published)."""
     max_positions: int = 1014
     """Length to which a classifier pads every text; longer texts are an error. A language model has no limit."""
     embed_dim: int = 70
@@ -100,7 +101,7 @@ def apply(
     Args:
         tokens: [B, T] integer ids; T at most ``max_positions`` for a classifier. An id outside the vocabulary
             gives NaN, also for other positions whose receptive field contains it.
-        state: for a language model, the state after the tokens before ``tokens`` (``state_specs``).
+        state: for a language model, the state that the previous call returned, or the initial state (``state_specs``).
         segment_ids: [B, T] int32, 0 for padding and n for document n. Documents do not interact. A classifier gives NaN
             for a row with several documents. Default: one document.
         key: random key for dropout of a language model; None: no dropout. A classifier applies dropout in :func:`pool`.

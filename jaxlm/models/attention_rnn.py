@@ -71,7 +71,7 @@ class Config(common.ModelConfig):
     init_bound: float = 0.1
     """Initial weights, except those of recurrent layers, are uniform in [-init_bound, init_bound]."""
     recurrent_init_bound: float | None = None
-    """``init_bound`` of the weights of the recurrent layers; None means 1 / sqrt(hidden_dim)."""
+    """Bound of the uniform initial weights of the recurrent layers; None means 1 / sqrt(hidden_dim)."""
     decoder_start_id: int = dataclasses.field(default=0, metadata={"minimum": 0})
     """Id of the first input of the decoder, before the first target."""
     task: Task = "seq2seq"

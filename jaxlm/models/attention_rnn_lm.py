@@ -72,7 +72,7 @@ class Config(common.ModelConfig):
     init_bound: float = 0.1
     """Initial weights of embeddings, attention and heads are uniform in [-init_bound, init_bound]."""
     recurrent_init_bound: float | None = None
-    """``init_bound`` of the weights of the LSTM layers; None means 1 / sqrt(hidden_dim)."""
+    """Bound of the uniform initial weights of the LSTM layers; None means 1 / sqrt(hidden_dim)."""
     task: Task = "causal"
     """Type of the model: causal (unidirectional, predicts tokens) or classification (bidirectional)."""
     num_labels: int = 2
@@ -151,8 +151,8 @@ def _attend(
         new_memory = {**new_memory, "hidden": memory.append(old_memory["hidden"], kv_BTX, memory_context)}
     keys_BSK, values_BSK = jnp.split(kv_BSX, 2, axis=-1)
 
-    def attend_step(step: Any) -> jax.Array:
-        query_BK, position_B, document_B = step
+    def attend_step(inputs: Any) -> jax.Array:
+        query_BK, position_B, document_B = inputs
         distance_BS = position_B[:, None] - memory_context.key_positions
         visible_BS = (memory_context.mask.key_segments == document_B[:, None]) & (distance_BS > 0)
         if cfg.window is not None:
@@ -160,11 +160,11 @@ def _attend(
         scores_BS = additive_scores(query_BK, keys_BSK, weights["score"])
         return context(masked_softmax(scores_BS, visible_BS), values_BSK)
 
-    steps = jax.tree.map(
+    time_major = jax.tree.map(
         lambda x_BT: jnp.swapaxes(x_BT, 0, 1),
         (query_BTK, memory_context.query_positions, memory_context.mask.query_segments),
     )
-    context_BTK = jnp.swapaxes(jax.lax.map(attend_step, steps), 0, 1)
+    context_BTK = jnp.swapaxes(jax.lax.map(attend_step, time_major), 0, 1)
     output_weights = params["output"]  # "found" is W_r, and "state" is W_x
     projected_context_BTK = linear(output_weights["found"], context_BTK)
     return jnp.tanh(projected_context_BTK + linear(output_weights["state"], prediction_BTK)), new_memory

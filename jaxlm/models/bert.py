@@ -144,7 +144,7 @@ def _embed(
     """The sum of token, position and token type embeddings after layer norm and dropout, [B, T, D]."""
     dtype, types = jnp.dtype(cfg.dtype), params["token_type_embedding"]
     if positions is None:
-        positions = positions_in_segments(jnp.ones_like(tokens) if segment_ids is None else segment_ids)
+        positions = positions_in_segments(common.segment_ids_or_ones(tokens, segment_ids))
     if cfg.first_position:
         positions = widen_ids(positions)
         positions = jnp.where(positions < 0, positions, positions + cfg.first_position)  # a negative row gives NaN

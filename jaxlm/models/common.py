@@ -125,7 +125,7 @@ def run_layers_with_outputs(
     remat: Remat,
     in_place: bool = False,
 ) -> tuple[jax.Array, Any, Any]:
-    """The results of :func:`run_layers` and the third values of all layers, for a block that returns three values.
+    """The results of :func:`run_layers`, and the outputs of the layers, for a block that returns three values.
 
     Layer i computes ``x, state[i], outputs[i] = block(x, ...)``. The outputs are stacked along a new first axis;
     layers whose output is None are left out. If no layer has an output, the third result is None.
@@ -211,8 +211,8 @@ def gather_weights(specs: Any, params: Params) -> Any:
 def time_axis_name(length: int, num_tokens: int) -> str | None:
     """The name of a time axis: ``seq`` if its size ``length`` is a multiple of ``num_tokens``, otherwise None.
 
-    ``num_tokens`` is the number of new tokens. A time axis is longer if it also contains tokens of a memory
-    (Transformer-XL, XLNet) or of the query stream (XLNet). If its size is a multiple of ``num_tokens``, devices that
+    ``num_tokens`` is the number of new tokens. ``length`` is larger if the axis also contains tokens of a memory
+    (Transformer-XL, XLNet) or of the query stream (XLNet). If ``length`` is a multiple of ``num_tokens``, devices that
     split the new tokens evenly also split this axis evenly.
     """
     return "seq" if length % num_tokens == 0 else None

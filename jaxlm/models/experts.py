@@ -37,12 +37,13 @@ class ExpertsConfig(common.TransformerConfig):
     expert_interval: int = 1
     """Only every expert_interval-th layer has experts. The other layers have MLPs."""
     dense_layers: tuple[int, ...] = ()
-    """Indices, from 0, of layers that have an MLP instead of experts, whatever expert_interval is."""
+    """Indices, from 0, of layers that have an MLP instead of experts, regardless of expert_interval."""
     capacity_factor: float | None = None
-    """In each row, an expert accepts at most this multiple (rounded up) of the mean number of tokens per expert,
-    earlier tokens first. It adds 0 to the output of a token that it does not accept. None: experts accept all tokens.
-    This option is for training, and Hugging Face files do not contain it. Cached decoding gives other results than one
-    call for the whole row, because the limit depends on the number of tokens of a call."""
+    """Maximum number of tokens that an expert accepts in a row, as a multiple of the mean number of tokens per expert.
+    The maximum is rounded up. Earlier tokens have priority. An expert adds 0 to the output of a token that it does not
+    accept. None: experts accept all tokens. This option is for training, and Hugging Face files do not contain it.
+    Cached decoding gives other results than one call for the whole row, because the maximum depends on the number of
+    tokens of a call."""
     experts_implementation: Implementation | None = None
     """Name of the implementation; None: the device and the shapes decide. It must be None with a capacity_factor."""
 

@@ -62,7 +62,7 @@ class Config(experts.ExpertsConfig):
     mlp_dim: int = 5632
     """Hidden width of the MLP."""
     shared_expert_dim: int | None = None
-    """Hidden width of the shared expert in layers with experts, which every token uses; None: no shared expert."""
+    """Hidden width of the shared expert of each layer with experts. Every token uses it. None: no shared expert."""
     delta_key_heads: int = 16
     """Query and key heads of the delta rule, each shared by delta_value_heads / delta_key_heads value heads."""
     delta_value_heads: int = 32
@@ -196,7 +196,8 @@ def _delta_rule(
     A_log, dt_bias = (weights[name].astype(jnp.float32)[None, None] for name in ("A_log", "dt_bias"))
     log_decay = -jnp.exp(A_log) * jax.nn.softplus(decay + dt_bias)
     out, memory = gated_delta_rule(q * K**-0.5, k, v.reshape(B, T, H, V), log_decay, beta, memory, **masks)
-    gate = jax.nn.silu(gate.reshape(B, T, G, R, V).reshape(B, T, H, V))  # H keeps the sharding of G
+    # Two reshapes, so that the axis H gets the sharding of the axis G.
+    gate = jax.nn.silu(gate.reshape(B, T, G, R, V).reshape(B, T, H, V))
     out = rms_norm(weights["norm"], out, cfg.norm_epsilon) * gate
     return linear(weights["output"], out, num_input_axes=2), None if state is None else {"tail": tail, "memory": memory}
 

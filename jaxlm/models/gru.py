@@ -2,8 +2,8 @@
 
 The model is that of ``jaxlm.models.lstm`` with a GRU cell instead of an LSTM cell. The update is
 ``h' = (1 - z) * n + z * h``, as in Cho et al., torch and cuDNN. Chung et al. exchange z and 1 - z. The gates r and z
-have one bias each (torch has two, which act as their sum). With ``reset="after"``, n has two biases, as in torch. All
-biases are initially 0.
+have one bias each (torch has two, which act as their sum). With ``reset="after"``, the candidate n has two biases, as
+in torch. All biases are initially 0.
 
 Shapes: B batch, T time, D width of the output (the width of the last layer; with both directions, twice this width),
 V vocabulary.

@@ -6,7 +6,7 @@ for labels are linear layers, which compute logits:
 
     classification        ``classifier``: the label of each row, from the pooled output (``pool``) [B, 1, D]
     token_classification  ``token_classifier``: the label of each token
-    span_qa               ``span``: for each token, the logits that it is the first and the last token of an answer
+    span_qa               ``span``: two logits of each token, for the first and for the last token of an answer
 
 Shapes: B batch, T time, D width of hidden states.
 """

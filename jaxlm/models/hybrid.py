@@ -112,7 +112,7 @@ class Multipliers:
     """The constants by which a Falcon-H1 model multiplies activations. Zuo et al. 2025 tuned them on small models."""
 
     embedding: float = 1.0
-    """Multiplier of the token vectors."""
+    """Multiplier of the token embeddings."""
     head: float = 1.0
     """Multiplier of the logits."""
     mixer_input: float = 1.0
@@ -163,13 +163,13 @@ def scaled_linear(
 ) -> jax.Array:
     """``output_factor * linear(weights, input_factor * x)``.
 
-    The product with the weight is multiplied once. To multiply the weight instead, a decoder would read and write all
+    Both factors multiply the result of the matmul. If they multiplied the weight, a decoder would read and write all
     weights for each token.
 
     Args:
         output_factor: a number, or an array with the last axes of the result.
     """
-    if x.dtype == jnp.float16:  # the product could overflow without the factor
+    if x.dtype == jnp.float16:  # without the input factor, the matmul could overflow
         x, input_factor = x * input_factor, 1.0
     y = scaled(linear({"weight": weights["weight"]}, x, num_input_axes=num_input_axes), output_factor * input_factor)
     return add_bias(y, output_factor * weights["bias"]) if "bias" in weights else y

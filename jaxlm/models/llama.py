@@ -75,7 +75,7 @@ class Config(experts.ExpertsConfig):
     """Factor of the attention scores; None means 1 / sqrt(head width)."""
     block: Block = "llama"
     """Kind of the blocks. gemma: norms also on the outputs of attention and MLP, tanh-GELU instead of SiLU, norms whose
-    parameter is the scale minus one, and token vectors multiplied by sqrt(embed_dim)."""
+    parameter is the scale minus one, and token embeddings multiplied by sqrt(embed_dim)."""
     rotary_base: float = 10000.0
     """Base of the frequencies of rotary positions."""
     rotary_scaling: RotaryScaling | None = None

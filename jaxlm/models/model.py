@@ -37,8 +37,8 @@ class Metadata:
         labels: names of the labels of a (token) classifier, in the order of the logits; None: the labels have no names.
         token_ids: ids of special tokens by role, such as ``{"eos": 2, "pad": 0, "decoder_start": 0}``. An id may be
             None, or a list if several tokens end a text.
-        config: the contents of ``config.json``; empty if the model was not loaded from a directory. ``save_pretrained``
-            keeps the fields that jaxlm does not set.
+        config: the contents of ``config.json``; empty if the model was not loaded from a directory with this file.
+            ``save_pretrained`` keeps the fields that jaxlm does not set.
         generation_config: the contents of ``generation_config.json``; None if there is no such file.
         initialized: paths of the parameters that the files do not contain; they have initial values.
         unused_tensors: names of the tensors in the files that the model does not use.
@@ -166,9 +166,9 @@ class Model:
         """The hidden states [B, T, D] and the new state (None without a state), from the family's ``apply``.
 
         ``xlnet`` with the argument ``targets`` (P positions) returns [B, P, D]. ``attention_rnn`` with ``copy=True``
-        appends other inputs of its head to the D features. Classifiers of ``alexnet`` and ``resnet`` return the
-        features of the text, [B, S, C]: C channels at S positions, where S does not depend on T. In training, the
-        new state of ``resnet`` contains the new running statistics.
+        appends the copy gate and the distribution of copied tokens to the D features. Classifiers of ``alexnet`` and
+        ``resnet`` return the features of the text, [B, S, C]: C channels at S positions, where S does not depend on T.
+        In training, the new state of ``resnet`` contains the new running statistics.
 
         For an empty batch (B or T is 0), the hidden states are empty and gradients are 0. The new state is then the
         given state, or in training of ``resnet`` the running statistics in ``params``.
@@ -219,11 +219,12 @@ class Model:
         hidden, new_state = self._eval_shape(self.module.apply, params, tokens, inputs)
         B, T = tokens.shape
         state = inputs.get("state")
-        has_one_per_token = hidden.shape[1] == 1
-        if T == 0 and has_one_per_token and state is None:  # a state may have no slot for a second token
-            # One hidden state may belong to the token that replaces the empty axis, or to a text or a target.
-            has_one_per_token = self._eval_shape(self.module.apply, params, tokens, inputs, size=2)[0].shape[1] == 2
-        if T == 0 and not has_one_per_token:
+        is_per_token = hidden.shape[1] == 1
+        # If T is 0, the shapes are those of a call with one token. So one hidden state may also belong to a whole text
+        # or to a target, and a call with two tokens decides. A state may have no slot for a second token.
+        if T == 0 and is_per_token and state is None:
+            is_per_token = self._eval_shape(self.module.apply, params, tokens, inputs, size=2)[0].shape[1] == 2
+        if T == 0 and not is_per_token:
             raise ValueError(
                 f"tokens {[B, T]} are empty, but {self.family} computes {hidden.shape[1]} hidden states that do not "
                 "belong to tokens: give each row at least one token"
@@ -547,7 +548,10 @@ class Model:
 
 
 def _split_shared_source(weights: jax.Array, tokens: jax.Array) -> jax.Array:
-    """The weights [B, H, T, S], from those of N sources, [N, H, B / N * T, S] (``jaxlm.nn.attention.source``)."""
+    """The cross-attention weights [B, H, T, S], from weights [N, H, B / N * T, S].
+
+    B / N rows share each of the N sources (``jaxlm.nn.attention.source``).
+    """
     (N, H, _, S), (B, T) = weights.shape, tokens.shape
     return weights.reshape(N, H, B // N, T, S).swapaxes(1, 2).reshape(B, H, T, S)
 

@@ -260,11 +260,11 @@ def regularization(
     """
     ones_BT = jnp.ones(raw_BTD.shape[:2], jnp.int32)
     segments = ones_BT if segment_ids is None else segment_ids
-    steps_BTD = raw_BTD[:, 1:].astype(jnp.float32) - raw_BTD[:, :-1].astype(jnp.float32)
+    differences_BTD = raw_BTD[:, 1:].astype(jnp.float32) - raw_BTD[:, :-1].astype(jnp.float32)
     same_document_BT = (segments[:, 1:] > 0) & (segments[:, 1:] == segments[:, :-1])
     return activation_weight * _mean_square(
         dropped_BTD.astype(jnp.float32), segments > 0
-    ) + slowness_weight * _mean_square(steps_BTD, same_document_BT)
+    ) + slowness_weight * _mean_square(differences_BTD, same_document_BT)
 
 
 def _mean_square(x_BTD: jax.Array, mask_BT: jax.Array) -> jax.Array:

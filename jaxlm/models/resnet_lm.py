@@ -30,7 +30,8 @@ from jaxlm.spec import ArraySpec, Normal, Params, State, fold_in_name
 Task = Literal["causal", "none"]
 Block = tuple[int, int, int]
 """Channels, kernel size and residual of a block. Residual 0 adds nothing, 1 adds the input of the block itself, and n
-adds the input of the block n - 1 blocks earlier. If its number of channels differs, it is projected."""
+adds the input of the block n - 1 blocks earlier. If the added input has another number of channels than the block, a
+linear layer projects it."""
 
 
 def _wikitext_103_blocks() -> tuple[Block, ...]:
@@ -131,7 +132,7 @@ def specs(cfg: Config) -> dict[str, Any]:
     }
     for number, (channels, kernel, residual) in enumerate(cfg.blocks):
         init = Normal((4 * keep_rate / (kernel * widths[number])) ** 0.5)
-        # The two halves of the GLU are a separate axis, so that both halves have the same sharding over channels.
+        # The two halves of the GLU have their own axis, so that both halves have the same sharding over channels.
         gated = convolution_specs((kernel, widths[number], 2, channels), ("embed", None, "mlp"), init)
         block = {"convolution": weight_norm_specs(gated, num_input_axes=2)}
         if residual and widths[number + 1 - residual] != channels:

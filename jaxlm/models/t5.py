@@ -136,7 +136,8 @@ def apply(
         state: the result of :func:`init_decode_state`, or the state that the call for the preceding tokens returned. A
             row whose tokens do not fit into the cache gives NaN. Row b reads source ``b // (B / N)`` of the N sources.
         segment_ids: [B, T] int32, 0 for padding and n for document n. Documents do not interact. Default: one document.
-        positions: [B, T] int32. Default: positions in the document. Without a state, padding inside it counts.
+        positions: [B, T] int32. Default: the position within the document. Without a state, padding inside a document
+            also counts.
         key: random key for dropout; None: no dropout.
 
     Raises:
@@ -210,7 +211,7 @@ def _mlp(cfg: Config, weights: Params, x: jax.Array, residual_dtype: Any, key: j
     else:
         x = activation("gelu_tanh")(linear(weights["gate"], x)) * linear(weights["gated"], x)
     x = dropout(constrain(x, ("batch", "seq", "mlp")), cfg.dropout, fold_in_name(key, "mlp_hidden"))
-    # With compute dtype float16, this matmul is float32, because its result would overflow with published weights.
+    # With compute dtype float16, this matmul is float32: with published weights, a float16 result would overflow.
     return dropout(linear(weights["down"], x.astype(residual_dtype)), cfg.dropout, fold_in_name(key, "mlp_output"))
 
 
@@ -319,15 +320,15 @@ def specs(cfg: Config) -> dict[str, Any]:
     encoder_layer = {"attention_norm": norm, "attention": attention_specs, "mlp_norm": norm, "mlp": mlp}
     decoder_layer = {**encoder_layer, "cross_norm": norm, "cross_attention": attention_specs}
 
-    def stack(count: int, layer: dict[str, Any]) -> dict[str, Any]:
+    def stack_specs(num_layers: int, layer: dict[str, Any]) -> dict[str, Any]:
         per_layer, shared = (bias, {}) if cfg.bias_per_layer else ({}, bias)
-        layers = spec.layers([layer | per_layer] * count, stacked=cfg.scan_layers)
+        layers = spec.layers([layer | per_layer] * num_layers, stacked=cfg.scan_layers)
         return {"layers": layers, **shared, "final_norm": norm}
 
     tree: dict[str, Any] = {"token_embedding": heads.table_specs(cfg, D, Normal(1.0))}
-    tree["encoder"] = stack(cfg.num_layers, encoder_layer)
+    tree["encoder"] = stack_specs(cfg.num_layers, encoder_layer)
     if _num_decoder_layers(cfg) > 0:
-        tree["decoder"] = stack(_num_decoder_layers(cfg), decoder_layer)
+        tree["decoder"] = stack_specs(_num_decoder_layers(cfg), decoder_layer)
     if cfg.task == "seq2seq" and not cfg.tie_embeddings:
         tree["head"] = heads.table_specs(cfg, D, normal)
     return tree

@@ -219,7 +219,8 @@ def logits(cfg: Config, params: Params, hidden: jax.Array) -> jax.Array:
     """
     if cfg.task != "causal":
         return heads.head_logits(cfg.task, params, hidden)
-    vocab_axis = "vocab" if cfg.vocab_size % num_shards(("vocab",)) == 0 else None  # the result has no padding to shard
+    # The result has no vocabulary padding, so its last axis may not be divisible by the number of shards.
+    vocab_axis = "vocab" if cfg.vocab_size % num_shards(("vocab",)) == 0 else None
     return constrain(adaptive_softmax.log_probabilities(_clusters(cfg), params, hidden), ("batch", None, vocab_axis))
 
 

@@ -7,7 +7,7 @@ content stream (and the memory) provides keys and values. So a block processes t
 attention runs once per stream (``jaxlm.nn.attention.two_streams``).
 
 The code follows that of Yang et al. The published ``VARIANTS`` have the tanh approximation of GELU, with which their
-weights were trained. Hugging Face's ``config.json`` of these weights has the exact GELU, and so has a loaded model.
+weights were trained. Hugging Face's ``config.json`` for them, and so a model loaded with it, has the exact GELU.
 
 Shapes: B batch, T time, P positions of the query stream, Q = T + P queries (Q = T without a query stream), M memory
 slots, S = M + T keys, D model width, H heads, K = D / H head width, F MLP hidden width, R distances, V vocabulary.

@@ -99,7 +99,7 @@ def apply(
 
     Args:
         tokens: [B, T] integer ids. An id outside the vocabulary gives NaN, also for other tokens of the row.
-        state: the state after the tokens before ``tokens`` (``state_specs``).
+        state: the state that the previous call returned, or the initial state (``state_specs``).
         segment_ids: [B, T] int32, 0 for padding and n for document n. Documents do not interact. Default: one document.
         key: not used, because the model has no dropout.
     """

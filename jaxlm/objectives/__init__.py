@@ -7,8 +7,9 @@ loss of a batch. The module ``jaxlm.objectives.batch`` has the code that the obj
 
 ``total`` is the weighted sum of the losses of the targets, and ``weight`` is the sum of the weights. The mean loss is
 ``total / weight``. The ``Trainer`` adds the gradients of the totals of all micro-batches and then divides by the sum of
-their weights. So the result equals the gradient of the whole batch. Dropout, batch norms and losses of routers are
-exceptions, because they are computed for each micro-batch (with ``shard_map`` or ``pmap``: for each device).
+their weights. So the result equals the gradient of the mean loss of the whole batch. It differs if the model has
+dropout, batch norms or losses of routers, because these are computed for each micro-batch (with ``shard_map`` or
+``pmap``: for each device).
 
 A batch without targets gives ``total`` 0, ``weight`` 0 and a gradient of 0. Its mean loss is 0 / 0 = NaN, as with
 ``reduction="mean"`` in torch, and the ``Trainer`` skips the step.
@@ -43,7 +44,7 @@ def objective(task: str) -> ModuleType:
             with this name.
     """
     if task == "none":
-        raise ValueError("a model with task='none' has no head, so nothing trains it: choose another task")
+        raise ValueError("a model with task='none' has no head, so it has no objective: choose another task")
     if task not in OBJECTIVES:
         raise ValueError(f"there is no objective for task={task!r}: choose from {', '.join(OBJECTIVES)}")
     return importlib.import_module(f"jaxlm.objectives.{task}")

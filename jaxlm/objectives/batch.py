@@ -113,12 +113,12 @@ def count_examples_and_tokens(batch: Batch) -> tuple[int, int]:
     An example is a row with at least one target of positive weight. Tokens of sources are counted. Padding (segment 0)
     is not counted.
     """
-    examples = np.any(np.asarray(batch.weights) > 0, axis=tuple(range(1, np.ndim(batch.weights))))
+    is_example = np.any(np.asarray(batch.weights) > 0, axis=tuple(range(1, np.ndim(batch.weights))))
     token_arrays = [(batch.tokens, batch.segment_ids)]
     if "source" in batch.inputs:
         token_arrays.append((batch.inputs["source"], batch.inputs.get("source_segment_ids")))
-    tokens = [np.size(ids) if segments is None else np.count_nonzero(segments) for ids, segments in token_arrays]
-    return int(np.count_nonzero(examples)), int(sum(tokens))
+    token_counts = [np.size(ids) if segments is None else np.count_nonzero(segments) for ids, segments in token_arrays]
+    return int(np.count_nonzero(is_example)), int(sum(token_counts))
 
 
 def hidden_states(

@@ -11,16 +11,16 @@ There are two ways to select the targets:
 - With ``num_predict``, at most this number of tokens is selected in each row, as in BERT's published code. Then logits
   and their gradients are computed only at these positions, typically 15 % of all positions. If a word has more tokens
   than the row may still select, it is not selected. So long words are selected less often. The published code also
-  limits the number of tokens in a short row to ``rate`` times its length. This module has no such limit, so give rows
-  of full length.
+  selects at most the fraction ``rate`` of the tokens of a row. This module has no such limit, so give rows of full
+  length.
 
 The tokens of a word are selected together, but replaced independently of each other, as in BERT's published code.
 
 For BERT's static masking, make the masks once before training. For RoBERTa's dynamic masking (Liu et al. 2019, section
-4.1), make new masks in each epoch. A ``to_batch`` function (``jaxlm.data.Batches``) gets neither the step nor the
-epoch. It can seed its random generator with ``zlib.crc32(token_batch.tokens.tobytes())``. Then a resumed run has the
-same masks, and equal token batches have equal masks. But a token batch has only the rows of its process, so a run with
-another number of processes has other masks.
+4.1), make new masks in each epoch. A ``to_batch`` function (``jaxlm.data.Batches``) gets a token batch, but neither the
+step nor the epoch. It can seed its random generator with ``zlib.crc32(token_batch.tokens.tobytes())``. Then a resumed
+run has the same masks, and equal token batches have equal masks. But a token batch has only the rows of its process, so
+a run with another number of processes has other masks.
 
 Shapes: B batch, T time, P target positions.
 """

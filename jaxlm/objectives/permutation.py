@@ -126,8 +126,8 @@ def batch(
     is_reversed = np.zeros(B, bool) if right_to_left is None else right_to_left
     rows: list[tuple[np.ndarray, ...]] = []
     for row in range(B):
-        others = np.flatnonzero((is_reversed == is_reversed[row]) & (np.arange(B) != row))
-        a, b = _choose_texts(N, row, reuse_length, others, None if sentences is None else sentences[row], rng)
+        other_rows = np.flatnonzero((is_reversed == is_reversed[row]) & (np.arange(B) != row))
+        a, b = _choose_texts(N, row, reuse_length, other_rows, None if sentences is None else sentences[row], rng)
         text, types = join_texts(tokens[a], tokens[b], cls_id=cls_id, sep_id=sep_id)
         text = np.concatenate([tokens[row, :reuse_length], text])
         types = np.concatenate([np.full(reuse_length, FIRST_TYPE, np.int32), types])
@@ -167,12 +167,12 @@ def _check_arrays(
 
 
 def _choose_texts(
-    N: int, row: int, start: int, others: np.ndarray, sentences: np.ndarray | None, rng: np.random.Generator
+    N: int, row: int, start: int, other_rows: np.ndarray, sentences: np.ndarray | None, rng: np.random.Generator
 ) -> tuple[tuple[int, slice], tuple[int, slice]]:
     """The locations of A and B: for each text, the index of its row and its slice of this row.
 
     A begins at ``start`` and ends at the end of a sentence, or at a random position if no sentence ends after
-    ``start``. B is the text after A. But if ``others`` has rows, B is with probability 0.5 a text from one of these
+    ``start``. B is the text after A. But if ``other_rows`` has rows, B is with probability 0.5 a text from one of these
     rows. This text has the length of the text after A.
     """
     boundaries = np.arange(start + 1, N)
@@ -180,9 +180,9 @@ def _choose_texts(
         boundaries = boundaries[sentences[start + 1 :] != sentences[start:-1]]
     middle = int(rng.choice(boundaries))
     a, b = (row, slice(start, middle)), (row, slice(middle, N))
-    if len(others) and rng.random() < 0.5:
+    if len(other_rows) and rng.random() < 0.5:
         begin = int(rng.integers(middle + 1))
-        b = (int(rng.choice(others)), slice(begin, begin + N - middle))
+        b = (int(rng.choice(other_rows)), slice(begin, begin + N - middle))
     return a, b
 
 
@@ -281,7 +281,7 @@ def join_texts(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The tokens ``A <sep> B <sep> <cls>`` (without ``second``: ``A <sep> <cls>``) and their token types, both int32.
 
-    The second part of a row has this form, and the inputs of the fine-tuning tasks of Yang et al. have it.
+    The second part of a row has this form, and so have the inputs of the fine-tuning tasks of Yang et al.
 
     Example:
         >>> tokens, types = join_texts(np.array([20, 21]), np.array([30]))

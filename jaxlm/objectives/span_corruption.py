@@ -81,7 +81,7 @@ def removal_mask(
     """A random mask of a text of ``length`` tokens, [N] bool, True for tokens to remove.
 
     The mask begins with a kept token and ends with a removed token. ``length``, ``density`` and ``mean_span`` determine
-    the numbers of removed tokens and spans. All masks with these numbers are equally likely.
+    the numbers of removed tokens and spans. All such masks with these numbers are equally likely.
 
     Raises:
         ValueError: ``length`` is below 2, ``density`` is not between 0 and 1, or ``mean_span`` is below 1.

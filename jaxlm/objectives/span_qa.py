@@ -2,11 +2,11 @@
 
 A row is one document that contains a question and a text. The model predicts two distributions over the real tokens of
 the row: one for the first token of the answer, and one for its last token. Padding has probability 0, so the loss does
-not depend on the amount of padding. In ``transformers``, padding tokens are also candidates, so its loss is equal only
-without padding. If a question has no answer, the target of both distributions is the position of ``[CLS]`` (section
-4.3).
+not depend on the amount of padding. In ``transformers``, padding tokens are also candidates, so the two losses are
+equal only without padding. If a question has no answer, the target of both distributions is the position of ``[CLS]``
+(section 4.3).
 
-Shapes: B batch, T time, L maximum number of tokens of an answer.
+Shapes: B batch, T time, L maximum number of tokens of an answer, N = T * L candidate answers.
 """
 
 from __future__ import annotations

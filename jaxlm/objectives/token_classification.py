@@ -48,7 +48,8 @@ def batch(
     if segment_ids is not None:
         if labels.dtype.kind == "u":  # IGNORED_LABEL is negative
             labels = labels.astype(np.int64)
-        # The dtype is kept, because ``targets_and_weights`` rejects labels that are not integers.
+        # The fill value has the dtype of the labels. An int would turn bool labels into integers, and
+        # ``targets_and_weights`` would not reject them.
         labels = np.where(segment_ids > 0, labels, labels.dtype.type(IGNORED_LABEL))
     targets, weights = targets_and_weights(labels, num_labels)
     return Batch(tokens, targets, weights, segment_ids, dict(inputs or {}))
