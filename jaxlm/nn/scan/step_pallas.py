@@ -127,14 +127,14 @@ def _kernel(
     H, decay_HE, keeps_state = state.shape[0], jnp.exp(log_HE), is_reset[pl.program_id(0)] == 0
     out_VH, head_VH = jnp.zeros_like(v_VH), lax.broadcasted_iota(jnp.int32, v_VH.shape, 1)
     for head in range(H):
-        head_index, group = slice(head, head + 1), head * len(q_GK) // H
-        group_index = slice(group, group + 1)
+        head_slice, group = slice(head, head + 1), head * len(q_GK) // H
+        group_slice = slice(group, group + 1)
         old_VK = jnp.where(keeps_state, state[head], 0.0)
-        v_V1 = v_VH[:, head_index] if scale_H1 is None else v_VH[:, head_index] * scale_H1[head_index]
-        new_VK = decay_HE[head_index] * old_VK + v_V1 * k_GK[group_index]
+        v_V1 = v_VH[:, head_slice] if scale_H1 is None else v_VH[:, head_slice] * scale_H1[head_slice]
+        new_VK = decay_HE[head_slice] * old_VK + v_V1 * k_GK[group_slice]
         if a_HK is not None and b_HK is not None:
-            new_VK += jnp.sum(old_VK * a_HK[head_index], axis=1, keepdims=True) * b_HK[head_index]
+            new_VK += jnp.sum(old_VK * a_HK[head_slice], axis=1, keepdims=True) * b_HK[head_slice]
         new_state[head] = new_VK
-        out_V1 = jnp.sum(new_VK * q_GK[group_index], axis=1, keepdims=True)
+        out_V1 = jnp.sum(new_VK * q_GK[group_slice], axis=1, keepdims=True)
         out_VH = jnp.where(head_VH == head, out_V1, out_VH)
     out[...] = out_VH.T.astype(out.dtype)
