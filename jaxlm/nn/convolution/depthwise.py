@@ -1,6 +1,7 @@
 """Depthwise convolution over time, for complete texts and for texts that are read in several calls.
 
-Shapes: B batch, T time, T' outputs, K taps, C channels, W length of a tail, S = W + T, L steps of a block.
+Shapes: B batch, T time, T' outputs, K taps, C channels, W length of a tail (``jaxlm.nn.convolution.window``),
+S = W + T, L steps of a block, U inputs that the taps of a block read.
 """
 
 from __future__ import annotations
@@ -191,11 +192,11 @@ def _weight_gradient(taps: _Taps, x_BTC: jax.Array, dy_BTC: jax.Array, same_docu
 
     def add_block(i: jax.Array, sums: Any) -> Any:
         start = begin + i * BLOCK
-        x_BSC = lax.dynamic_slice_in_dim(x_BTC, start + min_offset, BLOCK + max_offset - min_offset, axis=1)
+        x_BUC = lax.dynamic_slice_in_dim(x_BTC, start + min_offset, BLOCK + max_offset - min_offset, axis=1)
         dy_BLC = lax.dynamic_slice_in_dim(dy_BTC, start, BLOCK, axis=1).astype(dtype)
         new_sums = []
         for sum_BLC, offset, same_BT in zip(sums, taps.offsets, same_document, strict=True):
-            x_BLC = x_BSC[:, offset - min_offset : offset - min_offset + BLOCK].astype(dtype)
+            x_BLC = x_BUC[:, offset - min_offset : offset - min_offset + BLOCK].astype(dtype)
             same_BL = None if same_BT is None else lax.dynamic_slice_in_dim(same_BT, start, BLOCK, axis=1)
             new_sums.append(sum_BLC + _masked(same_BL, x_BLC * dy_BLC))
         return tuple(new_sums)

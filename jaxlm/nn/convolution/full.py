@@ -1,6 +1,7 @@
 """Convolution over time (not depthwise), for complete texts and for texts that are read in several calls.
 
-Shapes: B batch, T time, T' outputs, K taps, C input channels, D output channels, W length of a tail.
+Shapes: B batch, T time, T' outputs, K taps, C input channels, D output channels, W length of a tail
+(``jaxlm.nn.convolution.window``).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Max pooling and k-max pooling over time.
 
 Shapes: B batch, T time, T' windows, C channels, K taps of a window (or selected entries of a channel), W length of a
-tail.
+tail (``jaxlm.nn.convolution.window``).
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def k_max_pool(x_BTC: jax.Array, k: int) -> jax.Array:
     """
     require_arrays(x_BTC=x_BTC)
     if x_BTC.shape[1] < k:
-        raise ValueError(f"{x_BTC.shape[1]} steps are too few for the {k} largest: lengthen the input or lower k")
+        raise ValueError(f"the input has {x_BTC.shape[1]} steps, fewer than k={k}: lengthen the input or lower k")
     _, indices_BCK = lax.top_k(jnp.swapaxes(x_BTC, 1, 2), k)
     indices_BKC = jnp.swapaxes(jnp.sort(indices_BCK, axis=-1), 1, 2)
     return jnp.take_along_axis(x_BTC, indices_BKC, axis=1)

@@ -165,14 +165,14 @@ def move_padding_last(
         return tokens_BT, TokenLayout(None, None, None, None, None)
     if segment_ids is None:
         order_BT, segment_ids = None, jnp.ones(tokens_BT.shape, jnp.int32)
-        count_B = jnp.full(tokens_BT.shape[:1], tokens_BT.shape[1], jnp.int32)
+        num_real_B = jnp.full(tokens_BT.shape[:1], tokens_BT.shape[1], jnp.int32)
     else:
         segment_ids = segment_ids.astype(jnp.int32)  # the dtype of the past segment ids in the state
         order_BT = real_first_indices(segment_ids)
         tokens_BT, segment_ids = (jnp.take_along_axis(x, order_BT, axis=1) for x in (tokens_BT, segment_ids))
-        count_B = jnp.sum(segment_ids > 0, axis=1, dtype=jnp.int32)
+        num_real_B = jnp.sum(segment_ids > 0, axis=1, dtype=jnp.int32)
     ids_BS = segment_ids if past_BP is None else jnp.concatenate([past_BP, segment_ids], axis=1)
-    return tokens_BT, TokenLayout(segment_ids, order_BT, past_BP, document_numbers(ids_BS), count_B)
+    return tokens_BT, TokenLayout(segment_ids, order_BT, past_BP, document_numbers(ids_BS), num_real_B)
 
 
 def real_first_indices(segment_ids_BT: jax.Array) -> jax.Array:
@@ -242,14 +242,14 @@ def prepend_tail(layout: TokenLayout, x_BTC: jax.Array, tail_BWC: jax.Array) -> 
     return x_BSC, documents_BS, _last_real(x_BSC, layout.num_real, tail_length)
 
 
-def _last_real(x_BS: jax.Array, count_B: jax.Array, length: int) -> jax.Array:
+def _last_real(x_BS: jax.Array, num_real_B: jax.Array, length: int) -> jax.Array:
     """The last ``length`` real entries of each row of ``x``, [B, length, ...].
 
-    A row of ``x`` begins with ``length`` entries of earlier calls. Then come ``count`` real entries and the padding.
+    A row of ``x`` has ``length`` entries of earlier calls, then ``num_real`` real entries, and then the padding.
     """
     if x_BS.shape[1] == length + 1:  # one new token: XLA would turn the slices below into a gather
-        return select_state(count_B > 0, x_BS[:, 1:], x_BS[:, :-1])
-    return jax.vmap(lambda row, count: lax.dynamic_slice_in_dim(row, count, length))(x_BS, count_B)
+        return select_state(num_real_B > 0, x_BS[:, 1:], x_BS[:, :-1])
+    return jax.vmap(lambda row, num_real: lax.dynamic_slice_in_dim(row, num_real, length))(x_BS, num_real_B)
 
 
 # ---------------------------------------------------------------------------------------- fixed lengths

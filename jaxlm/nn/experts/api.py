@@ -72,8 +72,8 @@ def mixture_of_experts(
         renormalize: whether the weights of a token sum to 1; otherwise, they are its router probabilities.
         keep_BT: False at padding tokens. Their output is not defined, and the statistics ignore them. None: no padding.
         capacity_factor: in each row, an expert accepts at most this multiple of the mean number of tokens per expert
-            (``jaxlm.nn.experts.capacity``). Other tokens that selected the expert are dropped: the expert adds 0 to
-            their outputs. None: no limit.
+            (``jaxlm.nn.experts.capacity``). The expert drops the later tokens that selected it: it adds 0 to their
+            outputs. None: no limit.
         implementation: how experts without a capacity are computed. None chooses the fastest known one. The
             implementations are
 
@@ -92,10 +92,12 @@ def mixture_of_experts(
     if not 1 <= num_selected <= num_experts:
         raise ValueError(f"num_selected={num_selected} must be in [1, {num_experts}], the number of experts")
     choices.check_implementation("mixture_of_experts", implementation, Implementation)
-    if capacity_factor is not None and (implementation is not None or not capacity_factor > 0.0):
+    if capacity_factor is not None and not capacity_factor > 0.0:
+        raise ValueError(f"capacity_factor={capacity_factor} must be positive")
+    if capacity_factor is not None and implementation is not None:
         raise ValueError(
-            f"capacity_factor={capacity_factor} must be positive, and with a capacity, "
-            f"implementation={implementation!r} must be None"
+            f"implementation={implementation!r} must be None with capacity_factor={capacity_factor}: the choice is for "
+            "experts without a capacity"
         )
     routing = route(params["router"], x_BTD, num_selected, renormalize=renormalize)
     weights = {name: params[name]["weight"].astype(x_BTD.dtype) for name in ("gate", "up", "down")}

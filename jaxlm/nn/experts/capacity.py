@@ -27,10 +27,10 @@ def with_capacity(
     """For each token, the weighted sum of the outputs of the experts that accepted it, [B, T, D].
 
     In each row, an expert accepts at most ``factor * (real tokens of the row) * N / E`` tokens, rounded up. Earlier
-    tokens have priority, so the result for a token does not depend on the values of later tokens. It depends on their
-    number, because this limit does. An expert that did not accept a token adds 0 to the token's output. If no expert
-    accepts a token, the output of the token is 0, and only the residual connection passes the token to the next layer.
-    Padding tokens get no slot, and their output is not defined.
+    tokens have priority, so the result for a token does not depend on the values of later tokens. It depends on the
+    number of later tokens, because the limit depends on it. An expert that did not accept a token adds 0 to the token's
+    output. If no expert accepts a token, the output of the token is 0, and only the residual connection passes the
+    token to the next layer. Padding tokens get no slot, and their output is not defined.
 
     Args:
         keep_BT: False at padding. None: no padding.

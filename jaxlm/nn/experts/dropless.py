@@ -88,7 +88,7 @@ def _ragged_dot(x_PC: jax.Array, w_ECD: jax.Array, groups: Groups) -> jax.Array:
     """The grouped matmul with ``lax.ragged_dot``, or one matmul for a single expert.
 
     libtpu (JAX 0.10) cannot compile the gradient of ``lax.ragged_dot`` with one group in a training step. The rows of
-    other experts and the empty rows are 0, so the results are the same.
+    ``x`` without an assignment are 0, so a matmul of all rows gives the same result.
     """
     if w_ECD.shape[0] == 1:
         return checkpoint_name(x_PC @ w_ECD[0], CHECKPOINT_NAME)

@@ -229,8 +229,8 @@ def _logits_of_clusters(clusters: Clusters, params: Params, hidden_BTD: jax.Arra
 def _logits(cluster_params: dict[str, jax.Array], hidden_BTD: jax.Array) -> jax.Array:
     """The logits of the rows of ``cluster_params["weight"]``, [B, T, rows] float32.
 
-    For a cluster, the rows are its words. For the first cluster, the rows of the C other clusters follow.
-    ``cluster_params`` is a dict with ``weight``, ``bias`` and optionally ``projection``, as in the list that
+    There is one row for each word of the cluster. In the first cluster, one row for each of the C further clusters
+    follows. ``cluster_params`` is a dict with ``weight``, ``bias`` and optionally ``projection``, as in the list that
     :func:`_softmax_parameters` returns.
     """
     projection, weight = cluster_params.get("projection"), cluster_params["weight"]

@@ -140,8 +140,8 @@ def _forward(
     carry, dhidden = add_chunk(None, jax.tree.map(lambda x: x[0], chunks))
     dhidden = dhidden[None]
     if hidden.shape[1] > C:
-        carry, other_dhidden = jax.lax.scan(add_chunk, carry, jax.tree.map(lambda x: x[1:], chunks))
-        dhidden = jnp.concatenate([dhidden, other_dhidden])
+        carry, later_dhidden = jax.lax.scan(add_chunk, carry, jax.tree.map(lambda x: x[1:], chunks))
+        dhidden = jnp.concatenate([dhidden, later_dhidden])
     total, dparams = carry
     dparams = jax.tree.map(lambda gradient, leaf: gradient.astype(leaf.dtype), dparams, params)
     return total, (dparams, join_time(dhidden, hidden.shape[1]))

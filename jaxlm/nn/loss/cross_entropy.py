@@ -19,7 +19,7 @@ Head = Callable[[Any, jax.Array], jax.Array]
 """The output layer of a model: ``head(params, hidden [B, C, D]) -> logits [B, C, V]``.
 
 The losses have custom gradients. So all differentiated arrays must be in ``params`` or ``hidden``. JAX raises
-``UnexpectedTracerError`` for a differentiated array that the function reads from an enclosing scope."""
+``UnexpectedTracerError`` for a differentiated array that ``head`` reads from an enclosing scope."""
 
 
 def check_shapes(hidden_BTD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array) -> None:
@@ -92,7 +92,7 @@ def _loss_and_gradient(
     exp = jnp.exp(logits - max_logit)
     total = jnp.sum(exp, axis=-1, keepdims=True)
     losses = (max_logit + jnp.log(total))[..., 0] - _expected_logit(logits, targets, label_smoothing)
-    # At a position with weight 0, the target may be outside the vocabulary, so that the loss there is NaN.
+    # At a position with weight 0, the target may be outside the vocabulary. The loss there is then NaN and is ignored.
     is_weighted = weights != 0
     loss = jnp.sum(jnp.where(is_weighted, losses * weights, 0.0))
     is_target = jnp.arange(logits.shape[-1])[None, None, :] == targets[..., None]

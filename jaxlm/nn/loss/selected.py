@@ -84,9 +84,10 @@ def _fold_weighted_blocks(
     sorted_weights = jnp.pad(weights[order], (0, -N % R))
 
     def block(i: Any) -> Any:
-        rows = jax.lax.dynamic_slice_in_dim(padded_order, i * R, R)
+        positions = jax.lax.dynamic_slice_in_dim(padded_order, i * R, R)
         block_weights = jax.lax.dynamic_slice_in_dim(sorted_weights, i * R, R)
-        arrays = (x.reshape(shards, R // shards, *x.shape[1:]) for x in (hidden[rows], targets[rows], block_weights))
+        flat_arrays = hidden[positions], targets[positions], block_weights
+        arrays = (x.reshape(shards, R // shards, *x.shape[1:]) for x in flat_arrays)
         return tuple(sharding.constrain(x, ("batch", *[None] * (x.ndim - 1))) for x in arrays)
 
     num_blocks = -(-jnp.sum(is_weighted) // R)
@@ -103,7 +104,7 @@ def _selected_forward(head: Head, params: Params, hidden: jax.Array, targets: ja
     def add_block(carry: Any, first: Any, block: Any) -> Any:
         total, dparams, dhidden = carry
         loss, block_dparams, block_dhidden = loss_and_gradients(head, 0.0, params, *block)
-        dparams = jax.tree.map(lambda total, new: total + new.astype(jnp.float32), dparams, block_dparams)
+        dparams = jax.tree.map(lambda sum_, new: sum_ + new.astype(jnp.float32), dparams, block_dparams)
         dhidden = jax.lax.dynamic_update_slice_in_dim(dhidden, block_dhidden.reshape(-1, D), first, 0)
         return total + loss, dparams, dhidden
 
@@ -113,7 +114,7 @@ def _selected_forward(head: Head, params: Params, hidden: jax.Array, targets: ja
         # gives it the axes of its argument.
         jnp.zeros_like(weights, shape=()),
         jax.tree.map(lambda leaf: jnp.zeros_like(leaf, jnp.float32), params),
-        jnp.zeros_like(hidden, shape=(N + -N % R, D)),  # the last block may end after row N
+        jnp.zeros_like(hidden, shape=(N + -N % R, D)),  # the last block may end after the last position
     )
     arrays = (hidden, targets, weights)
     (total, dparams, sorted_ND), order = _fold_weighted_blocks(head, params, arrays, add_block, init)

@@ -1,9 +1,9 @@
 """The cells of an LSTM (Hochreiter & Schmidhuber 1997, with forget gate) and a GRU (Cho et al. 2014), and their specs.
 
 The contribution of the inputs to all gates (:func:`project`) is computed before the loop over steps. In each step, the
-cell adds the contribution of the hidden state. Other loops, such as the loop of a decoder with attention, can also use
-the cells. The order of the gates is as in torch and cuDNN: i, f, g, o for an LSTM and r, z, n
-for a GRU. The new state of a GRU is ``h' = (1 - z) * n + z * h``.
+cell adds the contribution of the hidden state. A model can also call the cells in a loop of its own, such as the loop
+of a decoder with attention. The order of the gates is as in torch and cuDNN: i, f, g, o for an LSTM and r, z, n for a
+GRU. The new state of a GRU is ``h' = (1 - z) * n + z * h``.
 
 The state is float32 for every compute dtype. Shapes: B batch, D input width, G gates (LSTM 4, GRU 3), H hidden width
 (K: the same width, on the output axis of ``weight_hidden``).

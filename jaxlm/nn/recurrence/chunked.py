@@ -7,9 +7,9 @@ a CPU. With autodiff, the loop over steps would carry the weight gradients and u
 not. With a single chunk, this is the usual implementation: one matmul for all inputs before the loop.
 
 The backward pass needs the gates of each step, and the cells of an LSTM. With ``remat``, the forward pass does not
-store the gates. The backward pass recomputes them from the inputs and the hidden states before the steps. The forward
-pass has returned all hidden states. So one matmul with the input weights and one with the hidden weights (two with
-``reset="before"``) recompute the gates of all steps of a chunk, without a loop.
+store the gates. The backward pass recomputes them from the inputs and the hidden states before the steps. All hidden
+states are stored, because they are the output of the layer. So one matmul with the input weights and one with the
+hidden weights (two with ``reset="before"``) recompute the gates of all steps of a chunk, without a loop.
 
 One ``tanh`` computes the nonlinearities of all gates of an LSTM step, or of the gates r and z of a GRU step, with
 ``sigmoid(x) = tanh(x / 2) / 2 + 1 / 2``. If each gate had a separate nonlinearity, XLA would compute it again in every
@@ -53,9 +53,9 @@ gradient of the state [B, H] for the gradient of the product [B, G, K]."""
 class Cell(NamedTuple):
     """The functions of a recurrent cell, for arrays of one step [B, ...] or of a chunk [B, C, ...]."""
 
-    products: tuple[int, ...]
+    gates_per_matmul: tuple[int, ...]
     """The number of gates of each matmul of a state with hidden weights. For example, (2, 1) means one matmul for the
-    gates r and z and another one for n. ``weight_hidden`` is split into one part per matmul."""
+    gates r and z and a second matmul for n. ``weight_hidden`` is split into one part per matmul."""
     gates: Callable[[Weights, InputContribution, jax.Array], SavedGates]
     """``gates(weights, projected, hidden)``: the gates of a step, or of all steps of a chunk. ``hidden`` is the hidden
     state before each of these steps."""
@@ -136,8 +136,8 @@ def _forward(
         stored_gates = () if remat else tuple(x.astype(dtype) for x in gates)
         return after, (after[0].astype(dtype), *before[1:], *stored_gates)
 
-    def run_chunk(begin: Any, steps: int, carry: Any) -> Any:
-        start = T - begin - steps if reverse else begin
+    def run_chunk(steps_before: Any, steps: int, carry: Any) -> Any:
+        start = T - steps_before - steps if reverse else steps_before  # time index of the first token of the chunk
         projected_BCGH = _project(weights, lax.dynamic_slice_in_dim(x_BTD, start, steps, 1))
 
         def body(i: Any, carry: Any) -> Any:
@@ -181,8 +181,8 @@ def _backward(static: StaticArguments, saved: Any, cotangents: Any) -> tuple[Any
         dbefore = reset_state(mask, keep_state(mask, dbefore, dafter))
         return dbefore, tuple(x.astype(dtype) for x in stored)
 
-    def run_chunk(begin: Any, steps: int, carry: Any) -> Any:
-        start = begin if reverse else T - begin - steps  # the order of the forward pass, reversed
+    def run_chunk(steps_before: Any, steps: int, carry: Any) -> Any:
+        start = steps_before if reverse else T - steps_before - steps  # the order of the forward pass, reversed
         dstate, dx_BTD, dweight_sums = carry
         x_BCD = lax.dynamic_slice_in_dim(x_BTD, start, steps, 1)
         hidden_BCH = _hidden_before(hidden_BTH, first[0], masks, start, steps, reverse)
@@ -226,7 +226,11 @@ def _backward(static: StaticArguments, saved: Any, cotangents: Any) -> tuple[Any
     _, output_shapes = jax.eval_shape(example_step)
     # The first chunk of the backward pass runs before the loop, because its weight gradients initialize the sums.
     carry = run_chunk(0, chunk, (dlast, jnp.zeros_like(x_BTD), None))
-    dfirst, dx_BTD, dweight_sums = _over_chunks(T - chunk, chunk, lambda begin, *a: run_chunk(begin + chunk, *a), carry)
+
+    def run_later_chunk(steps_before: Any, steps: int, carry: Any) -> Any:
+        return run_chunk(steps_before + chunk, steps, carry)
+
+    dfirst, dx_BTD, dweight_sums = _over_chunks(T - chunk, chunk, run_later_chunk, carry)
     dweights = {name: x.astype(weights[name].dtype) for name, x in dweight_sums.items()}
     return dweights, dx_BTD, dfirst, None
 
@@ -235,7 +239,10 @@ _layer.defvjp(_forward, _backward)
 
 
 def _over_chunks(T: int, chunk: int, run: Callable[[Any, int, Any], Any], carry: Any) -> Any:
-    """The final carry of ``carry = run(begin, steps, carry)`` over all chunks. The last chunk may be shorter."""
+    """The final carry of ``carry = run(steps_before, steps, carry)`` over all chunks. The last chunk may be shorter.
+
+    ``steps_before`` is the number of steps of all earlier chunks, and ``steps`` is the number of steps of the chunk.
+    """
     count, rest = divmod(T, chunk)
     if count == 1:
         carry = run(0, chunk, carry)
@@ -428,11 +435,11 @@ def _product(hidden: jax.Array, weight_HGK: jax.Array) -> jax.Array:
 
 
 def _split_hidden(cell: Cell, weights: Weights) -> Weights:
-    """The weights with ``weight_hidden`` split into a list of parts, one for each matmul (``Cell.products``).
+    """The weights with ``weight_hidden`` split into a list of parts, one for each matmul (``Cell.gates_per_matmul``).
 
     Call it outside of loops, so that the split is not repeated in each step.
     """
-    split_points = np.cumsum(cell.products)[:-1].tolist()
+    split_points = np.cumsum(cell.gates_per_matmul)[:-1].tolist()
     return {**weights, "weight_hidden": jnp.split(weights["weight_hidden"], split_points, axis=1)}
 
 
@@ -451,7 +458,7 @@ def _transpose(weight_DGH: jax.Array, copy: bool) -> TransposedProduct:
             return product_ND.reshape(*x.shape[:-2], product_ND.shape[1])
 
         return multiply
-    weight_GHD = jnp.moveaxis(weight_DGH, 0, 2)  # once, not in each step
+    weight_GHD = jnp.moveaxis(weight_DGH, 0, 2)  # transposed once, not in each step
 
     def multiply_copy(x: jax.Array) -> jax.Array:
         x = x.astype(weight_GHD.dtype)

@@ -30,7 +30,7 @@ def lstm(
     (B, T, D), H = x_BTD.shape, params["weight_hidden"].shape[0]
     lengths_B = jnp.full((B,), T, jnp.int32)
     if keep_BT is not None:
-        lengths_B = jnp.maximum(jnp.sum(keep_BT, axis=1, dtype=jnp.int32), 1)  # 1 for a row without tokens
+        lengths_B = jnp.maximum(jnp.sum(keep_BT, axis=1, dtype=jnp.int32), 1)  # 1 for a row without real tokens
     time_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None, :], (B, T))
     is_real_BT = time_BT < lengths_B[:, None]
     # A unidirectional LSTM of cuDNN reads from the first token to the last. For the other direction, reverse the tokens
@@ -56,7 +56,8 @@ def lstm(
         # before all tokens, so the output there is the initial state.
         padding_output_BH = initial[0][0] if reverse else hidden_BH
         hidden_BTH = jnp.where(is_real_BT[:, :, None], hidden_BTH, padding_output_BH[:, None])
-        # cuDNN supports padding only at the end of a row. A row with padding elsewhere, or without tokens, gives NaN.
+        # cuDNN supports padding only at the end of a row. A row with padding elsewhere, or without real tokens, gives
+        # NaN.
         invalid_B1 = jnp.any(is_real_BT != keep_BT, axis=1, keepdims=True)
         hidden_BTH = jnp.where(invalid_B1[:, :, None], jnp.nan, hidden_BTH)
         hidden_BH, cell_BH = (jnp.where(invalid_B1, jnp.nan, x) for x in (hidden_BH, cell_BH))

@@ -61,9 +61,9 @@ def lstm(
         reverse: read from the last token to the first. Output t still belongs to token t.
         implementation: ``reference`` is a loop over the steps, differentiated by autodiff. ``chunked`` is a loop over
             chunks of steps with a custom gradient. ``pallas`` is a TPU kernel with a custom gradient; it has no second
-            derivatives. ``cudnn`` is for float32 on an NVIDIA GPU, without resets; a row without tokens, or with
-            padding before a token, gives NaN. None chooses ``pallas`` on a TPU if ``pallas`` supports the arguments,
-            otherwise ``chunked``.
+            derivatives. ``cudnn`` is for float32 on an NVIDIA GPU, without resets; a row without real tokens, or with
+            padding before a real token, gives NaN. None chooses ``pallas`` on a TPU if ``pallas`` supports the
+            arguments, otherwise ``chunked``.
         remat: True recomputes the gates in the backward pass instead of storing them. Only ``chunked`` supports it.
 
     Raises:
@@ -84,7 +84,8 @@ def lstm_states(params: Params, x_BTD: jax.Array, reset_BT: jax.Array, keep_BT: 
     """
     _check_shapes(_LSTM, params, x_BTD, None, reset_BT, keep_BT)
     masks = reset_BT & keep_BT, keep_BT
-    x_BTD = jnp.where(keep_BT[:, :, None], x_BTD, jnp.zeros_like(x_BTD))  # see _layer
+    # A NaN input at padding would make the gradient of the weights NaN.
+    x_BTD = jnp.where(keep_BT[:, :, None], x_BTD, jnp.zeros_like(x_BTD))
     zeros_BH = jnp.zeros_like(project(params, x_BTD[:, 0])[:, 0], jnp.float32)
     state = {"hidden": zeros_BH, "cell": zeros_BH}
     return _scan_cell(lstm_cell, params, x_BTD, state, masks, output=lambda state: state)[0]

@@ -57,7 +57,7 @@ DEFAULT_VMEM_LIMIT_BYTES = 100 * 2**20
 NUM_STORED_ARRAYS = 4
 """Number of arrays that a step stores for the backward pass. LSTM: i, f, g and o; the cell before the step is stored
 separately. GRU: r, z, n, and the product of the state with the hidden weights of n, plus ``bias_hidden``. The backward
-pass of a step returns as many gradients."""
+pass of a step returns the same number of gradients."""
 
 Kind = Literal["lstm", "gru"]
 """``gru``: the reset gate is applied after the product with the hidden weights."""
@@ -128,7 +128,7 @@ def layer(
     """
     T = x_BTD.shape[1]
     num_padding = -T % _block_steps(weights["weight_hidden"])
-    if num_padding:  # the kernel computes the padding steps after the last real step
+    if num_padding:  # in the order of the kernel, the padding steps come after the last real step
         if masks is None:
             masks = jnp.zeros((*x_BTD.shape[:2], 1), bool), jnp.ones((*x_BTD.shape[:2], 1), bool)
         padding = ((0, 0), (num_padding, 0) if reverse else (0, num_padding), (0, 0))
@@ -138,8 +138,8 @@ def layer(
     mask_TB1 = None if masks is None else jnp.swapaxes(masks[0] + 2 * masks[1].astype(jnp.int32), 0, 1)
     static = _Static(kind, reverse, mask_TB1 is not None)
     names = ("weight_input", "weight_hidden", "bias", "bias_hidden")
-    used = {name: weights[name] for name in names if name in weights}
-    hidden_BTH, last = _layer(static, used, x_BTD, first, mask_TB1)
+    layer_weights = {name: weights[name] for name in names if name in weights}
+    hidden_BTH, last = _layer(static, layer_weights, x_BTD, first, mask_TB1)
     return hidden_BTH[:, num_padding:] if reverse else hidden_BTH[:, :T], last
 
 
@@ -176,10 +176,10 @@ def _backward(static: _Static, saved: Any, cotangents: Any) -> tuple[Any, ...]:
         before_TBH = jnp.where((mask_TB1 & 1) == 1, jnp.zeros_like(before_TBH), before_TBH)
     if static.kind == "gru":  # an LSTM needs only the cell before the step, which is stored already
         stored = (*stored, before_TBH[None])
-    by_time = jnp.swapaxes(doutput_BTH, 0, 1)[None], *stored
-    weight_GKH = jnp.transpose(weights["weight_hidden"], (1, 2, 0))  # once, not in every step
+    time_arrays = jnp.swapaxes(doutput_BTH, 0, 1)[None], *stored
+    weight_GKH = jnp.transpose(weights["weight_hidden"], (1, 2, 0))  # transposed once, not in every step
     run = functools.partial(_device_call, static, "backward", [(NUM_STORED_ARRAYS, x_BTD.dtype)])
-    dfirst, sums_GBH, dgates_GTBH = _over_devices(run, by_time, mask_TB1, (weight_GKH,), dlast)
+    dfirst, sums_GBH, dgates_GTBH = _over_devices(run, time_arrays, mask_TB1, (weight_GKH,), dlast)
     sums_GH = jnp.sum(sums_GBH, axis=1)
     num_gates = _CELLS[static.kind].num_gates
     dweights = {"weight_hidden": jnp.einsum("TBH,GTBK->HGK", before_TBH, dgates_GTBH[:num_gates]), "bias": sums_GH}
@@ -197,28 +197,29 @@ _layer.defvjp(_forward, _backward)
 
 
 def _over_devices(
-    run: Callable[..., Any], by_time: tuple[jax.Array, ...], mask_TB1: Any, constants: tuple[jax.Array, ...],
+    run: Callable[..., Any], time_arrays: tuple[jax.Array, ...], mask_TB1: Any, constants: tuple[jax.Array, ...],
     state: State,
 ) -> Any:  # fmt: skip
-    """The result of ``run(by_time, mask_TB1, constants, state)``. Each device computes it for its own rows.
+    """The result of ``run(time_arrays, mask_TB1, constants, state)``. Each device computes it for its own rows.
 
     Args:
         run: returns a state and arrays [G, B, H] or [G, T, B, H].
-        by_time: arrays [G, T, B, H].
+        time_arrays: arrays [G, T, B, H].
         constants: arrays that every device reads completely.
     """
     active = sharding.active()
     if active is None:
-        return run(by_time, mask_TB1, constants, state)
+        return run(time_arrays, mask_TB1, constants, state)
     rows = active.named_sharding(("batch",), (state[0].shape[0],), "rows").spec[0]
-    arguments = by_time, mask_TB1, constants, state
+    arguments = time_arrays, mask_TB1, constants, state
 
     def spec(x: Any) -> PartitionSpec:
         """The partition of an array whose rows are the axis before the last one."""
         return PartitionSpec(*[None] * (x.ndim - 2), rows)
 
     return jax.shard_map(
-        run, mesh=active.mesh, in_specs=(spec(by_time[0]), PartitionSpec(None, rows), PartitionSpec(), spec(state[0])),
+        run, mesh=active.mesh,
+        in_specs=(spec(time_arrays[0]), PartitionSpec(None, rows), PartitionSpec(), spec(state[0])),
         out_specs=jax.tree.map(spec, jax.eval_shape(run, *arguments)), check_vma=False,
     )(*arguments)  # fmt: skip
 
@@ -227,11 +228,15 @@ def _over_devices(
 
 
 def _forward_kernel(
-    static: _Static, by_time: Any, mask: Any, constants: Any, first: Any, last: Any, hidden: Any, *more: Any
-) -> None:
-    """Run the steps of a block. ``more``: the stored arrays, if any, and the state between blocks (scratch memory)."""
-    (projected,), (weight, bias, *bias_hidden) = by_time, constants
-    *stored, scratch = more
+    static: _Static, time_arrays: Any, mask: Any, constants: Any, first: Any, last: Any, hidden: Any,
+    *stored_and_scratch: Any,
+) -> None:  # fmt: skip
+    """Run the steps of a block.
+
+    ``stored_and_scratch``: the stored arrays, if any, and the state between blocks (scratch memory).
+    """
+    (projected,), (weight, bias, *bias_hidden) = time_arrays, constants
+    *stored, scratch = stored_and_scratch
 
     def step(t: int, state: State) -> State:
         before = _after_reset(static, mask, t, state)
@@ -249,11 +254,11 @@ def _forward_kernel(
 
 
 def _backward_kernel(
-    static: _Static, by_time: Any, mask: Any, constants: Any, dlast: Any, dfirst: Any, sums: Any, dgates: Any,
+    static: _Static, time_arrays: Any, mask: Any, constants: Any, dlast: Any, dfirst: Any, sums: Any, dgates: Any,
     scratch: Any,
 ) -> None:  # fmt: skip
     """Run the backward pass of the steps of a block. ``sums``: the sum of ``dgates`` over all steps."""
-    (doutput, stored, before_ref), (weight,) = by_time, constants
+    (doutput, stored, before_ref), (weight,) = time_arrays, constants
 
     @pl.when(pl.program_id(1) == 0)
     def initialize() -> None:
@@ -261,9 +266,9 @@ def _backward_kernel(
 
     def step(t: int, dstate: State) -> State:
         dafter = (dstate[0] + doutput[0, t].astype(jnp.float32), *dstate[1:])
-        dreal = _at_real_tokens(static, mask, t, dafter, tuple(jnp.zeros_like(x) for x in dafter))
+        dafter_real = _at_real_tokens(static, mask, t, dafter, tuple(jnp.zeros_like(x) for x in dafter))
         values = [stored[i, t].astype(jnp.float32) for i in range(stored.shape[0])]
-        dbefore, gradients = _CELLS[static.kind].backward(values, (before_ref[0, t].astype(jnp.float32),), dreal)
+        dbefore, gradients = _CELLS[static.kind].backward(values, (before_ref[0, t].astype(jnp.float32),), dafter_real)
         _write(dgates, t, gradients)
         for i, x in enumerate(gradients):
             sums[i] += x
@@ -353,7 +358,7 @@ _CELLS = {"lstm": _Cell(4, _lstm_forward, _lstm_backward), "gru": _Cell(3, _gru_
 
 
 def _device_call(
-    static: _Static, name: Literal["forward", "backward"], outputs: Sequence[tuple[int, Any]], by_time: Any,
+    static: _Static, name: Literal["forward", "backward"], outputs: Sequence[tuple[int, Any]], time_arrays: Any,
     mask_TB1: Any, constants: Any, state: State,
 ) -> tuple[Any, ...]:  # fmt: skip
     """The results of a kernel for the rows of one device: a state, the sums (only for ``backward``), and arrays.
@@ -362,7 +367,7 @@ def _device_call(
         outputs: for each array [size, T, B, H] of the results, its size and dtype.
         state: the state before the first step; for ``backward``, the gradient of the state after the last step.
     """
-    _, T, B, _ = by_time[0].shape
+    _, T, B, _ = time_arrays[0].shape
     H = state[0].shape[1]
     R, C = _block_rows(B, H), _block_steps(constants[0])
     from_last = static.reverse == (name == "forward")
@@ -386,7 +391,7 @@ def _device_call(
         functools.partial(_KERNELS[name], static), name=f"{static.kind}_{name}", grid=(B // R, T // C),
         interpret=lazy_pallas.INTERPRET,
         in_specs=(
-            tuple(time_block(x.shape[0]) for x in by_time),
+            tuple(time_block(x.shape[0]) for x in time_arrays),
             None if mask_TB1 is None else pl.BlockSpec((C, R, 1), lambda b, t: (index(t), b, 0)),
             tuple(constant(x) for x in constants), states,
         ),
@@ -400,7 +405,7 @@ def _device_call(
             dimension_semantics=("parallel", "arbitrary"),
             vmem_limit_bytes=VMEM_LIMIT_BYTES.get(sharding.device_kind(), DEFAULT_VMEM_LIMIT_BYTES),
         ),
-    )(by_time, mask_TB1, constants, state)  # fmt: skip
+    )(time_arrays, mask_TB1, constants, state)  # fmt: skip
 
 
 _KERNELS: dict[str, Callable[..., None]] = {"forward": _forward_kernel, "backward": _backward_kernel}

@@ -88,7 +88,7 @@ def rg_lru(
         params: see :func:`rg_lru_specs`.
         state_BW: the state before the first step. None: the first real step of each row starts a document.
         reset_BT: True at each step that starts a document (``segment_boundaries`` with ``include_first=True``). None:
-            a row is one document, which starts in this call only if ``state_BW`` is None.
+            each row is one document. If ``state_BW`` is given, the row continues a document.
         keep_BT: False where the step is padding; the output is then the unchanged state. None: no padding.
         implementation: see ``linear_scan``.
 

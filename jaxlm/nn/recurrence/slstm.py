@@ -17,7 +17,7 @@ that ``m_1 = log i_1``. As in the code of Beck et al., the first step is recogni
 least 1 after each step.
 
 The implementation ``chunked`` runs the loop in chunks. Its forward pass saves the inputs and the state before each
-chunk. For each chunk, its backward pass repeats the steps and computes their gradients in reverse order. Then it
+chunk. For each chunk, the backward pass repeats the steps and computes their gradients in reverse order. Then it
 computes the chunk's part of the gradient of R in one matmul.
 
 Shapes: B batch, T time, G = 4 gates in the order i, f, z, o, H heads, P width of a head (for R: the input axis), Q the

@@ -1,8 +1,9 @@
 """Linear recurrences.
 
 The state of ``linear_scan`` is a vector for each row. The state of ``linear_attention``, ``ssd`` (the state space model
-of Mamba-2, a special case of linear attention), ``mlstm``, ``gated_delta_rule`` and ``generalized_delta_rule`` is a
-matrix for each head. ``Chunked(32)`` is an implementation of the scans with a matrix state: chunks of 32 steps.
+of Mamba-2, a special case of linear attention), ``gated_delta_rule`` and ``generalized_delta_rule`` is a matrix for
+each head. The state of ``mlstm`` is a matrix, a vector and a number for each head. ``implementation=Chunked(32)`` runs
+a scan with a matrix state in chunks of 32 steps.
 """
 
 from jaxlm.nn.scan.delta_rule import gated_delta_rule, generalized_delta_rule

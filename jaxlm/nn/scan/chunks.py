@@ -26,9 +26,10 @@ def prepare(
     reset_BT: jax.Array | None,
     keep_BT: jax.Array | None,
 ) -> tuple[list[jax.Array], jax.Array, jax.Array | None]:
-    """The inputs with zeros at padding, the float32 state before the first step, and the resets except at padding.
+    """The inputs with zeros at padding, the float32 state before the first step, and the resets.
 
-    Batch and heads may be sharded. The time axis is not sharded, because the steps are sequential.
+    The returned ``reset_BT`` is False at padding. Batch and heads may be sharded. The time axis is not sharded, because
+    the steps are sequential.
 
     Args:
         inputs: queries and keys [B, T, G, K], values [B, T, H, V], and other arrays [B, T, H, X], in this order.
@@ -58,7 +59,7 @@ def scan_steps(step: Callable[..., Any], inputs: Sequence[jax.Array], state: Any
 
     Args:
         step: ``step(state, mask, *inputs of the step)`` returns the state after the step and the output [B, H, V].
-            ``mask`` is the argument of ``reset_state`` for the step.
+            ``mask`` is the argument ``masks`` of :func:`jaxlm.nn.segments.reset_state` for the step.
         inputs: arrays [B, T, ...].
         state: an array or a tree of arrays.
         reset_BT: True where the state is set to zeros before the step; None: nowhere.
@@ -84,14 +85,15 @@ def scan_chunks(
 
     Args:
         run_chunk: ``run_chunk(state, *inputs of the chunk)`` returns the state after the chunk and the outputs of its
-            steps, [B, H, L, V]. :func:`split_into_chunks` defines the inputs of a chunk. Of the entries on the last
-            axis of the state, only entry v may influence entry v on the last axis of the two results.
-        inputs: arrays [B, T, H, X]. A step with a reset has a decay of 0.
-        reset_BT: True where the state is set to zeros before the step; None: nowhere. With resets, ``run_chunk`` gets
-            a state without non-finite entries (:func:`_run_with_resets`).
+            steps, [B, H, L, V]. :func:`split_into_chunks` defines the inputs of a chunk. A column v of the state is
+            the part with index v on the last axis. Column v of the two results must not depend on the other columns of
+            the state.
+        inputs: arrays [B, T, H, X] or [B, T, G, X]. The decay of a step with a reset must be 0.
+        reset_BT: True where the state is set to zeros before the step; None: nowhere. If it is given, ``run_chunk``
+            gets a state without non-finite entries (:func:`_run_with_resets`).
         chunk: see :func:`split_into_chunks`.
-        step: None, or the function of :func:`scan_steps`. If ``step`` is given and the call is not differentiated, the
-            result is computed by ``scan_steps``, without chunks.
+        step: the argument ``step`` of :func:`scan_steps`, or None. If it is given and the call is not differentiated,
+            ``scan_steps`` computes the result, without chunks.
     """
 
     def run(inputs: Sequence[jax.Array], state_BHKV: jax.Array, reset_BT: jax.Array | None) -> Any:
@@ -114,11 +116,12 @@ def scan_chunks(
 def _run_with_resets(
     run_chunk: Callable[..., Any], state_BHKV: jax.Array, after_reset_B1L1: jax.Array, *inputs: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """The results of ``run_chunk`` for a chunk with resets, whose state may be non-finite.
+    """The results of ``run_chunk`` for a chunk that may have resets, from a state that may have non-finite entries.
 
-    ``run_chunk`` multiplies the state by a decay of 0 at a reset, and 0 * NaN is NaN. So a column of the state (an
-    entry v of its last axis) with a non-finite number is replaced by zeros. The results of this column are then set to
-    NaN, except the results from the first reset on.
+    ``run_chunk`` multiplies the state by a decay of 0 at a reset, and 0 * NaN is NaN. So each column of the state (the
+    entries with one index on the last axis) that has a non-finite entry is replaced by zeros. In this column, the
+    outputs before the first reset are then set to NaN. The state after the chunk is set to NaN if the chunk has no
+    reset.
 
     Args:
         after_reset_B1L1: True at the first reset of the chunk and at all later steps.
@@ -135,7 +138,8 @@ def split_into_chunks(inputs: Sequence[jax.Array], chunk: int) -> tuple[jax.Arra
     The last chunk is padded with zeros. So a step whose inputs are zeros must not change the state.
 
     Args:
-        chunk: L, a power of two. If ``chunk`` is more than T, L is the smallest power of two that is at least T.
+        chunk: the maximum of L, a power of two. If the smallest power of two that is at least T is less than ``chunk``,
+            L is this power. Otherwise, L is ``chunk``.
     """
     T = inputs[0].shape[1]
     L = min(chunk, 1 << (T - 1).bit_length())

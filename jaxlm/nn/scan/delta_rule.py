@@ -193,10 +193,13 @@ def generalized_delta_rule(
         if is_default and step_pallas.supports(query_BTHK, value_BTHV):
             return step_pallas.run(_generalized_step, inputs[:4], inputs[4:], state_BHKV, reset_BT)
         return chunks.scan_steps(_generalized_step, inputs, state_BHKV, reset_BT)
-    loops = is_default and choices.loops_without_gradient(query_BTHK.shape[3], state_BHKV.size, per_channel=True)
+    loop_without_gradient = is_default and choices.loops_without_gradient(
+        query_BTHK.shape[3], state_BHKV.size, per_channel=True
+    )
+    forward_step = _generalized_step if loop_without_gradient else None
     chunk = implementation.steps
     run_chunk = functools.partial(_generalized_chunk, _bounded_scores if is_bounded(chunk) else _scores)
-    return chunks.scan_chunks(run_chunk, inputs, state_BHKV, reset_BT, chunk, _generalized_step if loops else None)
+    return chunks.scan_chunks(run_chunk, inputs, state_BHKV, reset_BT, chunk, forward_step)
 
 
 # ---------------------------------------------------------------------------------------------- gated delta rule
@@ -224,18 +227,18 @@ def _gated_chunk(
     before the chunk. Let ``u_t = beta_t * (v_t - old_t)``, where old_t is the value that k_t reads from the decayed
     state before step t. Then the state after step t is ``D(0, t) * S + sum_{s <= t} D(s, t) * k_s u_s.T``, as in linear
     attention with the values u. old_t depends on all u_s with s < t. So the vectors u solve a triangular system (the UT
-    transform of the paper, section 3.3):
+    transform of Yang, Kautz and Hatamizadeh 2024, section 3.3):
 
         u_t + beta_t * sum_{s < t} D(s, t) * (k_t @ k_s) * u_s = beta_t * (v_t - D(0, t) * k_t @ S)
     """
     product = chunks.product_in(v_BHLV.dtype)
     decay_BHLM, prefix_BHL1, suffix_BHL1 = decay_products(jnp.exp(log_BHL1))
     lower_BHLM = jnp.tril(beta_BHL1 * decay_BHLM * product("BHLK,BHMK->BHLM", k_BHLK, k_BHLK), -1)
-    old_BHLV = product("BHLK,BHKV->BHLV", k_BHLK * prefix_BHL1, state_BHKV)
-    new_BHLV = solve_unit_lower(lower_BHLM, beta_BHL1 * (v_BHLV.astype(jnp.float32) - old_BHLV))
-    out_BHLV = product("BHLM,BHMV->BHLV", product("BHLK,BHMK->BHLM", q_BHLK, k_BHLK) * decay_BHLM, new_BHLV)
+    from_state_BHLV = product("BHLK,BHKV->BHLV", k_BHLK * prefix_BHL1, state_BHKV)
+    u_BHLV = solve_unit_lower(lower_BHLM, beta_BHL1 * (v_BHLV.astype(jnp.float32) - from_state_BHLV))
+    out_BHLV = product("BHLM,BHMV->BHLV", product("BHLK,BHMK->BHLM", q_BHLK, k_BHLK) * decay_BHLM, u_BHLV)
     out_BHLV += product("BHLK,BHKV->BHLV", q_BHLK * prefix_BHL1, state_BHKV)
-    state_BHKV = prefix_BHL1[:, :, -1:] * state_BHKV + product("BHLK,BHLV->BHKV", k_BHLK * suffix_BHL1, new_BHLV)
+    state_BHKV = prefix_BHL1[:, :, -1:] * state_BHKV + product("BHLK,BHLV->BHKV", k_BHLK * suffix_BHL1, u_BHLV)
     return state_BHKV, out_BHLV.astype(v_BHLV.dtype)
 
 
@@ -244,7 +247,8 @@ def _gated_chunk(
 
 def _generalized_step(state_BHKV: jax.Array, mask: Masks, *inputs: jax.Array) -> tuple[jax.Array, jax.Array]:
     q_BHK, k_BHK, v_BHV, log_BHK, a_BHK, b_BHK = (x.astype(jnp.float32) for x in inputs)
-    # The state is reset after the matmul: otherwise, XLA would write the state to memory before the matmul.
+    # The reset is applied to the result of the matmul. If the matmul read the state after the reset, XLA would write
+    # this state to memory before the matmul.
     old_BHV = reset_state(mask, jnp.einsum("BHK,BHKV->BHV", a_BHK, state_BHKV))
     state_BHKV = jnp.exp(log_BHK)[..., None] * reset_state(mask, state_BHKV) + b_BHK[..., None] * old_BHV[:, :, None]
     state_BHKV = state_BHKV + k_BHK[..., None] * v_BHV[:, :, None]
@@ -281,12 +285,12 @@ def _generalized_chunk(
     )
     prefix_before_BHLK = _shift_steps(prefix_BHLK, 1.0)
     right_BHLV = product("BHLK,BHKV->BHLV", a_BHLK * prefix_before_BHLK, state_BHKV)
-    old_BHLV = solve_unit_lower(-ab_BHLM, right_BHLV + product("BHLM,BHMV->BHLV", ak_BHLM, v_BHLV))
-    out_BHLV = product("BHLM,BHMV->BHLV", qk_BHLM, v_BHLV) + product("BHLM,BHMV->BHLV", qb_BHLM, old_BHLV)
+    u_BHLV = solve_unit_lower(-ab_BHLM, right_BHLV + product("BHLM,BHMV->BHLV", ak_BHLM, v_BHLV))
+    out_BHLV = product("BHLM,BHMV->BHLV", qk_BHLM, v_BHLV) + product("BHLM,BHMV->BHLV", qb_BHLM, u_BHLV)
     out_BHLV += product("BHLK,BHKV->BHLV", q_BHLK * prefix_BHLK, state_BHKV)
     state_BHKV = jnp.swapaxes(prefix_BHLK[:, :, -1:], 2, 3) * state_BHKV
     state_BHKV += product("BHLK,BHLV->BHKV", k_BHLK * suffix_BHLK, v_BHLV)
-    state_BHKV += product("BHLK,BHLV->BHKV", b_BHLK * suffix_BHLK, old_BHLV)
+    state_BHKV += product("BHLK,BHLV->BHKV", b_BHLK * suffix_BHLK, u_BHLV)
     return state_BHKV, out_BHLV.astype(dtype)
 
 
@@ -296,7 +300,7 @@ def _scores(
     """The scores of a chunk, for any log decays.
 
     a_t needs the decays D(s, t-1), and a query of step t - 1 needs the same decays. So the code uses ``a_{t+1}`` as a
-    second query of step t, and then moves its scores from step t to step t + 1.
+    second query of step t, and then moves the scores of ``a_{t+1}`` from step t to step t + 1.
 
     Returns:
         ``q_t @ (D(s, t) * k_s)`` and ``q_t @ (D(s, t) * b_s)`` for s <= t; ``a_t @ (D(s, t-1) * k_s)`` and
@@ -336,23 +340,24 @@ def _bounded_scores(
     product = chunks.product_in(dtype)
     L = q_BHLK.shape[2]
     is_reset_BHL1 = jnp.isneginf(log_BHLK[..., :1])
-    resets_BHL1 = jnp.cumsum(is_reset_BHL1, axis=2)
+    segment_BHL1 = jnp.cumsum(is_reset_BHL1, axis=2)  # the number of resets up to and including each step
     sums_BHLK = jnp.cumsum(jnp.where(is_reset_BHL1, 0.0, log_BHLK), axis=2)
     middle_BH1K = sums_BHLK[:, :, (L - 1) // 2, None]
     earlier_BHLK = jnp.exp(middle_BH1K - sums_BHLK)
     queries = q_BHLK * jnp.exp(sums_BHLK - middle_BH1K), a_BHLK * jnp.exp(_shift_steps(sums_BHLK) - middle_BH1K)
     keys = k_BHLK * earlier_BHLK, b_BHLK * earlier_BHLK
-    is_same_BHLM = resets_BHL1 == resets_BHL1.mT
-    pairs = [
+    is_same_segment_BHLM = segment_BHL1 == segment_BHL1.mT
+    scores = [
         jnp.tril(
-            jnp.where(is_same_BHLM, product("BHLK,BHMK->BHLM", query.astype(dtype), key.astype(dtype)), 0.0), diagonal
+            jnp.where(is_same_segment_BHLM, product("BHLK,BHMK->BHLM", query.astype(dtype), key.astype(dtype)), 0.0),
+            diagonal,
         )
         for query, diagonal in zip(queries, (0, -1), strict=True)
         for key in keys
     ]
-    prefix_BHLK = jnp.where(resets_BHL1 == 0, jnp.exp(sums_BHLK), 0.0)
-    suffix_BHLK = jnp.where(resets_BHL1 == resets_BHL1[:, :, -1:], jnp.exp(sums_BHLK[:, :, -1:] - sums_BHLK), 0.0)
-    return (*pairs, prefix_BHLK, suffix_BHLK)
+    prefix_BHLK = jnp.where(segment_BHL1 == 0, jnp.exp(sums_BHLK), 0.0)
+    suffix_BHLK = jnp.where(segment_BHL1 == segment_BHL1[:, :, -1:], jnp.exp(sums_BHLK[:, :, -1:] - sums_BHLK), 0.0)
+    return (*scores, prefix_BHLK, suffix_BHLK)
 
 
 def _shift_steps(x_BHLX: jax.Array, first: float = 0.0) -> jax.Array:

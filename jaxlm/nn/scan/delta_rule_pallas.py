@@ -75,7 +75,7 @@ def _is_earlier(L: int) -> jax.Array:
 
 
 def _key_products(blocks: Blocks, key: Any, decays: Decays) -> list[jax.Array]:
-    """For each head, the matrix ``D(s, t) * (k_t @ k_s)`` [t, s], with zeros for s >= t, [L, L]."""
+    """For each head, a matrix [L, L]: ``D(s, t) * (k_t @ k_s)`` in row t and column s, and zeros for s >= t."""
     K, is_earlier = blocks.K, _is_earlier(blocks.L)
     keys = [key[:, head * K : (head + 1) * K] for head in range(blocks.J)]
     return [jnp.where(is_earlier, dot(k, k, (1, 1)) * decays.pairs(head), 0.0) for head, k in enumerate(keys)]
@@ -99,14 +99,15 @@ def _forward_kernel(blocks: Blocks, inputs: Sequence[Any], outputs: Sequence[Any
         q, k, v = query[:, key_slice], key[:, key_slice], value[:, value_slice]
         (state, nan_row), prefix = split_non_finite(carry[head]), decays.prefix[:, column]
         state_in = state.astype(dtype)
-        old = prefix * dot(k, state_in, (1, 0))
-        u = _accurate_dot(inverses[head], betas[:, column] * (v.astype(jnp.float32) - old), dtype).astype(dtype)
+        k_from_state = prefix * dot(k, state_in, (1, 0))
+        right = betas[:, column] * (v.astype(jnp.float32) - k_from_state)
+        u = _accurate_dot(inverses[head], right, dtype).astype(dtype)
         weights = (dot(q, k, (1, 1)) * decays.pairs(head)).astype(dtype)
-        from_state = prefix * dot(q, state_in, (1, 0)) + jnp.where(decays.is_before_reset, nan_row, 0.0)
-        out_heads.append(dot(weights, u, (1, 0)) + from_state)
+        q_from_state = prefix * dot(q, state_in, (1, 0)) + jnp.where(decays.is_before_reset, nan_row, 0.0)
+        out_heads.append(dot(weights, u, (1, 0)) + q_from_state)
         scaled_key = (k.astype(jnp.float32).T * decays.suffix_rows[column]).astype(dtype)
-        kept = decays.total[:, column] * state + jnp.where(decays.is_before_reset[-1:], nan_row, 0.0)
-        carry[head] = kept + dot(scaled_key, u, (1, 0))
+        decayed_state = decays.total[:, column] * state + jnp.where(decays.is_before_reset[-1:], nan_row, 0.0)
+        carry[head] = decayed_state + dot(scaled_key, u, (1, 0))
     out[...] = jnp.concatenate(out_heads, axis=1).astype(dtype)
     last[...] = carry[...]
 
@@ -125,14 +126,15 @@ def _backward_kernel(blocks: Blocks, inputs: Sequence[Any], outputs: Sequence[An
         key_slice, value_slice = slice(head * K, (head + 1) * K), slice(head * V, (head + 1) * V)
         arrays = query[:, key_slice], key[:, key_slice], value[:, value_slice], dout[:, value_slice]
         state, _ = split_non_finite(states[head])
-        *of_head, carry[head] = _head_gradients(
+        *head_gradients, carry[head] = _head_gradients(
             arrays, decays, head, state, carry[head], key_products[head], inverses[head], is_earlier
         )
-        gradients.append(of_head)
+        gradients.append(head_gradients)
     join = functools.partial(jnp.concatenate, axis=1)
     dq, dk, dv, dbetas, dlog_pairs, dlog_prefix, dlog_suffix = (join(heads) for heads in zip(*gradients, strict=True))
     dquery[...], dkey[...], dvalue[...] = (x.astype(dtype) for x in (dq, dk, dv))
-    # The prefix of step t contains the decays of the steps up to and including t; its suffix, of the steps after t.
+    # The prefix of step t is the product of the decays of the steps up to and including t. The suffix of step t is the
+    # product of the decays of the steps after t.
     at_or_after = jnp.where(is_earlier, 0.0, 1.0)  # [t, s]: 1 if s >= t
     dlog[...] = (
         dlog_pairs
@@ -167,9 +169,9 @@ def _head_gradients(
     state_in, dafter_in = state.astype(dtype), dafter.astype(dtype)
     k32, q32, dy32 = (x.astype(jnp.float32) for x in (k, q, dy))
     # Recompute the values of the forward pass.
-    from_state = prefix * dot(q, state_in, (1, 0))
-    old = prefix * dot(k, state_in, (1, 0))
-    error = v.astype(jnp.float32) - old
+    q_from_state = prefix * dot(q, state_in, (1, 0))
+    k_from_state = prefix * dot(k, state_in, (1, 0))
+    error = v.astype(jnp.float32) - k_from_state
     u = _accurate_dot(inverse, beta * error, dtype)
     u_in = u.astype(dtype)
     weights = dot(q, k, (1, 1)) * pairs
@@ -197,9 +199,9 @@ def _head_gradients(
     dlog_by_pair = jnp.where(is_earlier, dweights * weights, 0.0) + dA * beta * key_product
     at_or_after = jnp.where(is_earlier, 0.0, 1.0)  # [t, s]: 1 if s >= t
     later = _accurate_dot(at_or_after, dlog_by_pair, dtype)  # [i, s]: the sum over t >= i
-    of_total = total * jnp.sum(state * dafter, keepdims=True)
-    dlog_pairs = jnp.sum(jnp.where(is_earlier, later, 0.0), axis=1, keepdims=True) + of_total
-    dlog_prefix = jnp.sum(from_state * dy32 - old * (beta * dright), axis=1, keepdims=True)
+    dlog_total = total * jnp.sum(state * dafter, keepdims=True)
+    dlog_pairs = jnp.sum(jnp.where(is_earlier, later, 0.0), axis=1, keepdims=True) + dlog_total
+    dlog_prefix = jnp.sum(q_from_state * dy32 - k_from_state * (beta * dright), axis=1, keepdims=True)
     dlog_suffix = jnp.sum(u * du_of_state, axis=1, keepdims=True)
     return dq, dk, beta * dright, dbeta, dlog_pairs, dlog_prefix, dlog_suffix, dbefore
 

@@ -6,8 +6,8 @@ heads in VMEM from the first chunk to the last one.
 Let b_t be the sum of the log decays of the steps of a chunk up to and including step t. The product of the decays of
 steps s + 1 to t is ``exp(b_t - b_s)``. Log decays below ``MIN_LOG_DECAY`` are set to this value, so that all sums are
 finite. The rounding error of b_t is about 6e-8 times its magnitude. The logarithm of a decay near 0 has a large
-magnitude. So b_t also has a large magnitude from this step to the end of the chunk, and the products of the later
-decays are less accurate.
+magnitude. From a step with such a decay to the end of the chunk, b_t then has a large magnitude too. So the products of
+the later decays are less accurate.
 
 A reset starts a new segment of the chunk. Within the chunk, a step reads itself and the earlier steps of its segment.
 Only steps before the first reset of a chunk read the state before the chunk.
@@ -52,7 +52,10 @@ def unsupported_reason(query_BTGK: jax.Array, value_BTHV: jax.Array | jax.ShapeD
         return "needs at least one row"
     (G, K), (H, V), num_shards = query_BTGK.shape[2:], value_BTHV.shape[2:], sharding.num_shards(("heads",))
     if not shards_divide_heads(G, H):
-        return f"needs numbers of heads and (if more than 1) groups divisible by {num_shards}, not {H} and {G}"
+        return (
+            f"needs numbers of heads and groups that are divisible by {num_shards} (a single group is allowed), "
+            f"not {H} and {G}"
+        )
     local_groups = G // num_shards if groups_are_sharded(G, H) else G
     if heads_per_block(local_groups, H // num_shards, K, V) is None:
         return (
@@ -297,10 +300,11 @@ def chunk_decays(columns: Any, rows: Any, J: int) -> Decays:
 
 
 def split_non_finite(state: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The state [K, V] with zeros in each column that has a non-finite entry, and a row [1, V]: NaN there, else 0.
+    """The state [K, V] with zeros in each column that has a non-finite entry, and a row [1, V] with NaN for these
+    columns and 0 for all other columns.
 
-    A kernel multiplies the state by a decay of 0 at a reset, and 0 * NaN is NaN. So it multiplies the state without
-    non-finite entries, and adds the row to the results of the steps before the reset.
+    A kernel multiplies the state by a decay of 0 at a reset, and 0 * NaN is NaN. So the kernel multiplies the state
+    without non-finite entries, and adds the row to the results of the steps before the reset.
     """
     num_non_finite = jnp.sum(jnp.where(jnp.abs(state) < jnp.inf, 0.0, 1.0), axis=0, keepdims=True)
     return jnp.where(num_non_finite == 0.0, state, 0.0), jnp.where(num_non_finite == 0.0, 0.0, jnp.nan)

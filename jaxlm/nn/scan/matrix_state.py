@@ -1,7 +1,8 @@
 """Linear attention with decay: the recurrence ``S = decay * S + k v.T`` of a matrix S, with the output ``q @ S``.
 
-With a decay of 1, these are eq. 18 and 20 of Katharopoulos et al. 2020, but the output is not divided by the normalizer
-(eq. 19). To compute the normalizer, add a channel of ones to the values. The output of this channel is the normalizer.
+With a decay of 1, the recurrence and the output are eq. 18 and 20 of Katharopoulos et al. 2020, but the output is not
+divided by the normalizer (eq. 19). To compute the normalizer, add a channel of ones to the values. The output of this
+channel is the normalizer.
 
 Retention (Sun et al. 2023), Mamba-2 (Dao & Gu 2024) and mLSTM (Beck et al. 2024) use one decay per head; gated linear
 attention (Yang et al. 2024) uses one decay per channel of the keys.
@@ -139,14 +140,18 @@ def linear_attention(
         if is_default and step_pallas.supports(query_BTGK, value_BTHV):
             return step_pallas.run(step, inputs, (), state_BHKV, reset_BT)
         return scan_steps(step, inputs, state_BHKV, reset_BT)
-    loops = is_default and choices.loops_without_gradient(K, state_BHKV.size, per_channel=log_decay.ndim == 4)
-    return scan_chunks(run_chunk, inputs, state_BHKV, reset_BT, implementation.steps, step if loops else None)
+    loop_without_gradient = is_default and choices.loops_without_gradient(
+        K, state_BHKV.size, per_channel=log_decay.ndim == 4
+    )
+    forward_step = step if loop_without_gradient else None
+    return scan_chunks(run_chunk, inputs, state_BHKV, reset_BT, implementation.steps, forward_step)
 
 
 def choose_implementation(
     name: str, implementation: Implementation | None, steps: int, default_chunk: int, unsupported: str | None
 ) -> Literal["reference", "pallas"] | Chunked:
-    """The implementation of the function ``name``: the given one, or the fastest known one if it is None.
+    """The implementation of the function ``name``: the given one, or the fastest known one if ``implementation`` is
+    None. ``chunked`` is returned as ``Chunked(default_chunk)``.
 
     Args:
         steps: T, the number of steps.
@@ -182,11 +187,11 @@ def check_inputs(
         TypeError: an argument is not an array.
     """
     require_arrays(query=query, key=key, value=value, state=state)
-    same = 2 if shared_keys else 3
+    num_equal_axes = 2 if shared_keys else 3
     if (
         (query.ndim, value.ndim) != (4, 4)
         or key.shape != query.shape
-        or value.shape[:same] != query.shape[:same]
+        or value.shape[:num_equal_axes] != query.shape[:num_equal_axes]
         or not all(query.shape[1:3])
     ):
         raise ValueError(
@@ -208,7 +213,7 @@ def check_per_head(query_BTHK: jax.Array, **arrays: jax.Array) -> None:
 
 
 def _scaled(k_BG: jax.Array, v_BH: jax.Array, scale_BH: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-    """Keys and values, float32, one of which is multiplied by the scale.
+    """Keys and values in float32. Either the keys or the values are multiplied by the scale.
 
     The keys are multiplied if each head has its own keys, otherwise the values. Scaled keys are more accurate for
     mLSTM: its numerator and its normalizer then have the same rounding errors.
@@ -250,16 +255,17 @@ def decay_chunk(
     """The state after a chunk, and the outputs of its steps in the dtype of the values. Decays are ``to_decay(gate)``.
 
     Let D(s, t) be the product of the decays of steps s + 1 to t, and S the state before the chunk (after step 0). Then
-    the output of step t is ``q_t @ (D(0, t) * S + sum_{s <= t} D(s, t) * k_s v_s.T)``. The state after the chunk is the
-    expression in parentheses for t = L. Decays must be in [-1, 1] (``ssd`` can have negative decays). The decays are
-    multiplied and never divided, so no product has a magnitude above 1.
+    the output of step t is ``q_t @ (D(0, t) * S + sum_{s <= t} D(s, t) * scale_s * k_s v_s.T)``. The state after the
+    chunk is the expression in parentheses for t = L. Decays must be in [-1, 1] (``ssd`` can have negative decays). The
+    decays are multiplied and never divided, so no product has a magnitude above 1.
     """
     dtype = v_BHLV.dtype
     product = product_in(dtype)
-    q_BGLK = q_BGLK.astype(jnp.float32)  # the gradients of queries, keys and values are summed in float32
+    # With float32 queries, keys and values, autodiff sums their gradients in float32.
+    q_BGLK = q_BGLK.astype(jnp.float32)
     k_BGLK, v_BHLV = _scaled(k_BGLK, v_BHLV, scale_BHL1)
     decay_BHLE = to_decay(gate_BHLE)
-    if decay_BHLE.shape[-1] == 1:  # one decay per head: multiply scores and values instead of q and k
+    if decay_BHLE.shape[-1] == 1:  # one decay per head: multiply scores and values by decays, instead of q and k
 
         def split_groups(x_BHXV: jax.Array) -> jax.Array:
             B, H, X, V = x_BHXV.shape
@@ -316,7 +322,7 @@ def pair_scores_and_decays(
 
     Args:
         diagonal_BHL: the score of each step with itself; [B, H, L, N] if ``pair_scores`` returns N score matrices, as
-            in the delta rule.
+            in the generalized delta rule.
         pair_scores: ``pair_scores(later, earlier)``, with arguments [B, H, P, W, E], returns the scores of the steps of
             the later block (axis -2) with the steps of the earlier block (axis -1) for each of P pairs of blocks:
             [B, H, P, W, X], or [B, H, P, N, W, X] for N score matrices.

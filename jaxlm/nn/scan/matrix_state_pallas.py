@@ -4,10 +4,11 @@ The implementation ``chunked`` of ``linear_attention`` writes the scores of a ch
 states to memory between its matmuls. A kernel keeps them in VMEM. It computes several heads (a block of heads)
 together. For each block of heads, it reads the queries, keys and values of a chunk once. The forward kernel keeps the
 states of these heads in VMEM from the first chunk to the last one. For the gradients, it also writes the state before
-each chunk to memory. The backward kernel goes from the last chunk to the first, and keeps the gradients of the states.
+each chunk to memory. The backward kernel goes from the last chunk to the first, and keeps the gradients of the states
+in VMEM.
 
 ``jaxlm.nn.scan.head_blocks`` defines the blocks of heads, the sums b_t of log decays and the products of decays.
-``state_in`` and ``dafter_in`` are float32 arrays that are cast to the dtype of the values for matmuls.
+A variable whose name ends with ``_in`` is cast to the dtype of the values, because it is an input of matmuls.
 
 Shapes: B batch, T time, H heads, G groups of heads, K width of queries and keys, V width of values, C chunks, L steps
 of a chunk, N blocks of heads, J heads of a block.
@@ -28,7 +29,10 @@ from jaxlm.nn.scan.head_blocks import Blocks, Kernels, chunk_decays, split_non_f
 
 
 def _forward_kernel(blocks: Blocks, inputs: Sequence[Any], outputs: Sequence[Any], carry: Any) -> None:
-    """Compute the outputs of a chunk for a block of heads. ``carry``: the state before the chunk, then after it."""
+    """Compute the outputs of a chunk for a block of heads.
+
+    ``carry``: at the start, the state before the chunk; at the end, the state after the chunk.
+    """
     query, key, value, columns, rows, first = inputs
     out, last, states = outputs
     start_with(carry, first)
@@ -46,8 +50,8 @@ def _forward_kernel(blocks: Blocks, inputs: Sequence[Any], outputs: Sequence[Any
         scale_row = decays.scale_rows[column]
         out_heads.append(dot((scores * decays.pairs(head) * scale_row).astype(dtype), v, (1, 0)) + from_state)
         scaled_key = (k_transposed * (decays.suffix_rows[column] * scale_row)).astype(dtype)
-        kept = decays.total[:, column] * state + jnp.where(decays.is_before_reset[-1:], nan_row, 0.0)
-        carry[head] = kept + dot(scaled_key, v, (1, 0))
+        decayed_state = decays.total[:, column] * state + jnp.where(decays.is_before_reset[-1:], nan_row, 0.0)
+        carry[head] = decayed_state + dot(scaled_key, v, (1, 0))
     out[...] = jnp.concatenate(out_heads, axis=1).astype(dtype)
     last[...] = carry[...]
 
@@ -55,7 +59,8 @@ def _forward_kernel(blocks: Blocks, inputs: Sequence[Any], outputs: Sequence[Any
 def _backward_kernel(blocks: Blocks, inputs: Sequence[Any], outputs: Sequence[Any], carry: Any) -> None:
     """Compute the gradients of a chunk for a block of heads.
 
-    ``carry``: the gradient of the state after the chunk, then of the state before it.
+    ``carry``: at the start, the gradient of the state after the chunk; at the end, the gradient of the state before the
+    chunk.
     """
     query, key, value, columns, rows, states, dout, dlast = inputs
     dquery, dkey, dvalue, db, dscale, dstate = outputs
@@ -89,9 +94,11 @@ def _backward_kernel(blocks: Blocks, inputs: Sequence[Any], outputs: Sequence[An
         # ``db_head`` is the gradient of b_t. The state after the chunk is proportional to exp(b_t) of the last step. So
         # the gradient of this b_t also has the inner product of that state and its gradient.
         v32, dy32, scaled_v32 = v.astype(jnp.float32), dy.astype(jnp.float32), scaled_v.astype(jnp.float32)
-        last = total * jnp.sum(state * dafter, keepdims=True) + jnp.sum(scaled_v32 * dscaled_of_state, keepdims=True)
+        db_of_state = total * jnp.sum(state * dafter, keepdims=True) + jnp.sum(
+            scaled_v32 * dscaled_of_state, keepdims=True
+        )
         db_head = jnp.sum(y * dy32 - scaled_v32 * dscaled, axis=1, keepdims=True)
-        db_heads.append(jnp.where(is_last_row, db_head + last, db_head))
+        db_heads.append(jnp.where(is_last_row, db_head + db_of_state, db_head))
         dscale_heads.append(jnp.sum(v32 * dscaled, axis=1, keepdims=True))
         dv_heads.append(scale * dscaled)
         carry[head] = total * dafter + dot(q_transposed, (prefix * dy32).astype(dtype), (1, 0))

@@ -190,7 +190,7 @@ def _by_linear_attention(
             scale_BTH=jnp.exp(log_scale_BTH), reset_BT=reset_BT, implementation=implementation,
         )  # fmt: skip
 
-    # A value that is always 1 makes n a column of the state.
+    # The values get a channel of ones. The column of the state for this channel is n.
     V, ones = v.shape[-1], jnp.ones_like(v[..., :1])
     cell, normalizer = state["cell"], state["normalizer"][..., None]
     if implementation == "pallas":  # a second call computes n: appending a column to v would copy v

@@ -12,7 +12,7 @@ steps that end at this row (fewer at the start of the tile). It also has the sta
 state. After the last round, the kernel multiplies each product by the state before the tile and adds the result to the
 state of its row.
 
-Shapes: B batch, T time, D channels, C steps of a block, W channels of a block, N blocks of steps, P padded steps.
+Shapes: B batch, T time, D channels, C steps of a block, W channels of a block, N blocks of steps, P steps of padding.
 """
 
 from __future__ import annotations
@@ -159,22 +159,20 @@ def _backward(
     """The outputs of :func:`backward` for the arrays of one device."""
     T = hidden_BTD.shape[1]
     blocks = _blocks((decay_BTD, hidden_BTD, dhidden_BTD), not reverse)
-    # The padding comes before the first step of the scan, which is the last step of the backward pass.
+    # In the order of the scan, the padding comes before the first step, so the backward pass reads it last.
     num_padding = blocks.num_padding
     padding = ((0, 0), (0, num_padding) if reverse else (num_padding, 0), (0, 0))
     decay_BTD = jnp.pad(decay_BTD, padding, constant_values=1)
     dhidden_BTD = jnp.pad(dhidden_BTD, padding)
-    state_BPD = jnp.broadcast_to(
-        state_BD[:, None].astype(hidden_BTD.dtype), (state_BD.shape[0], num_padding, state_BD.shape[1])
-    )
+    state_B1D = state_BD[:, None].astype(hidden_BTD.dtype)
+    state_BPD = jnp.broadcast_to(state_B1D, (state_BD.shape[0], num_padding, state_BD.shape[1]))
     hidden_BTD = jnp.concatenate([hidden_BTD, state_BPD] if reverse else [state_BPD, hidden_BTD], axis=1)
     # The state before each block, in the order of the scan.
-    first_B1D = state_BD[:, None].astype(hidden_BTD.dtype)
     C = blocks.C
     if reverse:
-        before_BND = jnp.concatenate([hidden_BTD[:, C::C], first_B1D], axis=1)
+        before_BND = jnp.concatenate([hidden_BTD[:, C::C], state_B1D], axis=1)
     else:
-        before_BND = jnp.concatenate([first_B1D, hidden_BTD[:, C - 1 : -1 : C]], axis=1)
+        before_BND = jnp.concatenate([state_B1D, hidden_BTD[:, C - 1 : -1 : C]], axis=1)
     ddecay_BTD, dinput_BTD, dstate_B1D = _call(
         _backward_kernel, "linear_scan_backward", blocks,
         in_specs=[blocks.steps_spec, blocks.steps_spec, blocks.row_spec, blocks.steps_spec, blocks.state_spec],
@@ -220,14 +218,14 @@ def _last_row(x: jax.Array, reverse: bool) -> jax.Array:
     return x[:1] if reverse else x[-1:]
 
 
-def _forward_kernel(blocks: _Blocks, decay: Any, new: Any, first: Any, hidden: Any, last: Any, carry: Any) -> None:
+def _forward_kernel(blocks: _Blocks, decay: Any, inputs: Any, first: Any, hidden: Any, last: Any, carry: Any) -> None:
     """Run the steps of a block, one tile of rows after the other. ``carry``: the state after the previous block."""
     start_with(carry, first)
 
     rows, reverse = blocks.tile_rows, blocks.from_last
     state = carry[...]
     for tile in _tiles(decay.shape[0], rows, reverse):
-        h = _scan_tile(decay[tile].astype(jnp.float32), new[tile].astype(jnp.float32), state, reverse)
+        h = _scan_tile(decay[tile].astype(jnp.float32), inputs[tile].astype(jnp.float32), state, reverse)
         hidden[tile] = h.astype(hidden.dtype)
         state = _last_row(h, reverse)
     carry[...] = state
@@ -253,9 +251,9 @@ def _backward_kernel(
         a, dh = decay[tile].astype(jnp.float32), dhidden[tile].astype(jnp.float32)
         e = _scan_tile(a, a * dh, e_next, reverse)
         gradient = dh + _shifted(e, 1, reverse, e_next)
-        # The state before each row, in the order of the forward pass.
-        state = before[...] if index == len(tiles) - 1 else _last_row(hidden[tiles[index + 1]], not reverse)
-        h_before = _shifted(hidden[tile].astype(jnp.float32), 1, not reverse, state.astype(jnp.float32))
+        # The states before the tile and before each of its rows, in the order of the forward pass.
+        before_tile = before[...] if index == len(tiles) - 1 else _last_row(hidden[tiles[index + 1]], not reverse)
+        h_before = _shifted(hidden[tile].astype(jnp.float32), 1, not reverse, before_tile.astype(jnp.float32))
         ddecay[tile] = (gradient * h_before).astype(ddecay.dtype)
         dinput[tile] = gradient.astype(dinput.dtype)
         e_next = _last_row(e, reverse)

@@ -51,8 +51,8 @@ def ssd(
     Args:
         dt_BTH: the step sizes, at least 0.
         A_H: the decay rate of each head, at most 0.
-        B_BTGN, C_BTGN: the vectors B_t, which write ``x_t`` to the state, and C_t, which read the output from it. Each
-            group belongs to H / G consecutive heads.
+        B_BTGN, C_BTGN: the vectors B_t, which write ``x_t`` to the state, and C_t, which read the output from the
+            state. H / G consecutive heads share the vectors of a group.
         state_BHNP: the state before the first step; None: zeros.
         negative_eigenvalues: whether the decay is ``2 * exp(A * dt_t) - 1``, which is in [-1, 1], instead of
             ``exp(A * dt_t)`` (Grazzi et al. 2025). ``pallas`` does not support such decays.
@@ -97,8 +97,8 @@ def _check_inputs(x: jax.Array, dt: jax.Array, A: jax.Array, B: jax.Array, C: ja
     require_arrays(x=x, dt=dt, A=A, B=B, C=C, state=state)
     if x.ndim != 4 or not x.shape[1] or dt.shape != x.shape[:3] or A.shape != x.shape[2:3]:
         raise ValueError(
-            f"x {list(x.shape)} must be [batch, time, heads, width], with at least one step, dt {list(dt.shape)} "
-            f"[batch, time, heads] and A {list(A.shape)} [heads]"
+            f"x {list(x.shape)} must be [batch, time, heads, width], with at least one step, dt {list(dt.shape)} must "
+            f"be [batch, time, heads], and A {list(A.shape)} must be [heads]"
         )
     if B.ndim != 4 or B.shape != C.shape or B.shape[:2] != x.shape[:2] or not B.shape[2] or x.shape[2] % B.shape[2]:
         raise ValueError(

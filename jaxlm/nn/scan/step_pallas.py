@@ -3,8 +3,9 @@
     S_t = decay * S_{t-1} + k (scale * v).T + b (a @ S_{t-1}).T          output: q @ S_t
 
 XLA computes a step with several operations, and some of them read the state again. The kernel reads and writes the
-state once. A grid step computes all heads of a row. The kernel has the transposed state, [V, K] for each head: of K and
-V, K is more often a multiple of a TPU's 128 vector lanes (Mamba-2: 128 and 64), and XLA then pads no entries.
+state once. A grid step computes all heads of a row. The kernel has the transposed state, [V, K] for each head. A TPU
+pads the last axis of an array to a multiple of 128, and K is a multiple of 128 more often than V (Mamba-2: K is 128 and
+V is 64).
 
 Shapes: B batch, H heads, G groups of heads, K width of queries and keys, V width of values, E = 1 or K decays per head.
 """
@@ -29,7 +30,7 @@ VMEM_LIMIT_BYTES = 32 * 2**20
 
 
 def supports(query_BTGK: jax.Array, value_BTHV: jax.Array) -> bool:
-    """Whether the kernel is used for a call with these queries and values: one step on a TPU, and a state that fits."""
+    """Whether the kernel is used for these queries and values: one step on a TPU, with a state that fits into VMEM."""
     (B, T, G, K), (H, V), shards = query_BTGK.shape, value_BTHV.shape[2:], sharding.num_shards(("heads",))
     if not B or T > 1 or not shards_divide_heads(G, H):
         return False
@@ -47,21 +48,21 @@ def run(
     Args:
         step: ``step(state, mask, *inputs of the step)`` computes the same results with XLA, as in ``scan_steps``. The
             gradient is the gradient of this function.
-        inputs: queries and keys [B, 1, G, K], values [B, 1, H, V], log decays [B, 1, H, E], and scales [B, 1, H, 1].
-            Without scales, they are 1.
+        inputs: queries and keys [B, 1, G, K], values [B, 1, H, V], log decays [B, 1, H, E], and optionally scales
+            [B, 1, H, 1]. Without this array, all scales are 1.
         low_rank: a and b, [B, 1, H, K] each; () for none.
         state_BHKV: the state before the step, float32.
         reset_BT: True where the state is set to zeros before the step; None: nowhere.
     """
     arrays = tuple(x[:, 0] for x in (*inputs, *low_rank))
     is_reset_B = jnp.zeros(len(state_BHKV), jnp.int32) if reset_BT is None else reset_BT[:, 0].astype(jnp.int32)
-    heads, per_row = ("batch", "heads", None), ("batch", None, None)
-    keys = heads if groups_are_sharded(arrays[0].shape[1], state_BHKV.shape[1]) else per_row
-    axes = [("batch",), keys, keys, *[heads] * (len(arrays) - 2), (*heads, None)]
+    head_axes, row_axes = ("batch", "heads", None), ("batch", None, None)
+    key_axes = head_axes if groups_are_sharded(arrays[0].shape[1], state_BHKV.shape[1]) else row_axes
+    axes = [("batch",), key_axes, key_axes, *[head_axes] * (len(arrays) - 2), (*head_axes, None)]
 
     def forward(arrays: Any, state_BHKV: jax.Array, is_reset_B: jax.Array) -> Any:
         mapped = sharding.map_shards(
-            lambda *shards: _device_step(len(low_rank) > 0, *shards), axes, [heads, (*heads, None)]
+            lambda *shards: _device_step(len(low_rank) > 0, *shards), axes, [head_axes, (*head_axes, None)]
         )
         return mapped(is_reset_B, *arrays, state_BHKV), (arrays, state_BHKV, is_reset_B)
 
@@ -119,20 +120,21 @@ def _kernel(
         state, new_state: [H, V, K].
         out: [H, V].
     """
-    q_GK, k_GK, v_HV, log_HE, *others = (x[...].astype(jnp.float32) for x in inputs)
+    q_GK, k_GK, v_HV, log_HE, *optional = (x[...].astype(jnp.float32) for x in inputs)
     v_VH = v_HV.T
-    a_HK, b_HK = others[-2:] if has_low_rank else (None, None)
-    scale_H1 = others[0] if len(others) % 2 else None
+    a_HK, b_HK = optional[-2:] if has_low_rank else (None, None)
+    scale_H1 = optional[0] if len(optional) % 2 else None
     H, decay_HE, keeps_state = state.shape[0], jnp.exp(log_HE), is_reset[pl.program_id(0)] == 0
     out_VH, head_VH = jnp.zeros_like(v_VH), lax.broadcasted_iota(jnp.int32, v_VH.shape, 1)
     for head in range(H):
-        this, group = slice(head, head + 1), slice(head * len(q_GK) // H, head * len(q_GK) // H + 1)
+        head_slice, group = slice(head, head + 1), head * len(q_GK) // H
+        group_slice = slice(group, group + 1)
         old_VK = jnp.where(keeps_state, state[head], 0.0)
-        v_V1 = v_VH[:, this] if scale_H1 is None else v_VH[:, this] * scale_H1[this]
-        new_VK = decay_HE[this] * old_VK + v_V1 * k_GK[group]
+        v_V1 = v_VH[:, head_slice] if scale_H1 is None else v_VH[:, head_slice] * scale_H1[head_slice]
+        new_VK = decay_HE[head_slice] * old_VK + v_V1 * k_GK[group_slice]
         if a_HK is not None and b_HK is not None:
-            new_VK += jnp.sum(old_VK * a_HK[this], axis=1, keepdims=True) * b_HK[this]
+            new_VK += jnp.sum(old_VK * a_HK[head_slice], axis=1, keepdims=True) * b_HK[head_slice]
         new_state[head] = new_VK
-        out_V1 = jnp.sum(new_VK * q_GK[group], axis=1, keepdims=True)
+        out_V1 = jnp.sum(new_VK * q_GK[group_slice], axis=1, keepdims=True)
         out_VH = jnp.where(head_VH == head, out_V1, out_VH)
     out[...] = out_VH.T.astype(out.dtype)

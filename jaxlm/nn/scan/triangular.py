@@ -1,4 +1,4 @@
-"""Triangular systems of the delta rules: ``u + lower @ u = right`` with a strictly lower triangular matrix.
+"""Triangular systems of the delta rules: ``u + lower @ u = right`` with a strictly lower triangular matrix ``lower``.
 
 Shapes: B batch, H heads, L steps (rows of the system, a power of two), V columns, P pairs of blocks of S rows.
 """
@@ -21,9 +21,9 @@ from jaxlm.nn.custom_gradient import custom_vjp
 def solve_unit_lower(lower_BHLL: jax.Array, right_BHLV: jax.Array) -> jax.Array:
     """The solution u of ``u + lower @ u = right``, [B, H, L, V] in the dtype of the arguments (float32).
 
-    Matmuls compute the inverse of ``I + lower``. ``lax.linalg.triangular_solve`` cannot be sharded. It is also slower
-    for many small systems. On a CPU, it calls BLAS, whose threads wait for each other. On two busy cores, it was 20
-    times as slow for L 32 and V 64.
+    Matmuls compute the inverse of ``I + lower``. ``lax.linalg.triangular_solve`` is not used, because it cannot be
+    sharded and is slower for many small systems. On a CPU, it calls BLAS, whose threads wait for each other. On two
+    busy cores, it was 20 times as slow for L 32 and V 64.
 
     Args:
         lower_BHLL: a strictly lower triangular matrix. Entries on and above the diagonal are ignored.
@@ -64,7 +64,7 @@ def inverse_unit_lower(lower_BHLL: jax.Array) -> jax.Array:
 
 
 def _join_blocks(lower_BHLL: jax.Array, sizes: Sequence[int]) -> jax.Array:
-    """The inverse of ``I + lower``, with an array of the diagonal blocks of each size.
+    """The inverse of ``I + lower``, computed with arrays [B, H, P, S, S] that have only the diagonal blocks of a size.
 
     Args:
         sizes: the sizes of the blocks that are joined, in ascending order.
@@ -73,7 +73,7 @@ def _join_blocks(lower_BHLL: jax.Array, sizes: Sequence[int]) -> jax.Array:
     inverse_BHPSS = jnp.ones_like(lower_BHLL[:, :, :, :1, None])
     for size in sizes:
         P, pair_size = L // (2 * size), 2 * size
-        # A single reshape would lose the sharding.
+        # Two reshapes, because a single one would lose the sharding.
         pairs = lower_BHLL.reshape(B, H, P, pair_size, L).reshape(B, H, P, pair_size, P, pair_size)
         below_BHPSS = jnp.moveaxis(jnp.diagonal(pairs[:, :, :, size:, :, :size], axis1=2, axis2=4), -1, 2)
         first, second = inverse_BHPSS[:, :, 0::2], inverse_BHPSS[:, :, 1::2]
@@ -84,7 +84,7 @@ def _join_blocks(lower_BHLL: jax.Array, sizes: Sequence[int]) -> jax.Array:
 
 
 def _join_masked(lower_BHLL: jax.Array, sizes: Sequence[int]) -> jax.Array:
-    """The inverse of ``I + lower``, as :func:`_join_blocks`, with matrices [L, L] that are zero outside the blocks."""
+    """The result of :func:`_join_blocks`, computed with matrices [L, L] that are zero outside the blocks."""
     t, s = np.indices(lower_BHLL.shape[2:])
     inverse_BHLL = jnp.broadcast_to(jnp.eye(len(t), dtype=lower_BHLL.dtype), lower_BHLL.shape)
     for size in sizes:

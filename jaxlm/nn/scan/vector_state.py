@@ -58,7 +58,7 @@ def linear_scan(
 
     Args:
         decay_BTD: the factor of the state in each channel, usually in [0, 1]. ``chunked`` and ``pallas`` multiply
-            decays with each other, so decays above 1 may overflow there.
+            decays with each other, so products of decays above 1 may overflow there.
         state_BD: the state before the first step; None: zeros.
         reset_BT: True where the state is set to zeros before the step (``jaxlm.nn.segments.segment_boundaries``). The
             state before the step may be NaN. ``pallas`` differs within a tile of 8 or 16 steps: a non-finite input
@@ -95,9 +95,7 @@ def linear_scan(
     return _scan(implementation, reverse, decay_BTD, input_BTD, state_BD, masks)
 
 
-def _check(
-    decay_BTD: jax.Array, input_BTD: jax.Array, state_BD: Any, reset_BT: Any, keep_BT: Any
-) -> tuple[jax.Array, jax.Array] | None:
+def _check(decay_BTD: jax.Array, input_BTD: jax.Array, state_BD: Any, reset_BT: Any, keep_BT: Any) -> Masks:
     """The masks ``(reset_BT, keep_BT)``; None if both are None. Raises the errors of :func:`linear_scan` for shapes and
     dtypes."""
     require_arrays(decay_BTD=decay_BTD, input_BTD=input_BTD, state_BD=state_BD)
@@ -115,23 +113,23 @@ def _check(
     return complete_masks(reset_BT, keep_BT, (B, T))
 
 
-def _step(state: jax.Array, decay: jax.Array, new: jax.Array, mask: Masks) -> jax.Array:
+def _step(state_BD: jax.Array, decay_BD: jax.Array, input_BD: jax.Array, mask: Masks) -> jax.Array:
     """The state after one step of all rows, [B, D] float32. Inputs at padding are ignored, even if they are NaN."""
-    decay, new = decay.astype(jnp.float32), new.astype(jnp.float32)
+    decay_BD, input_BD = decay_BD.astype(jnp.float32), input_BD.astype(jnp.float32)
     if mask is not None:
         reset_B1, keep_B1 = mask
-        decay, new = jnp.where(keep_B1, decay, 1.0), jnp.where(keep_B1, new, 0.0)
-        state = jnp.where(reset_B1, 0.0, state)
-    return decay * state + new
+        decay_BD, input_BD = jnp.where(keep_B1, decay_BD, 1.0), jnp.where(keep_B1, input_BD, 0.0)
+        state_BD = jnp.where(reset_B1, 0.0, state_BD)
+    return decay_BD * state_BD + input_BD
 
 
 def _reference(
     decay_BTD: jax.Array, input_BTD: jax.Array, state_BD: jax.Array, masks: Masks, reverse: bool
 ) -> tuple[jax.Array, jax.Array]:
-    def step(state: jax.Array, inputs: Any) -> Any:
-        decay, new, mask = inputs
-        state = _step(state, decay, new, mask)
-        return state, state.astype(input_BTD.dtype)
+    def step(state_BD: jax.Array, inputs: Any) -> Any:
+        decay_BD, input_BD, mask = inputs
+        state_BD = _step(state_BD, decay_BD, input_BD, mask)
+        return state_BD, state_BD.astype(input_BTD.dtype)
 
     masks_TB1 = jax.tree.map(lambda mask: mask.T[:, :, None], masks)
     steps = (jnp.swapaxes(decay_BTD, 0, 1), jnp.swapaxes(input_BTD, 0, 1), masks_TB1)
@@ -148,8 +146,8 @@ def _forward(
     if implementation == "sequential":
         hidden_BTD, last_BD = _sequential(decay_BTD, input_BTD, state_BD, masks, reverse)
     else:
-        new_BTD = input_BTD if masks is None else jnp.where(masks[1][:, :, None], input_BTD, 0.0)
-        arguments = _masked_decay(decay_BTD, masks), new_BTD, state_BD, reverse
+        masked_input_BTD = input_BTD if masks is None else jnp.where(masks[1][:, :, None], input_BTD, 0.0)
+        arguments = _masked_decay(decay_BTD, masks), masked_input_BTD, state_BD, reverse
         if implementation == "pallas":
             hidden_BTD, last_BD = pallas.scan(*arguments)
         else:
@@ -193,8 +191,8 @@ def _sequential(
     time_of = _step_to_time(input_BTD, reverse)
 
     def step(states: Any, i: Any, buffers: Any) -> Any:
-        decay_BD, new_BD = _read(decay_BTD, time_of(i)), _read(buffers[0], time_of(i))
-        return (_step(states[0], decay_BD, new_BD, _masks_at(masks, time_of(i))),)
+        decay_BD, input_BD = _read(decay_BTD, time_of(i)), _read(buffers[0], time_of(i))
+        return (_step(states[0], decay_BD, input_BD, _masks_at(masks, time_of(i))),)
 
     (hidden_BTD,), (last_BD,) = _overwrite((input_BTD,), step((state_BD,), 0, (input_BTD,)), step, time_of)
     return hidden_BTD, last_BD
@@ -218,7 +216,7 @@ def _sequential_backward(
     time_of = _step_to_time(hidden_BTD, not reverse)
 
     def gradient_before(gradient_BD: jax.Array, i: Any) -> jax.Array:
-        """The gradient of the state that step i reads, from the gradient of the state that it computes."""
+        """The gradient of the state that step i reads, from the gradient of the state that step i computes."""
         decayed_BD = _read(decay_BTD, time_of(i)).astype(jnp.float32) * gradient_BD
         mask = _masks_at(masks, time_of(i))
         return decayed_BD if mask is None else jnp.where(mask[1], jnp.where(mask[0], 0.0, decayed_BD), gradient_BD)
@@ -248,11 +246,11 @@ def _step_to_time(x_BTD: jax.Array, reverse: bool) -> Callable[[Any], jax.Array]
 def _overwrite(
     buffers: tuple[jax.Array, ...], values: Any, step: Callable[..., Any], time_of: Callable[[Any], jax.Array]
 ) -> tuple[Any, Any]:
-    """The buffers [B, T, D], overwritten with the values [B, D] of each step, and the last values.
+    """The buffers [B, T, D], overwritten with the values [B, D] of each step, and the values of the last step.
 
     Each iteration first writes the values of its step and then reads the new buffer for the next step. So the old
     buffer is never read after a write, and XLA does not copy it. If an iteration read the buffer before it wrote, XLA
-    would copy the buffer in some fusions. With one copy per iteration, the cost of the scan is quadratic in T.
+    would copy the buffer in some fusions. With one copy per iteration, the cost of the scan would be quadratic in T.
 
     Args:
         values: the values of step 0.

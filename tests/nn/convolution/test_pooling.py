@@ -58,5 +58,5 @@ def test_k_max_pool_keeps_the_order_and_the_first_of_equal_entries():
     assert k_max_pool(x, 6)[0, :, 0].tolist() == x[0, :, 0].tolist()
     gradient = jax.grad(lambda x: jnp.sum(k_max_pool(x, 4) * jnp.arange(1.0, 5.0)[None, :, None]))(x)
     assert gradient[0, :, 0].tolist() == [1.0, 2.0, 0.0, 3.0, 0.0, 4.0]
-    with pytest.raises(ValueError, match="6 steps are too few for the 7 largest"):
+    with pytest.raises(ValueError, match="the input has 6 steps, fewer than k=7"):
         k_max_pool(x, 7)

@@ -248,7 +248,9 @@ def test_groups_that_the_devices_cannot_share_are_named(on_tpu):
     query, _, value, _, _ = arrays(1, 20, 2, 8, 128, 64)
     with Sharding(make_mesh({"data": 1, "tensor": 4}, devices=jax.devices()[:4])).scope():
         reason = head_blocks.unsupported_reason(query, value)
-    assert reason == "needs numbers of heads and (if more than 1) groups divisible by 4, not 8 and 2"
+    assert reason == (
+        "needs numbers of heads and groups that are divisible by 4 (a single group is allowed), not 8 and 2"
+    )
 
 
 @pytest.mark.parametrize(

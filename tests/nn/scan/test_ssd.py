@@ -139,9 +139,10 @@ def test_the_state_is_float32_in_bfloat16():
 
 def test_bad_shapes_raise():
     x, dt, A, b, c, state = arrays()
-    with pytest.raises(ValueError, match=r"x \[2, 21, 6, 3\] must be .*, dt \[2, 21, 5\] \[batch, time, heads\] and A"):
+    message = r"x \[2, 21, 6, 3\] must be .*, dt \[2, 21, 5\] must be \[batch, time, heads\], and A"
+    with pytest.raises(ValueError, match=message):
         ssd(x, dt[..., :5], A, b, c)
-    with pytest.raises(ValueError, match=r"and A \[5\] \[heads\]"):
+    with pytest.raises(ValueError, match=r"and A \[5\] must be \[heads\]"):
         ssd(x, dt, A[:5], b, c)
     with pytest.raises(ValueError, match=r"B \[2, 21, 2, 3\] and C \[2, 21, 2, 4\] must both be"):
         ssd(x, dt, A, b[..., :3], c)
