@@ -96,8 +96,8 @@ def group_phrases(texts: Sequence[str]) -> list[int]:
     sentences_with: dict[str, list[int]] = collections.defaultdict(list)  # one to three words -> sentences
     for index in sorted(groups, key=lambda index: -len(words[index])):
         size = min(3, len(words[index]))
-        rarest = min((sentences_with.get(gram, []) for gram in _word_ngrams(words[index], size)), key=len)
-        groups[index] = next((sentence for sentence in rarest if spaced[index] in spaced[sentence]), index)
+        candidates = min((sentences_with.get(gram, []) for gram in _word_ngrams(words[index], size)), key=len)
+        groups[index] = next((sentence for sentence in candidates if spaced[index] in spaced[sentence]), index)
         if groups[index] == index:
             for gram in {gram for size in (1, 2, 3) for gram in _word_ngrams(words[index], size)}:
                 sentences_with[gram].append(index)

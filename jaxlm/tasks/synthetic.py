@@ -33,11 +33,12 @@ def recall(
 ) -> Batch:
     """A batch of multi-query associative recall, [N, length] tokens with ``pairs`` targets per row.
 
-    A row begins with ``pairs`` keys, each followed by its value. Later, each key occurs once more as a query, and the
-    target at this position is its value. Keys are ids from 1 to vocab_size // 2 - 1, and values are ids from
-    vocab_size // 2 to vocab_size - 1. The query of a pair is at position 2 * pairs + 2 * (g - 1). The gaps g of a row
-    are drawn without replacement from 1 to length / 2 - pairs, with probabilities proportional to g ** (power - 1). All
-    other tokens are random ids (Arora et al. 2024, appendix E.1, and the code of these authors).
+    A row begins with ``pairs`` keys, each followed by its value. Later, each key occurs once more as a query. The
+    target at the position of a query is the value of the key. Keys are ids from 1 to vocab_size // 2 - 1, and values
+    are ids from vocab_size // 2 to vocab_size - 1. Each pair has a gap g. Its query is at position
+    2 * pairs + 2 * (g - 1). The gaps of a row are drawn without replacement from 1 to length / 2 - pairs, with
+    probabilities proportional to g ** (power - 1). All other tokens are random ids (Arora et al. 2024, appendix E.1,
+    and the code of these authors).
 
     Args:
         length: number of tokens of a row, even and at least 4 * pairs.
@@ -56,8 +57,8 @@ def recall(
     keys = _distinct(rng, rows, pairs, np.ones(vocab_size // 2 - 1)) + 1
     values = _distinct(rng, rows, pairs, np.ones(vocab_size - vocab_size // 2)) + vocab_size // 2
     num_gaps = (length - 2 * pairs) // 2
-    gaps = _distinct(rng, rows, pairs, np.arange(1, num_gaps + 1) ** (power - 1.0))
-    positions = 2 * pairs + 2 * gaps
+    gaps = _distinct(rng, rows, pairs, np.arange(1, num_gaps + 1) ** (power - 1.0)) + 1
+    positions = 2 * pairs + 2 * (gaps - 1)
     tokens = rng.integers(0, vocab_size, (rows, length))
     tokens[:, 0 : 2 * pairs : 2], tokens[:, 1 : 2 * pairs : 2] = keys, values
     np.put_along_axis(tokens, positions, keys, axis=1)
