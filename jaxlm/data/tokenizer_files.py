@@ -93,14 +93,14 @@ def read_backend(directory: Path) -> Any:
     tokenizers = extras.import_optional(
         "tokenizers", "tokenizers", f"the tokenizer in {directory} needs the package `tokenizers`"
     )
-    file, vocab = directory / "tokenizer.json", directory / "tokenizer.json"
+    file, vocab_file = directory / "tokenizer.json", directory / "tokenizer.json"
     is_gpt2 = not file.exists()
     if is_gpt2:
-        file, vocab = directory / "merges.txt", directory / "vocab.json"
-        _require_gpt2(directory, read_object(vocab))  # read_object raises if a token occurs twice
+        file, vocab_file = directory / "merges.txt", directory / "vocab.json"
+        _require_gpt2(directory, read_object(vocab_file))  # read_object raises if a token occurs twice
     try:
         if is_gpt2:
-            backend = tokenizers.Tokenizer(tokenizers.models.BPE.from_file(str(vocab), str(file)))
+            backend = tokenizers.Tokenizer(tokenizers.models.BPE.from_file(str(vocab_file), str(file)))
             backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
             backend.decoder = tokenizers.decoders.ByteLevel()
         else:
@@ -118,7 +118,7 @@ def read_backend(directory: Path) -> Any:
     if is_gpt2 and backend.token_to_id(_END_OF_TEXT) is not None:
         mark_special(backend, [_END_OF_TEXT])
     # Sorted, because the order of get_vocab varies, and the message of the error depends on it.
-    _tokens_by_id(((number, token) for token, number in sorted(backend.get_vocab().items())), vocab)
+    _tokens_by_id(((number, token) for token, number in sorted(backend.get_vocab().items())), vocab_file)
     return backend
 
 

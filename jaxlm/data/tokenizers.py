@@ -509,7 +509,7 @@ class PretrainedTokenizer(EncodeInputsMixin):
         ``config.json``, is added to ``special_tokens_map.json`` if this file exists and overrides
         ``tokenizer_config.json``, and otherwise to ``tokenizer_config.json``. If ``tokenizer_config.json`` has no
         ``tokenizer_class``, the class ``PreTrainedTokenizerFast`` and further missing fields are added. Without a
-        class, transformers would choose one by the ``model_type`` in ``config.json``, and the chosen class may add special
+        class, transformers would choose one by the ``model_type`` in ``config.json``. The chosen class may add special
         tokens that this tokenizer does not add. ``add_prefix_space`` and ``split_special_tokens`` are written to
         ``tokenizer_config.json`` if the backend has other values (a missing field counts as false). All other copied
         files are unchanged.

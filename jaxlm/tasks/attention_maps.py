@@ -82,8 +82,9 @@ def attention_maps(
     For an encoder-decoder, the rows are the tokens of ``outputs[n]`` and the columns are the tokens of the source
     ``texts[n]``. Row t has the weights of the decoder step that predicts token t. For a classifier with attention
     pooling, each row is a hop of the pooling, and the columns are the tokens of the text. The hops are not averaged.
-    For other models, rows and columns are the tokens of the text. For XLNet with the task ``permutation``, the average
-    also includes both streams (content and query). The list has no map for a text whose output has no tokens.
+    For other models, rows and columns are the tokens of the text. For XLNet with the task ``permutation``, the weights
+    are also averaged over the two streams (content and query). The list has no map for a text whose output has no
+    tokens.
 
     Args:
         outputs: for an encoder-decoder, the output text for each source.

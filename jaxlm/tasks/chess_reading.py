@@ -191,7 +191,6 @@ class MoveReader:
         model.state_specs(1, 1)  # raises TypeError if the model has no state
         self.model, self.params, self.tokenizer = model, params, tokenizer
         self._legal = LegalMoves(tokenizer)
-        self._rows: list[_Row] = []
         self._reset([])
 
     @property

@@ -51,6 +51,9 @@ _OPTIONS: dict[str, Any] = {
 class TextRequests:
     """A model and its tokenizer, with one method for each kind of request.
 
+    For a model that needs the whole text (``Model.needs_whole_text``), the methods raise a ``ValueError`` instead of
+    truncating a context or scoring a text in several windows. The message names the request.
+
     Args:
         model: a language model or an encoder-decoder of any family.
         params: the parameters of the model.
@@ -67,9 +70,6 @@ class TextRequests:
         truncated: name of a method -> a count over all its calls. ``log_likelihoods`` and ``generate``: the number of
             requests with a truncated context. ``rolling_log_likelihoods``: the number of texts that were scored in
             several windows.
-
-    For a model that needs the whole text (``Model.needs_whole_text``), the methods raise a ``ValueError`` instead of
-    truncating a context or scoring a text in several windows. The message names the request.
 
     Raises:
         ValueError: the model does not predict next tokens; ``batch_size``, ``max_length`` or ``max_gen_toks`` is not an
