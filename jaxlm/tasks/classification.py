@@ -138,10 +138,10 @@ def write_test(directory: Path, examples: Examples, labels: Sequence[str], predi
     """
     texts, gold = examples.column("text"), label_ids(examples.column("label"), labels, examples.name)
     write_confusion(directory, labels, confusion(predicted, gold, len(labels)))
-    shown = np.concatenate([np.flatnonzero(predicted != gold)[:20], np.flatnonzero(predicted == gold)[:20]])
+    indices = np.concatenate([np.flatnonzero(predicted != gold)[:20], np.flatnonzero(predicted == gold)[:20]])
     write_samples(
         directory,
-        [{"source": texts[n], "label": labels[gold[n]], "output": labels[predicted[n]]} for n in shown.tolist()],
+        [{"source": texts[n], "label": labels[gold[n]], "output": labels[predicted[n]]} for n in indices.tolist()],
     )
     return accuracy(predicted, gold)
 

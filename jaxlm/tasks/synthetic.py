@@ -54,10 +54,10 @@ def recall(
         raise ValueError(f"length={length} must be even and at least 4 * pairs={4 * pairs}")
     if vocab_size // 2 <= pairs or vocab_size <= length:
         raise ValueError(f"vocab_size={vocab_size} must exceed length={length} and 2 * pairs={2 * pairs}")
-    keys = _distinct(rng, rows, pairs, np.ones(vocab_size // 2 - 1)) + 1
-    values = _distinct(rng, rows, pairs, np.ones(vocab_size - vocab_size // 2)) + vocab_size // 2
+    keys = _draw_distinct(rng, rows, pairs, np.ones(vocab_size // 2 - 1)) + 1
+    values = _draw_distinct(rng, rows, pairs, np.ones(vocab_size - vocab_size // 2)) + vocab_size // 2
     num_gaps = (length - 2 * pairs) // 2
-    gaps = _distinct(rng, rows, pairs, np.arange(1, num_gaps + 1) ** (power - 1.0)) + 1
+    gaps = _draw_distinct(rng, rows, pairs, np.arange(1, num_gaps + 1) ** (power - 1.0)) + 1
     positions = 2 * pairs + 2 * (gaps - 1)
     tokens = rng.integers(0, vocab_size, (rows, length))
     tokens[:, 0 : 2 * pairs : 2], tokens[:, 1 : 2 * pairs : 2] = keys, values
@@ -65,7 +65,7 @@ def recall(
     return _batch(tokens, values, positions)
 
 
-def _distinct(rng: np.random.Generator, rows: int, count: int, weights: np.ndarray) -> np.ndarray:
+def _draw_distinct(rng: np.random.Generator, rows: int, count: int, weights: np.ndarray) -> np.ndarray:
     """``count`` distinct indices per row, [N, count], drawn without replacement in proportion to ``weights``."""
     # The largest log-weights with Gumbel noise are a sample without replacement (Gumbel-top-k trick; Kool et al. 2019).
     # The values are negated, because argpartition and argsort put the smallest values first.
