@@ -80,7 +80,7 @@ class Bucketed:
 
     Args:
         examples: the encoded examples. All examples have the same fields in the same order.
-        batch_size: number of rows in a batch. With ``equal_tokens``, this is the number for the longest examples.
+        batch_size: number of rows in a batch. With ``equal_tokens``: number of rows in a batch of the longest examples.
         num_buckets: maximum number of buckets, which is also the maximum number of shapes.
         seed: seed of the order.
         equal_tokens: True: the batches of a bucket have ``k * batch_size`` rows. k is the largest integer for which

@@ -82,9 +82,9 @@ def group_phrases(texts: Sequence[str]) -> list[int]:
     """The group number of each text. A sentence and the texts that are phrases of it are in one group.
 
     A phrase of a text is a sequence of its consecutive words; words are separated by white space. A text that is a
-    phrase of several longer texts is only in the group of the longest one (of the first one, if several are equally
-    long), so short phrases do not join the groups of unrelated sentences. The number of a group is the index of its
-    longest text.
+    phrase of several longer texts is only in the group of the longest of these texts (of the first, if several are
+    equally long). If it were in all their groups, a short phrase would merge the groups of unrelated sentences. The
+    number of a group is the index of its longest text.
 
     Example:
         >>> group_phrases(["a fine film", "what a bore", "fine film", "bore", "what a bore"])
