@@ -83,7 +83,7 @@ def group_phrases(texts: Sequence[str]) -> list[int]:
 
     A phrase of a text is a sequence of its consecutive words; words are separated by white space. A text that is a
     phrase of several longer texts is only in the group of the longest of these texts (of the first, if several are
-    equally long). If it were in all their groups, a short phrase would merge the groups of unrelated sentences. The
+    equally long). A short phrase in the groups of all these texts would merge the groups of unrelated sentences. The
     number of a group is the index of its longest text.
 
     Example:

@@ -579,9 +579,9 @@ def read_jsonl(
 
     Raises:
         FileNotFoundError, LookupError: as in :func:`read_table`.
-        InvalidLineError: a line is invalid. The line is not a JSON object. A requested key is missing. A key occurs
-            twice. A requested value is null, an empty text or a text with a surrogate, or its type is not allowed by
-            ``texts`` or ``labels``. ``InvalidLineError`` is a ``ValueError``.
+        InvalidLineError: a line is invalid: it is not a JSON object, a requested key is missing, a key occurs twice, or a
+            requested value is null, an empty text, a text with a surrogate, or of a type that ``texts`` or ``labels``
+            does not allow. ``InvalidLineError`` is a ``ValueError``.
         ValueError: the file is not text in this encoding, there is no valid line, or ``on_error`` is unknown.
     """
 
