@@ -579,8 +579,8 @@ def read_jsonl(
 
     Raises:
         FileNotFoundError, LookupError: as in :func:`read_table`.
-        InvalidLineError: a line is invalid: it is not a JSON object, a requested key is missing, a key occurs twice, or a
-            requested value is null, an empty text, a text with a surrogate, or of a type that ``texts`` or ``labels``
+        InvalidLineError: a line is invalid: it is not a JSON object, a requested key is missing, a key occurs twice, or
+            a requested value is null, an empty text, a text with a surrogate, or of a type that ``texts`` or ``labels``
             does not allow. ``InvalidLineError`` is a ``ValueError``.
         ValueError: the file is not text in this encoding, there is no valid line, or ``on_error`` is unknown.
     """

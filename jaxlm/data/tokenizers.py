@@ -376,8 +376,8 @@ class PretrainedTokenizer(EncodeInputsMixin):
     Args:
         backend: the ``tokenizers.Tokenizer``. The constructor turns off padding and truncation in this object, and
             makes the tokens of roles special. If the class in ``tokenizer_config.json`` is ``PreTrainedTokenizerFast``,
-            the constructor makes only the tokens in ``special_tokens`` special. ``save`` writes the original padding and
-            truncation.
+            the constructor makes only the tokens in ``special_tokens`` special. ``save`` writes the original padding
+            and truncation.
         special_tokens: role in ``ROLES`` -> token. The token None means that the role has no token. For a role that is
             not in the mapping, the usual tokens of published vocabularies are looked up in the vocabulary.
         files: name -> content of further files that ``save`` writes. Tokens of long texts are removed from the side
