@@ -1,9 +1,9 @@
-"""Length buckets: a batch has examples of similar length, so there is little padding and few shapes are compiled.
+"""Length buckets: batches of examples of similar length, with little padding and few distinct shapes.
 
 Each example belongs to one bucket. All batches of a bucket have the same shape, so a step is compiled once per bucket.
 A bucket is a range of the examples in the order of their lengths. Dynamic programming finds the ranges with the least
 padding. If examples have several arrays, this is done for two orders: by the total length of the arrays, and by the
-length of the longest array. The result with less padding is used. Rows without an example do not count as padding here.
+length of the longest array. The result with less padding is used. The padding of rows without an example is not counted.
 """
 
 from __future__ import annotations

@@ -150,7 +150,7 @@ class MoveTokenizer(EncodeInputsMixin):
         return self._texts[id]
 
     def decode(self, ids: Sequence[int] | np.ndarray, *, skip_special_tokens: bool = False) -> str:
-        """The line of moves. Id 3 of SAN is ``<unk>``, also if ``skip_special_tokens`` is True."""
+        """The line of moves. Id 3 of SAN is written as ``<unk>``, even if ``skip_special_tokens`` is True."""
         unknown = self.special_ids.unk
         return " ".join(
             self._texts[id]

@@ -144,8 +144,8 @@ def train_tokenizer(
         pair=template_spec.pair,
         special_tokens=[(t, backend.token_to_id(t)) for t in specials],
     )
-    # trim_offsets: the offsets of a subword exclude its leading space. So they are the same for the first word of a
-    # text, whose space is added, and for a word after a space of the text.
+    # trim_offsets: the offsets of a subword exclude its leading space. So they cover only the word, both for the first
+    # word of a text, whose space is added, and for a word after a space of the text.
     byte_level = tokenizers.processors.ByteLevel(add_prefix_space=True, trim_offsets=True)
     backend.post_processor = (
         tokenizers.processors.Sequence([byte_level, template_processor]) if kind in _SUBWORDS else template_processor
@@ -192,7 +192,7 @@ def _training_texts(texts: Iterable[str], specials: Sequence[str], kind: str) ->
     """Yield the parts of the texts between special tokens.
 
     ``encode`` splits texts in the same way. Without this split, the trainer for words would count a special token in a
-    text as a word. The token would then have the id of this word instead of its first id.
+    text as a word. The id of this word would then replace the id of the special token.
 
     Raises:
         TypeError: a text is not a string.

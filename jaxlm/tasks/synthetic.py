@@ -203,7 +203,7 @@ GROUPS = ("S5", "A5", "Z60", "Z2")
 def multiplication_table(group: str) -> np.ndarray:
     """The products of all pairs of elements of a group, [G, G] ids of elements. Id 0 is the identity.
 
-    The entry [a, b] is the product of a and b. For permutations, it applies a first, then b.
+    The entry [a, b] is the product of a and b. For permutations, the product applies a first, then b.
 
     Raises:
         ValueError: the group is unknown.
