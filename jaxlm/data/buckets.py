@@ -3,7 +3,7 @@
 Each example belongs to one bucket. All batches of a bucket have the same shape, so a step is compiled once per bucket.
 A bucket is a range of the examples in the order of their lengths. Dynamic programming finds the ranges with the least
 padding. If examples have several arrays, this is done for two orders: by the total length of the arrays, and by the
-length of the longest array. The result with less padding is used. The padding of rows without an example is not counted.
+length of the longest array. The result with less padding is used. Rows without an example are not counted as padding.
 """
 
 from __future__ import annotations
