@@ -381,8 +381,8 @@ class Batches(Iterator[Any]):
         size = source.batch_size
         self.source = source
         self.rows = range(size) if rows is None else np.asarray(rows).tolist()
-        are_rows = all(type(row) is int and 0 <= row < size for row in self.rows)
-        if not self.rows or not are_rows or len(set(self.rows)) < len(self.rows):
+        are_valid = all(type(row) is int and 0 <= row < size for row in self.rows)
+        if not self.rows or not are_valid or len(set(self.rows)) < len(self.rows):
             raise ValueError(
                 f"rows={self.rows} must be one or more of the rows 0 to {size - 1} of a batch of {size}, without "
                 "duplicates"

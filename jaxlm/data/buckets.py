@@ -1,9 +1,9 @@
-"""Length buckets: a batch has examples of similar length, so there is little padding and few shapes are compiled.
+"""Length buckets: batches of examples of similar length, with little padding and few distinct shapes.
 
 Each example belongs to one bucket. All batches of a bucket have the same shape, so a step is compiled once per bucket.
 A bucket is a range of the examples in the order of their lengths. Dynamic programming finds the ranges with the least
 padding. If examples have several arrays, this is done for two orders: by the total length of the arrays, and by the
-length of the longest array. The result with less padding is used. Rows without an example do not count as padding here.
+length of the longest array. The result with less padding is used. Rows without an example are not counted as padding.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class Bucketed:
 
     Args:
         examples: the encoded examples. All examples have the same fields in the same order.
-        batch_size: number of rows in a batch. With ``equal_tokens``, this is the number for the longest examples.
+        batch_size: number of rows in a batch. With ``equal_tokens``: number of rows in a batch of the longest examples.
         num_buckets: maximum number of buckets, which is also the maximum number of shapes.
         seed: seed of the order.
         equal_tokens: True: the batches of a bucket have ``k * batch_size`` rows. k is the largest integer for which

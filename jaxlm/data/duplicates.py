@@ -82,9 +82,9 @@ def group_phrases(texts: Sequence[str]) -> list[int]:
     """The group number of each text. A sentence and the texts that are phrases of it are in one group.
 
     A phrase of a text is a sequence of its consecutive words; words are separated by white space. A text that is a
-    phrase of several longer texts is only in the group of the longest one (of the first one, if several are equally
-    long), so short phrases do not join the groups of unrelated sentences. The number of a group is the index of its
-    longest text.
+    phrase of several longer texts is only in the group of the longest of these texts (of the first, if several are
+    equally long). A short phrase in the groups of all these texts would merge the groups of unrelated sentences. The
+    number of a group is the index of its longest text.
 
     Example:
         >>> group_phrases(["a fine film", "what a bore", "fine film", "bore", "what a bore"])
@@ -96,8 +96,8 @@ def group_phrases(texts: Sequence[str]) -> list[int]:
     sentences_with: dict[str, list[int]] = collections.defaultdict(list)  # one to three words -> sentences
     for index in sorted(groups, key=lambda index: -len(words[index])):
         size = min(3, len(words[index]))
-        rarest = min((sentences_with.get(gram, []) for gram in _word_ngrams(words[index], size)), key=len)
-        groups[index] = next((sentence for sentence in rarest if spaced[index] in spaced[sentence]), index)
+        candidates = min((sentences_with.get(gram, []) for gram in _word_ngrams(words[index], size)), key=len)
+        groups[index] = next((sentence for sentence in candidates if spaced[index] in spaced[sentence]), index)
         if groups[index] == index:
             for gram in {gram for size in (1, 2, 3) for gram in _word_ngrams(words[index], size)}:
                 sentences_with[gram].append(index)

@@ -77,9 +77,9 @@ def truncate(encoding: Encoding, max_length: int, side: Literal["right", "left"]
             f"{max(budget, 0)} tokens of {'two texts' if first and second else 'the text'}"
         )
     shorter = min(first, second, budget // 2)
-    kept = (shorter, budget - shorter) if first <= second else (budget - shorter, shorter)
-    starts = (0, 0) if side == "right" else (first - kept[0], second - kept[1])
-    return _select_tokens(encoding, {number: (starts[number], starts[number] + kept[number]) for number in (0, 1)})
+    lengths = (shorter, budget - shorter) if first <= second else (budget - shorter, shorter)
+    starts = (0, 0) if side == "right" else (first - lengths[0], second - lengths[1])
+    return _select_tokens(encoding, {number: (starts[number], starts[number] + lengths[number]) for number in (0, 1)})
 
 
 def split_windows(encoding: Encoding, max_length: int, stride: int) -> list[Encoding]:

@@ -536,8 +536,8 @@ def read_table(
     Raises:
         FileNotFoundError: the file does not exist.
         LookupError: the encoding is unknown.
-        InvalidLineError: a row is invalid. A requested value is empty, the number of columns differs from the first
-            line, or the quotes are malformed. This is a ``ValueError``.
+        InvalidLineError: a row is invalid: a requested value is empty, the number of columns differs from the first
+            line, or the quotes are malformed. ``InvalidLineError`` is a ``ValueError``.
         ValueError: the file is not text in this encoding. A requested column is missing or occurs twice. There is no
             valid row. ``on_error`` or ``delimiter`` is unknown. ``delimiter`` is None, and the suffix is neither
             ``.tsv`` nor ``.csv``. A quote is not closed.
@@ -579,9 +579,9 @@ def read_jsonl(
 
     Raises:
         FileNotFoundError, LookupError: as in :func:`read_table`.
-        InvalidLineError: a line is invalid. The line is not a JSON object. A requested key is missing. A key occurs
-            twice. A requested value is null, an empty text or a text with a surrogate, or its type is not allowed by
-            ``texts`` or ``labels``. This is a ``ValueError``.
+        InvalidLineError: a line is invalid: it is not a JSON object, a requested key is missing, a key occurs twice, or
+            a requested value is null, an empty text, a text with a surrogate, or of a type that ``texts`` or ``labels``
+            does not allow. ``InvalidLineError`` is a ``ValueError``.
         ValueError: the file is not text in this encoding, there is no valid line, or ``on_error`` is unknown.
     """
 
@@ -691,7 +691,7 @@ def read_pairs(
 
     Raises:
         FileNotFoundError, LookupError: as in :func:`read_table`.
-        InvalidLineError: a line is empty. This is a ``ValueError``.
+        InvalidLineError: a line is empty. ``InvalidLineError`` is a ``ValueError``.
         ValueError: a file is not text in this encoding, the files have different numbers of lines, there is no valid
             pair, or ``on_error`` is unknown.
     """

@@ -42,7 +42,8 @@ _PGN_TAG = re.compile(
     rf'\[\s*{_TAG_NAME}\s*"(?:[^"\\\n]|\\.)*"\s*\]|\[(?<![^\n]\[){_TAG_NAME}\s+".*"\][^\S\n]*$', re.MULTILINE
 )  # fmt: skip
 _PGN_TAG_PARTS = re.compile(r'\[\s*([^\s"]+)\s*"(.*)"\s*\]\s*')
-_PGN_PIECE = re.compile(  # the search is faster if each alternative begins with a literal character, not a lookbehind
+# The search is faster if each alternative begins with a literal character instead of a lookbehind.
+_PGN_DELIMITER = re.compile(
     "|".join(
         [r";[^\n]*", r"%(?<![^\n]%)[^\n]*", r"\{", r"\(", r"\)", r"\n[^\S\n]*(?=\n)", _PGN_TAG.pattern]
         + [rf"{word}(?<![^\s)}}]{word})(?![^\s({{;])" for word in map(re.escape, RESULTS)]
@@ -50,10 +51,12 @@ _PGN_PIECE = re.compile(  # the search is faster if each alternative begins with
     re.MULTILINE,
 )
 _PGN_KINDS = {";": "comment", "%": "comment", "{": "brace", "[": "tag", "(": "open", ")": "close", "\n": "empty"}
-"""The kind of a match of ``_PGN_PIECE`` by its first character. Other matches are results."""
+"""First character of a match of ``_PGN_DELIMITER`` -> its kind. A match with another first character is a result."""
 _PGN_IGNORED = re.compile(r"\$\d+|(?<!\S)(?:\d+\s*)?\.+|(?<!\S)\d+(?!\S)|\be\.p\.")
+"""The parts of a PGN move text that are not moves: annotations such as ``$1``, move numbers, and ``e.p.``."""
 _PGN_MOVE = re.compile(r"[KQRBNP]?[a-h]?[1-8]?[-x]?[a-h][1-8](?:=?[KQRBNkqrbn])?|[O0]-[O0](?:-[O0])?|--")
-_FIRST_MOVE = re.compile(r"1(?:\.(?!\s*\.)|\s|$)")
+_FIRST_MOVE_NUMBER = re.compile(r"1(?:\.(?!\s*\.)|\s|$)")
+"""The number of the first move of white: ``1.`` or ``1``, but not ``1...``, the number of the first move of black."""
 GAMES_PER_EXTRA_PROCESS = 2000
 """Number of games for which ``read_games`` starts one more process. A process takes one or two seconds to start."""
 
@@ -381,8 +384,8 @@ def _read_pgn(text: str, notation: Notation) -> tuple[str, str]:
         raise ValueError(f"the game begins with move {first_number[1]}, not with move 1")
     moves = _replay([move.uci() for move in game.mainline_moves()], notation)
     # If the tag has no result, the result after the moves counts.
-    tag, (_, after_moves) = game.headers.get("Result", "*").strip(), _split_result(_pgn_moves(text))
-    return moves, tag if tag in RESULTS and tag != "*" else after_moves
+    tag_result, (_, result_after_moves) = game.headers.get("Result", "*").strip(), _split_result(_pgn_moves(text))
+    return moves, tag_result if tag_result in RESULTS and tag_result != "*" else result_after_moves
 
 
 def _pgn_moves(text: str) -> str:
@@ -414,7 +417,7 @@ class _PgnGame:
 
     def text(self) -> str:
         """One line per tag, an empty line, and one line of moves. Its last word is "(" if a variation is not closed."""
-        moves = [word for piece in self.moves for word in piece.split()] + ["("] * bool(self.depth)
+        moves = [word for part in self.moves for word in part.split()] + ["("] * bool(self.depth)
         return "\n".join([*(f'[{name} "{value}"]' for name, value in self.tags), "", " ".join(moves)])
 
 
@@ -426,17 +429,17 @@ def _pgn_games(text: str) -> Iterator[tuple[int, str]]:
     """
     text = re.sub(r"\r\n?", "\n", text)
     game, after_empty, line, counted_until = None, False, 1, 0
-    for start, kind, piece in _pgn_pieces(text):
+    for start, kind, part in _pgn_parts(text):
         if kind == "empty":
             after_empty = True
             continue
-        tag = _PGN_TAG_PARTS.fullmatch(piece) if kind == "tag" else None
+        tag = _PGN_TAG_PARTS.fullmatch(part) if kind == "tag" else None
         if game is not None:
             if tag is not None:
                 is_new = bool(game.moves or game.depth) or (after_empty and tag[1] in dict(game.tags))
             else:
                 after_result = not game.depth and bool(game.moves) and game.moves[-1] in RESULTS
-                at_move_1 = after_empty and bool(game.moves) and _FIRST_MOVE.match(piece) is not None
+                at_move_1 = after_empty and bool(game.moves) and _FIRST_MOVE_NUMBER.match(part) is not None
                 is_new = kind in ("moves", "result") and (after_result or at_move_1)
             if is_new:
                 yield game.line, game.text()
@@ -451,14 +454,14 @@ def _pgn_games(text: str) -> Iterator[tuple[int, str]]:
         elif kind == "close" and game.depth:
             game.depth -= 1
         elif not game.depth or kind == "unclosed":
-            game.moves.append(piece)
+            game.moves.append(part)
         after_empty = False
     if game is not None:
         yield game.line, game.text()
 
 
-def _pgn_pieces(text: str) -> Iterator[tuple[int, str, str]]:
-    """Yield (start, kind, piece) for the pieces of a PGN text, without comments.
+def _pgn_parts(text: str) -> Iterator[tuple[int, str, str]]:
+    """Yield (start, kind, part) for the parts of a PGN text, without comments.
 
     The kinds are ``moves``, ``result``, ``tag``, ``open`` and ``close`` (the parentheses of a variation), ``empty`` (an
     empty line) and ``unclosed`` (the ``{`` of a comment that is not closed). A comment is not closed if no ``}``
@@ -467,7 +470,7 @@ def _pgn_pieces(text: str) -> Iterator[tuple[int, str, str]]:
     """
     position = 0
     while position < len(text):
-        match = _PGN_PIECE.search(text, position)
+        match = _PGN_DELIMITER.search(text, position)
         start = len(text) if match is None else match.start()
         moves = text[position:start]
         if moves.strip():

@@ -130,7 +130,7 @@ class MoveTokenizer(EncodeInputsMixin):
         ids = []
         for number, word in enumerate(text.split()):
             id = self._ids.get(word)
-            ids.append(self._id_of_other_word(word, number) if id is None else id)
+            ids.append(self._id_of_unlisted_word(word, number) if id is None else id)
         return np.array(ids, np.int32)
 
     def encode_game(self, line: str) -> np.ndarray:
@@ -150,7 +150,7 @@ class MoveTokenizer(EncodeInputsMixin):
         return self._texts[id]
 
     def decode(self, ids: Sequence[int] | np.ndarray, *, skip_special_tokens: bool = False) -> str:
-        """The line of moves. Id 3 of SAN is ``<unk>``, also if ``skip_special_tokens`` is True."""
+        """The line of moves. Id 3 of SAN is written as ``<unk>``, even if ``skip_special_tokens`` is True."""
         unknown = self.special_ids.unk
         return " ".join(
             self._texts[id]
@@ -187,7 +187,7 @@ class MoveTokenizer(EncodeInputsMixin):
     def __repr__(self) -> str:
         return f"MoveTokenizer({self.notation!r}, {len(self.moves):,} moves)"
 
-    def _id_of_other_word(self, word: str, number: int) -> int:
+    def _id_of_unlisted_word(self, word: str, number: int) -> int:
         """The id of a word that is not a key of ``_ids``. Raises ``ValueError`` if it is not a move or has no id."""
         plain = _CHECK_SIGN.sub("", word) if self.notation == "san" else word
         id = self._ids.get(plain, self.special_ids.unk)

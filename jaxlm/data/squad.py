@@ -36,10 +36,10 @@ def read_squad(path: str | Path, *, on_error: OnError = "raise") -> Examples:
 
     Raises:
         FileNotFoundError: the file does not exist.
-        InvalidLineError: a question is invalid. Its line cannot be parsed, a field is missing or has a wrong type, a
+        InvalidLineError: a question is invalid: its line cannot be parsed, a field is missing or has a wrong type, a
             text is empty or has a surrogate, or an answer is not in the context within :data:`MAX_SHIFT` characters of
             its start. The message names the file, the number of the question and its id (None if the line cannot be
-            parsed or has no id). This is a ``ValueError``.
+            parsed or has no id). ``InvalidLineError`` is a ``ValueError``.
         ValueError: the file is not UTF-8, has another format, or is official JSON with a key twice in an object. No
             question is valid. ``on_error`` is unknown.
 

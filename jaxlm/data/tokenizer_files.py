@@ -1,7 +1,7 @@
 """The files of a published tokenizer, read as transformers reads them: backend, special tokens and settings.
 
-A backend is a ``tokenizers.Tokenizer``. ``jaxlm.data.tokenizers.PretrainedTokenizer`` uses this module to load and to
-save.
+A backend is a ``tokenizers.Tokenizer``. ``jaxlm.data.tokenizers.PretrainedTokenizer`` uses this module to load and save
+tokenizers.
 """
 
 from __future__ import annotations
@@ -93,14 +93,14 @@ def read_backend(directory: Path) -> Any:
     tokenizers = extras.import_optional(
         "tokenizers", "tokenizers", f"the tokenizer in {directory} needs the package `tokenizers`"
     )
-    file, vocab = directory / "tokenizer.json", directory / "tokenizer.json"
+    file, vocab_file = directory / "tokenizer.json", directory / "tokenizer.json"
     is_gpt2 = not file.exists()
     if is_gpt2:
-        file, vocab = directory / "merges.txt", directory / "vocab.json"
-        _require_gpt2(directory, read_object(vocab))  # read_object raises if a token occurs twice
+        file, vocab_file = directory / "merges.txt", directory / "vocab.json"
+        _require_gpt2(directory, read_object(vocab_file))  # read_object raises if a token occurs twice
     try:
         if is_gpt2:
-            backend = tokenizers.Tokenizer(tokenizers.models.BPE.from_file(str(vocab), str(file)))
+            backend = tokenizers.Tokenizer(tokenizers.models.BPE.from_file(str(vocab_file), str(file)))
             backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
             backend.decoder = tokenizers.decoders.ByteLevel()
         else:
@@ -118,7 +118,7 @@ def read_backend(directory: Path) -> Any:
     if is_gpt2 and backend.token_to_id(_END_OF_TEXT) is not None:
         mark_special(backend, [_END_OF_TEXT])
     # Sorted, because the order of get_vocab varies, and the message of the error depends on it.
-    _tokens_by_id(((number, token) for token, number in sorted(backend.get_vocab().items())), vocab)
+    _tokens_by_id(((number, token) for token, number in sorted(backend.get_vocab().items())), vocab_file)
     return backend
 
 
@@ -168,18 +168,18 @@ class _AddedToken(NamedTuple):
     may_be_new: bool
 
 
-def _added_tokens(directory: Path, in_backend: Iterable[Any]) -> dict[str, _AddedToken]:
+def _added_tokens(directory: Path, backend_tokens: Iterable[Any]) -> dict[str, _AddedToken]:
     """Token -> its declaration, for the added tokens. ``encode`` does not split added tokens.
 
     The order is that in which transformers adds them.
 
     Args:
-        in_backend: the added tokens of the backend. Only ``added_tokens_decoder`` overrides their options. But tokens
-            of roles and of ``additional_special_tokens`` are always special.
+        backend_tokens: the added tokens of the backend. Only ``added_tokens_decoder`` overrides their options. The
+            tokens of roles and of ``additional_special_tokens`` are always special.
     """
     fields = _token_fields(directory)
-    of_roles = [fields[f"{role}_token"] for role in ROLES if f"{role}_token" in fields]
-    special = [(file, token, False) for file, token in of_roles if token is not None]
+    role_tokens = [fields[f"{role}_token"] for role in ROLES if f"{role}_token" in fields]
+    special = [(file, token, False) for file, token in role_tokens if token is not None]
     file, tokens = fields.get("additional_special_tokens", ("", None))
     special += [(file, token, True) for token in tokens or []]
     special_texts = {_token_text(directory / name, token) for name, token, _ in special}
@@ -187,7 +187,7 @@ def _added_tokens(directory: Path, in_backend: Iterable[Any]) -> dict[str, _Adde
     declared = [(file, token, True) for token in _tokens_by_id((decoder or {}).items(), directory / file).values()]
     declared += [
         ("tokenizer.json", {"content": t.content, **{name: getattr(t, name) for name in _ADDED_TOKEN_OPTIONS}}, True)
-        for t in in_backend
+        for t in backend_tokens
     ]
     if decoder is None:
         file = "added_tokens.json"
@@ -362,7 +362,7 @@ def component_state(component: Any) -> dict[str, Any]:
 
 
 def _set_fields(backend: Any, component: str, fields: Mapping[str, Any]) -> None:
-    """Set those of the fields that a component of the backend, such as "normalizer", has. Ignore the others."""
+    """Set fields of a component of the backend, such as "normalizer". Ignore fields that the component lacks."""
     import tokenizers
 
     state = component_state(getattr(backend, component))

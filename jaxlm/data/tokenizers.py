@@ -41,8 +41,8 @@ _COPIED_FILES = (
     "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
     "vocab.txt", "vocab.json", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model",
 )  # fmt: skip
-"""Files that ``save`` copies from a published tokenizer. Only ``tokenizer_config.json`` and ``special_tokens_map.json``
-may get further fields."""
+"""Files that ``save`` copies from a published tokenizer. ``save`` adds fields only to ``tokenizer_config.json`` and
+``special_tokens_map.json``."""
 TOKENIZER_FILES = (JAXLM_TOKENIZER_FILE, "tokenizer.json", *_COPIED_FILES)
 """Names of the files of a saved tokenizer. ``save`` first removes the files with these names from the directory."""
 NO_TOKEN_TYPES = {"model_input_names": ["input_ids", "attention_mask"]}
@@ -241,7 +241,7 @@ def num_required_ids(tokenizer: Tokenizer) -> int:
     """The vocabulary size that a model needs for this tokenizer: the largest id that a model must have, plus 1.
 
     A model need not have the ids of added special tokens without a role, such as ``<image_soft_token>`` of Gemma 3:
-    text models have no embedding for this token. Such an id occurs only in the encoding of a text with its token.
+    text models have no embedding for this token. Only the encoding of a text that contains such a token has its id.
     """
     if not isinstance(tokenizer, PretrainedTokenizer):
         return tokenizer.vocab_size
@@ -375,9 +375,9 @@ class PretrainedTokenizer(EncodeInputsMixin):
 
     Args:
         backend: the ``tokenizers.Tokenizer``. The constructor turns off padding and truncation in this object, and
-            makes the tokens of roles special; but if the class in ``tokenizer_config.json`` is
-            ``PreTrainedTokenizerFast``, only the tokens in ``special_tokens``. ``save`` writes the original padding and
-            truncation.
+            makes the tokens of roles special. If the class in ``tokenizer_config.json`` is ``PreTrainedTokenizerFast``,
+            the constructor makes only the tokens in ``special_tokens`` special. ``save`` writes the original padding
+            and truncation.
         special_tokens: role in ``ROLES`` -> token. The token None means that the role has no token. For a role that is
             not in the mapping, the usual tokens of published vocabularies are looked up in the vocabulary.
         files: name -> content of further files that ``save`` writes. Tokens of long texts are removed from the side
@@ -413,7 +413,8 @@ class PretrainedTokenizer(EncodeInputsMixin):
         self.end_id: int | None = None if end_token is None else backend.token_to_id(end_token)
         self._files = dict(files or {})
         settings = json.loads(self._files.get("tokenizer_config.json", b"{}"))
-        # In transformers, this class has only the tokens that a file declares; the other classes have default tokens.
+        # In transformers, PreTrainedTokenizerFast has only the tokens that a file declares. Other classes have default
+        # tokens.
         only_declared = settings.get("tokenizer_class") == "PreTrainedTokenizerFast"
         mark_special(backend, [t for role, t in self.special_tokens.items() if role in given or not only_declared])
         side = settings.get("truncation_side", (backend.truncation or {}).get("direction", "right"))
@@ -508,10 +509,11 @@ class PretrainedTokenizer(EncodeInputsMixin):
         removed. A special token that cannot be read from the written files, such as the token of an id in
         ``config.json``, is added to ``special_tokens_map.json`` if this file exists and overrides
         ``tokenizer_config.json``, and otherwise to ``tokenizer_config.json``. If ``tokenizer_config.json`` has no
-        ``tokenizer_class``, the class ``PreTrainedTokenizerFast`` and further missing fields are added: without the
-        class, transformers would choose one by the ``model_type`` in ``config.json``, and this class may add other
-        special tokens. ``add_prefix_space`` and ``split_special_tokens`` are written to ``tokenizer_config.json`` if
-        the backend has other values (a missing field counts as false). All other copied files are unchanged.
+        ``tokenizer_class``, the class ``PreTrainedTokenizerFast`` and further missing fields are added. Without a
+        class, transformers would choose one by the ``model_type`` in ``config.json``. The chosen class may add special
+        tokens that this tokenizer does not add. ``add_prefix_space`` and ``split_special_tokens`` are written to
+        ``tokenizer_config.json`` if the backend has other values (a missing field counts as false). All other copied
+        files are unchanged.
         """
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
@@ -578,8 +580,8 @@ def _trimmed_offsets(encoding: Any, texts: Sequence[str]) -> list[tuple[int, int
     """The offsets of a ``tokenizers.Encoding`` whose post-processor trims offsets, without the errors of the package.
 
     At position 0, the package treats the space of a token as the added space, even if the text begins with a space. At
-    other positions, it treats the space as a part of the text, even if it added this space after a special token of
-    the text.
+    other positions, the package treats the space as a part of the text, even if the package added this space after a
+    special token in the text.
     """
     offsets = list(encoding.offsets)
     for number, (token, sequence) in enumerate(zip(encoding.tokens, encoding.sequence_ids, strict=True)):

@@ -129,7 +129,7 @@ def train_tokenizer(
         >>> tokenizer.decode([4, 3, 2, 1], skip_special_tokens=True)
         'to be'
     """
-    specials = _check_special_tokens(texts, kind, vocab_size, template, min_frequency, extra_tokens)
+    specials = _check_arguments(texts, kind, vocab_size, template, min_frequency, extra_tokens)
     tokenizers = extras.import_optional(
         "tokenizers", "tokenizers", "training a tokenizer needs the package `tokenizers`"
     )
@@ -139,16 +139,16 @@ def train_tokenizer(
     if kind == "unigram":
         backend.model = _make_reproducible(tokenizers, backend, len(specials))
     template_spec = _TEMPLATES[template]
-    add_template = tokenizers.processors.TemplateProcessing(
+    template_processor = tokenizers.processors.TemplateProcessing(
         single=template_spec.single,
         pair=template_spec.pair,
         special_tokens=[(t, backend.token_to_id(t)) for t in specials],
     )
-    # trim_offsets: the offsets of a subword exclude its leading space. So they are the same for the first word of a
-    # text, whose space is added, and for a word after a space of the text.
+    # trim_offsets: the offsets of a subword exclude its leading space. So they cover only the word, both for the first
+    # word of a text, whose space is added, and for a word after a space of the text.
     byte_level = tokenizers.processors.ByteLevel(add_prefix_space=True, trim_offsets=True)
     backend.post_processor = (
-        tokenizers.processors.Sequence([byte_level, add_template]) if kind in _SUBWORDS else add_template
+        tokenizers.processors.Sequence([byte_level, template_processor]) if kind in _SUBWORDS else template_processor
     )
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -162,7 +162,7 @@ def train_tokenizer(
     return PretrainedTokenizer(backend, template_spec.tokens, files=files)
 
 
-def _check_special_tokens(
+def _check_arguments(
     texts: Iterable[str], kind: str, vocab_size: int, template: str, min_frequency: int, extra_tokens: Sequence[str]
 ) -> list[str]:
     """Check the arguments. Returns the special tokens in the order of their ids."""
@@ -192,7 +192,7 @@ def _training_texts(texts: Iterable[str], specials: Sequence[str], kind: str) ->
     """Yield the parts of the texts between special tokens.
 
     ``encode`` splits texts in the same way. Without this split, the trainer for words would count a special token in a
-    text as a word. The token would then have the id of this word instead of its first id.
+    text as a word. The id of this word would then replace the id of the special token.
 
     Raises:
         TypeError: a text is not a string.

@@ -82,8 +82,9 @@ def attention_maps(
     For an encoder-decoder, the rows are the tokens of ``outputs[n]`` and the columns are the tokens of the source
     ``texts[n]``. Row t has the weights of the decoder step that predicts token t. For a classifier with attention
     pooling, each row is a hop of the pooling, and the columns are the tokens of the text. The hops are not averaged.
-    For other models, rows and columns are the tokens of the text. For XLNet with the task ``permutation``, the average
-    also includes both streams (content and query). The list has no map for a text whose output has no tokens.
+    For other models, rows and columns are the tokens of the text. For XLNet with the task ``permutation``, the weights
+    are also averaged over the two streams (content and query). The list has no map for a text whose output has no
+    tokens.
 
     Args:
         outputs: for an encoder-decoder, the output text for each source.
@@ -121,7 +122,7 @@ def attention_maps(
     for number, encoding in enumerate(encoded):
         check_encoding(model, encoding, f"text {number}")
         if pairs is None and encoding.sequence_ids.max() > 0:
-            raise ValueError(f"encoding {number} is that of a pair: pass the second texts as pairs")
+            raise ValueError(f"encoding {number} has two texts: pass the second texts as pairs")
     longest = max(encoding.ids.size for encoding in encoded)
     tokens, segment_ids = pad_rows([encoding.ids for encoding in encoded], longest)
     inputs = list(zip(texts, strict=True) if pairs is None else zip(texts, pairs, strict=True))
@@ -133,8 +134,8 @@ def attention_maps(
     else:
         targets = _encode_outputs(model, tokenizer, outputs, max_tokens, output_special_tokens)
         rows = [_token_texts(tokenizer, (text,), target) for text, target in zip(outputs, targets, strict=True)]
-        start = decoder_start_id(model, tokenizer)
-        shifted = [np.concatenate([[start], target.ids[:-1]]) for target in targets]
+        start_id = decoder_start_id(model, tokenizer)
+        shifted = [np.concatenate([[start_id], target.ids[:-1]]) for target in targets]
         decoder_ids, decoder_segments = pad_rows(shifted, max(ids.size for ids in shifted))
         decoder_inputs = {"source": tokens, "source_segment_ids": segment_ids, "segment_ids": decoder_segments}
         weights, kind = model.attention_weights(params, jnp.asarray(decoder_ids), **decoder_inputs), "cross"

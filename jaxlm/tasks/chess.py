@@ -66,7 +66,7 @@ __all__ = [
 class NextMoveScores:
     """Scores of next-move predictions in recorded games.
 
-    The true move is the move that was played. The model reads all true moves before the predicted one.
+    The true move is the move that was played. The model reads all true moves before the predicted move.
 
     Attributes:
         top_1: fraction of true moves that are the most probable token.
@@ -274,8 +274,8 @@ def _predictions(
         for index, row in enumerate(rows):
             prefixes = [row[:end] for end in range(1, len(row))]
             logits = np.concatenate(list(next_logits(model, params, tokenizer, prefixes, batch_size)))
-            true = np.take_along_axis(logits, row[1:, None], axis=1)
-            yield index, logits.argmax(axis=1), np.sum(~(logits < true), axis=1) - 1
+            true_logits = np.take_along_axis(logits, row[1:, None], axis=1)
+            yield index, logits.argmax(axis=1), np.sum(~(logits < true_logits), axis=1) - 1
         return
     check_lengths(model, [row[:-1] for row in rows])
     order = sorted(range(len(rows)), key=lambda index: len(rows[index]))  # games of similar length share a batch

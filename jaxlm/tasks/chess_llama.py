@@ -5,7 +5,7 @@ The vector of a move is its token embedding plus an embedding of the board after
 and it does not have to learn where the pieces are. It does not know which moves are legal: it must learn this.
 
 The model state has the board after each token in the cache. A move changes the board. Padding and other tokens that are
-not moves keep it. Before the first token of a document, the board is reset to the initial board.
+not moves do not change the board. Before the first token of a document, the board is reset to the initial board.
 
 Shapes: B batch, T time, D model width, E entries of a board (64 squares, then the side to move), S squares, R rows of
 the table of board embeddings, K rows of this table for one square (side to move and piece).
@@ -161,8 +161,8 @@ def boards_after(
         board_BE = jnp.where(is_move_B[:, None], _make_move(board_BE, move_B3), board_BE)
         return board_BE, board_BE
 
-    by_time = (reset_BT.swapaxes(0, 1), is_move_BT.swapaxes(0, 1), moves_BT3.swapaxes(0, 1))
-    _, boards_TBE = lax.scan(step, board_BE, by_time)
+    time_major_inputs = (reset_BT.swapaxes(0, 1), is_move_BT.swapaxes(0, 1), moves_BT3.swapaxes(0, 1))
+    _, boards_TBE = lax.scan(step, board_BE, time_major_inputs)
     return boards_TBE.swapaxes(0, 1)
 
 
@@ -196,7 +196,7 @@ def _make_move(board_BE: jax.Array, move_B3: jax.Array) -> jax.Array:
 
 
 def _read_boards(tokens_BT: jax.Array, segment_ids: jax.Array | None, state: State | None) -> jax.Array:
-    """The board after each new token, [B, T, E]. If a document continues from an earlier call, so does its board."""
+    """The board after each new token, [B, T, E]. A document that began in an earlier call keeps its board."""
     segments_BT = common.segment_ids_or_ones(tokens_BT, segment_ids)
     last_segment_B = board_BE = None
     if state is not None:

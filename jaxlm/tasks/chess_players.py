@@ -243,6 +243,8 @@ def opponents(
 ) -> Iterator[tuple[str, Player, int, int]]:
     """Yield ``(name, player, number of games, number of random opening moves)`` for each opponent in an evaluation.
 
+    Play each match inside the loop over the opponents: the process of Stockfish ends when the loop continues.
+
     Args:
         random: number of games against random legal moves; 0: no such opponent.
         engine: number of games against Stockfish at skill level 0; 0: no such opponent. If Stockfish is not installed
@@ -291,6 +293,7 @@ def play_match(
     pawn move, or an illegal move. A game that has not ended in this way after ``max_moves`` moves is a draw.
 
     Args:
+        max_moves: maximum number of moves of a game, including its opening.
         opening_moves: number of random moves at the beginning of a game. Games 2k and 2k + 1 have the same opening.
             Without random openings, deterministic players repeat the same game. At most :data:`MAX_OPENING_MOVES`.
         seed: seed for ``np.random.default_rng``. It controls all random choices except those of an engine.

@@ -139,7 +139,7 @@ def board_after(line: str) -> chess.Board:
 
 
 def push_move(board: chess.Board, word: str) -> chess.Move:
-    """Play a UCI or SAN move on ``board`` and return the move. Raises ``ValueError`` as :func:`board_after`."""
+    """Play a UCI or SAN move on ``board`` and return the move. Raises ``ValueError`` as in :func:`board_after`."""
     move = board.parse_uci(word) if UCI_MOVE.fullmatch(word) else board.parse_san(word)
     if not move:
         raise ValueError(f"{word!r} is a null move")
@@ -174,12 +174,12 @@ def choose_ids(logits: np.ndarray, temperature: float, rng: np.random.Generator)
 
 
 class MoveReader:
-    """Computes the logits of the next move for several boards, and reuses the model state of the previous call.
+    """Computes the logits of the next move for several boards, and reuses the model state of earlier calls.
 
-    If each board continues a board of the previous call, in the same order, the model reads only the new moves. Some
-    boards of the previous call may be missing. The model reads all games from the beginning if a board does not
-    continue an earlier one, or if the new moves exceed the capacity of the model state. An encoder-decoder always reads
-    whole games.
+    If each board continues a board of an earlier call, in the same order, the model reads only the new moves. Some
+    boards of the earlier call may be missing. The model reads all games from the beginning if a board continues no
+    board of an earlier call, or if the new moves exceed the capacity of the model state. An encoder-decoder always
+    reads whole games.
 
     Raises:
         TypeError: the model has no state, or the tokenizer is not a ``MoveTokenizer``.
@@ -188,10 +188,9 @@ class MoveReader:
 
     def __init__(self, model: Model, params: Params, tokenizer: MoveTokenizer) -> None:
         check_model(model, tokenizer)
-        model.state_specs(1, 1)
+        model.state_specs(1, 1)  # raises TypeError if the model has no state
         self.model, self.params, self.tokenizer = model, params, tokenizer
         self._legal = LegalMoves(tokenizer)
-        self._rows: list[_Row] = []
         self._reset([])
 
     @property
@@ -298,8 +297,9 @@ class MoveReader:
     def _new_state(self, longest: int) -> int:
         """Create an empty model state for rows of up to ``longest`` tokens, and return the padded length of the rows.
 
-        The capacity has space for further moves, unless the model has too few positions. If ``longest`` is 1 or 2, the
-        rows are not padded to a multiple of ``LENGTH_MULTIPLE``.
+        The capacity has space for further moves, unless the model has too few positions. The rows are padded to a
+        multiple of ``LENGTH_MULTIPLE``. They are not padded if ``longest`` is 1 or 2, or if the padded rows and
+        ``LENGTH_MULTIPLE`` further tokens would exceed the positions of the model.
         """
         limit = self.model.max_positions
         length = longest if longest <= 2 else -(-longest // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
@@ -343,7 +343,7 @@ def _read_moves(
     tokens_BT: jax.Array,
     segment_ids_BT: jax.Array,
     *,
-    sharding: Sharding | None,
+    sharding: Sharding | None,  # static, so that jit traces again if the active sharding changes
 ) -> tuple[Any, jax.Array]:
     """The model state after the tokens, and the logits [B, V] of the token that follows each row."""
     return read_prompts(model, params, tokens_BT, segment_ids_BT, 0, state)
@@ -438,8 +438,8 @@ def check_lengths(model: Model, rows: Sequence[np.ndarray]) -> None:
     too_long = [index for index, row in enumerate(rows) if limit is not None and len(row) > limit]
     if too_long:
         raise ValueError(
-            f"{len(too_long)} of {len(rows)} games are longer than the model's max_positions={limit}, first game "
-            f"{too_long[0]} with {len(rows[too_long[0]]) - 1} moves: remove or shorten these games"
+            f"{len(too_long)} of {len(rows)} games need more positions than the model's max_positions={limit}, first "
+            f"game {too_long[0]}, which needs {len(rows[too_long[0]])}: remove or shorten these games"
         )
 
 

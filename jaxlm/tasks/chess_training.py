@@ -27,8 +27,8 @@ MAP_TOKENS = 40
 _GAMES_PER_MATCH = 500
 """Maximum number of generated games that are played in parallel. More games need more memory."""
 _GENERATED_SEED = 1_000_000
-"""First element of the seed of generated games. It makes their random moves differ from those of a match with the same
-seed."""
+"""First element of the seed of generated games. Without this element, generated games and a match with the same seed
+would have the same random numbers."""
 
 
 def game_batches(
@@ -44,8 +44,9 @@ def game_batches(
 ) -> tuple[Source, Callable[[Any], Batch], str]:
     """A source of training data, a function that converts its batches to ``Batch``, and a description of the data.
 
-    For a causal model, games are packed into rows. For an encoder-decoder, each game is cut at several positions. The
-    source has the tokens before the position. The target has the next tokens, at most ``target_length``.
+    For a causal model, games are packed into rows. For an encoder-decoder, each game is cut at several positions, and
+    each position gives one example. Its source has the tokens before the position. Its target has the next tokens, at
+    most ``target_length``.
 
     Args:
         games: one line of moves per game, in the tokenizer's notation.

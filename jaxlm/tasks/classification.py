@@ -138,10 +138,10 @@ def write_test(directory: Path, examples: Examples, labels: Sequence[str], predi
     """
     texts, gold = examples.column("text"), label_ids(examples.column("label"), labels, examples.name)
     write_confusion(directory, labels, confusion(predicted, gold, len(labels)))
-    shown = np.concatenate([np.flatnonzero(predicted != gold)[:20], np.flatnonzero(predicted == gold)[:20]])
+    indices = np.concatenate([np.flatnonzero(predicted != gold)[:20], np.flatnonzero(predicted == gold)[:20]])
     write_samples(
         directory,
-        [{"source": texts[n], "label": labels[gold[n]], "output": labels[predicted[n]]} for n in shown.tolist()],
+        [{"source": texts[n], "label": labels[gold[n]], "output": labels[predicted[n]]} for n in indices.tolist()],
     )
     return accuracy(predicted, gold)
 
@@ -189,8 +189,9 @@ def convolution_fields(
     A classifier of these families pads every text to ``max_positions`` tokens. The returned ``max_positions`` is the
     number of tokens of the longest text, but at least 32.
 
-    A resnet halves the length between its groups of blocks. So its ``max_positions`` is rounded up to a multiple of 8
-    and of ``2 ** (number of groups - 1)``. It is at least ``k_max * 2 ** (number of groups - 1)``.
+    A resnet halves the length between its groups of blocks, and keeps the ``k_max`` largest entries of each channel
+    after the last group. So its ``max_positions`` is rounded up to a multiple of 8 and of
+    ``2 ** (number of groups - 1)``, and is at least ``k_max * 2 ** (number of groups - 1)``.
 
     For an alexnet, ``pools`` is also returned if ``changes`` has ``kernels`` with one entry. The max pooling then
     covers the whole text, as in the model of Kim (2014), and ``max_positions`` is at least the kernel size.

@@ -19,7 +19,8 @@ from jaxlm.tasks.loading import load
 from jaxlm.tasks.text_requests import TextRequests
 
 try:
-    import lm_eval.models  # noqa: F401 (the harness registers its own model types only while none is registered)
+    # This import registers the model types of the harness. The harness skips it if a model type is already registered.
+    import lm_eval.models  # noqa: F401
     from lm_eval.api.model import LM
     from lm_eval.api.registry import register_model
     from lm_eval.utils import simple_parse_args_string
@@ -52,7 +53,7 @@ class HarnessModel(LM):
         """The ``HarnessModel`` of a run directory, or of a directory in Hugging Face layout.
 
         Args:
-            pretrained, dtype: the arguments of :func:`jaxlm.tasks.loading.load`.
+            pretrained, dtype: the arguments ``directory`` and ``dtype`` of :func:`jaxlm.tasks.loading.load`.
             options: the keyword arguments of ``TextRequests``.
         """
         return cls(*load(pretrained, dtype), **options)
@@ -116,7 +117,7 @@ class HarnessModel(LM):
         raise ValueError("jaxlm does not support chat templates: evaluate with apply_chat_template=False")
 
     def get_model_info(self) -> dict[str, Any]:
-        """The model's family, size and maximum length, and the numbers of truncated requests.
+        """The model's family, size and maximum length, and the counts in ``TextRequests.truncated``.
 
         The harness adds this dictionary to ``results["config"]``.
         """

@@ -30,6 +30,7 @@ from jaxlm.sharding import Sharding, active
 from jaxlm.spec import Params
 
 BATCH_SIZE = 32
+"""Default number of rows in a batch."""
 
 
 # --------------------------------------------------------------------------------------------- labels of texts
@@ -235,8 +236,8 @@ def score_texts(
     """The log-likelihood of each text. An encoder-decoder scores each text as the target of a source.
 
     For an encoder-decoder, texts are encoded with ``tokenizer.encode_inputs``. If the tokenizer has an end token, each
-    text ends with it, and it is predicted too. For other families, texts are encoded without special tokens, and the
-    first token is not predicted. For a text that exceeds the positions of such a model, use
+    text ends with the end token, which is predicted too. For other families, texts are encoded without special tokens,
+    and the first token is not predicted. If a text has more tokens than a model of these families has positions, use
     :func:`jaxlm.decoding.perplexity`.
 
     Args:
@@ -365,14 +366,14 @@ def _score_batch(
 ) -> TokenScores:
     """The scores of a batch of pairs (context, continuation), with one row per pair.
 
-    A row has the scores of the continuation. If ``start_id`` is None, it begins with the scores of ``context[1:]``.
+    If ``start_id`` is None, the scores of ``context[1:]`` are before the scores of the continuation.
     """
     if start_id is None:
         rows = [np.concatenate(pair) for pair in pairs]
         # The model does not read the last token, so only the other tokens are padded to a bucket length.
         length = 1 + bucket_length(max(row.size for row in rows) - 1, model.max_positions)
         return token_scores(model, params, *pad_rows(rows, length))
-    # Sources and targets are padded to one length. With two, each pair of bucket lengths would be compiled.
+    # Sources and targets have one padded length. With two lengths, XLA would compile each pair of bucket lengths.
     length = bucket_length(max(ids.size for pair in pairs for ids in pair), model.max_positions)
     source_BS, source_segment_ids_BS = pad_rows([context for context, _ in pairs], length)
     targets_BT, segment_ids_BT = pad_rows([continuation for _, continuation in pairs], length)

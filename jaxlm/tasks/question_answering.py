@@ -310,12 +310,12 @@ def write_test(
     ]  # fmt: skip
     write_samples(run, rows)
     length = MAP_TOKENS if model.max_positions is None else min(MAP_TOKENS, model.max_positions)
-    shown: list[tuple[str, str, Encoding]] = []
+    map_inputs: list[tuple[str, str, Encoding]] = []
     for example in examples[:4]:
         texts = example["question"], example["context"]
         with contextlib.suppress(ValueError):  # the question leaves no token for the context
-            shown.append((*texts, tokenizer.encode_windows(*texts, max_length=length, stride=0)[0]))
-    questions, contexts, windows = zip(*shown, strict=True) if shown else ((), (), ())
+            map_inputs.append((*texts, tokenizer.encode_windows(*texts, max_length=length, stride=0)[0]))
+    questions, contexts, windows = zip(*map_inputs, strict=True) if map_inputs else ((), (), ())
     write_attention_maps(run, model, params, tokenizer, questions, pairs=contexts, encodings=windows)
 
 

@@ -60,7 +60,8 @@ def encode(
 def check_sources(examples: Examples, tokenizer: Tokenizer) -> None:
     """Raise ``ValueError`` if a ``source`` has no tokens except special tokens. No text can be generated from it.
 
-    Call this function with the test split before the training, because generation would fail after the training.
+    Call this function with the test split before the training. Otherwise, the error occurs only after the training,
+    when the model generates the outputs of the test.
     """
     sources = examples.column("source")
     for number, encoding in enumerate(tokenizer.encode_inputs_batch(sources)):
@@ -121,8 +122,8 @@ def write_test(
 ) -> None:  # fmt: skip
     """Write ``samples.jsonl`` of a run with at most 40 outputs, and the attention maps of at most four of them.
 
-    The outputs are selected at random with a fixed seed. The maps are those of the first four outputs that are not
-    empty. For families without attention, no maps are written.
+    The outputs are selected at random with a fixed seed. The maps are those of the first four selected outputs that are
+    not empty. For families without attention, no maps are written.
 
     Args:
         run: the directory of the run.
@@ -130,7 +131,7 @@ def write_test(
     """
     chosen = np.random.default_rng(0).permutation(len(sources))[:40].tolist()
     write_samples(run, [{"source": sources[n], "reference": references[n], "output": outputs[n]} for n in chosen])
-    # An attention map needs at least one row, so skip empty outputs.
+    # The map of an empty output would have only the row of the EOS token, so skip empty outputs.
     nonempty = [n for n in chosen if outputs[n].strip()][:4]
     pairs = [sources[n] for n in nonempty], [outputs[n] for n in nonempty]
     write_attention_maps(run, model, params, tokenizer, *pairs)

@@ -33,11 +33,12 @@ def recall(
 ) -> Batch:
     """A batch of multi-query associative recall, [N, length] tokens with ``pairs`` targets per row.
 
-    A row begins with ``pairs`` keys, each followed by its value. Later, each key occurs once more as a query, and the
-    target at this position is its value. Keys are ids from 1 to vocab_size // 2 - 1, and values are ids from
-    vocab_size // 2 to vocab_size - 1. The query of a pair is at position 2 * pairs + 2 * (g - 1). The gaps g of a row
-    are drawn without replacement from 1 to length / 2 - pairs, with probabilities proportional to g ** (power - 1). All
-    other tokens are random ids (Arora et al. 2024, appendix E.1, and the code of these authors).
+    A row begins with ``pairs`` keys, each followed by its value. Later, each key occurs once more as a query. The
+    target at the position of a query is the value of the key. Keys are ids from 1 to vocab_size // 2 - 1, and values
+    are ids from vocab_size // 2 to vocab_size - 1. Each pair has a gap g. Its query is at position
+    2 * pairs + 2 * (g - 1). The gaps of a row are drawn without replacement from 1 to length / 2 - pairs, with
+    probabilities proportional to g ** (power - 1). All other tokens are random ids (Arora et al. 2024, appendix E.1,
+    and the code of these authors).
 
     Args:
         length: number of tokens of a row, even and at least 4 * pairs.
@@ -53,18 +54,18 @@ def recall(
         raise ValueError(f"length={length} must be even and at least 4 * pairs={4 * pairs}")
     if vocab_size // 2 <= pairs or vocab_size <= length:
         raise ValueError(f"vocab_size={vocab_size} must exceed length={length} and 2 * pairs={2 * pairs}")
-    keys = _distinct(rng, rows, pairs, np.ones(vocab_size // 2 - 1)) + 1
-    values = _distinct(rng, rows, pairs, np.ones(vocab_size - vocab_size // 2)) + vocab_size // 2
+    keys = _draw_distinct(rng, rows, pairs, np.ones(vocab_size // 2 - 1)) + 1
+    values = _draw_distinct(rng, rows, pairs, np.ones(vocab_size - vocab_size // 2)) + vocab_size // 2
     num_gaps = (length - 2 * pairs) // 2
-    gaps = _distinct(rng, rows, pairs, np.arange(1, num_gaps + 1) ** (power - 1.0))
-    positions = 2 * pairs + 2 * gaps
+    gaps = _draw_distinct(rng, rows, pairs, np.arange(1, num_gaps + 1) ** (power - 1.0)) + 1
+    positions = 2 * pairs + 2 * (gaps - 1)
     tokens = rng.integers(0, vocab_size, (rows, length))
     tokens[:, 0 : 2 * pairs : 2], tokens[:, 1 : 2 * pairs : 2] = keys, values
     np.put_along_axis(tokens, positions, keys, axis=1)
     return _batch(tokens, values, positions)
 
 
-def _distinct(rng: np.random.Generator, rows: int, count: int, weights: np.ndarray) -> np.ndarray:
+def _draw_distinct(rng: np.random.Generator, rows: int, count: int, weights: np.ndarray) -> np.ndarray:
     """``count`` distinct indices per row, [N, count], drawn without replacement in proportion to ``weights``."""
     # The largest log-weights with Gumbel noise are a sample without replacement (Gumbel-top-k trick; Kool et al. 2019).
     # The values are negated, because argpartition and argsort put the smallest values first.
@@ -202,7 +203,7 @@ GROUPS = ("S5", "A5", "Z60", "Z2")
 def multiplication_table(group: str) -> np.ndarray:
     """The products of all pairs of elements of a group, [G, G] ids of elements. Id 0 is the identity.
 
-    The entry [a, b] is the product of a and b. For permutations, it applies a first, then b.
+    The entry [a, b] is the product of a and b. For permutations, the product applies a first, then b.
 
     Raises:
         ValueError: the group is unknown.

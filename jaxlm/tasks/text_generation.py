@@ -208,7 +208,7 @@ def scores(model: Model, params: Params, corpus: Corpus, part: str, length: int)
     else:
         stride = -(-length // 2)
         nats = perplexity(model, params, ids, window=length + 1, stride=stride, batch_size=32).nats_per_token
-        how = f"windows of {length} tokens, a new one every {stride}"
+        how = f"windows of {length} tokens, one every {stride} tokens"
     values = {
         "nats per character": nats * ids.size / corpus.num_characters[part],
         "bits per character": bits_per_character(nats, ids.size, corpus.num_characters[part]),

@@ -9,8 +9,9 @@ A causal model reads a context with the special tokens that the tokenizer adds b
 the context with all special tokens as its source. The continuation is its target, without an end token.
 
 By default, the prefix token is the BOS token (see ``prefix_token_id`` of :class:`TextRequests`). A context that begins
-with the text of the prefix token gets no special tokens. The prefix token replaces an empty context. Exception: in
-:meth:`TextRequests.generate`, an encoder-decoder reads only the special tokens as the source for an empty context.
+with the text of the prefix token gets no further special tokens. The prefix token replaces an empty context.
+Exception: in :meth:`TextRequests.generate`, an encoder-decoder reads only the special tokens as the source for an empty
+context.
 """
 
 from __future__ import annotations
@@ -51,6 +52,9 @@ _OPTIONS: dict[str, Any] = {
 class TextRequests:
     """A model and its tokenizer, with one method for each kind of request.
 
+    For a model that needs the whole text (``Model.needs_whole_text``), the methods raise a ``ValueError`` instead of
+    truncating a context or scoring a text in several windows. The message names the request.
+
     Args:
         model: a language model or an encoder-decoder of any family.
         params: the parameters of the model.
@@ -67,9 +71,6 @@ class TextRequests:
         truncated: name of a method -> a count over all its calls. ``log_likelihoods`` and ``generate``: the number of
             requests with a truncated context. ``rolling_log_likelihoods``: the number of texts that were scored in
             several windows.
-
-    For a model that needs the whole text (``Model.needs_whole_text``), the methods raise a ``ValueError`` instead of
-    truncating a context or scoring a text in several windows. The message names the request.
 
     Raises:
         ValueError: the model does not predict next tokens; ``batch_size``, ``max_length`` or ``max_gen_toks`` is not an
@@ -152,8 +153,8 @@ class TextRequests:
 
         The special tokens that the tokenizer adds before a text are also scored. For an encoder-decoder, the special
         tokens after the text are scored, too. So for an encoder-decoder, an empty text can still have special tokens,
-        and then its log-likelihood is not 0. A text that begins with the text of the prefix token gets no special
-        tokens.
+        and then its log-likelihood is not 0. A text that begins with the text of the prefix token gets no further
+        special tokens.
 
         A text of more than ``max_length`` tokens is scored in windows of ``max_length`` tokens. Each token is scored
         once. The context of a window is the token before it. If the last window is shorter, its context has more
@@ -244,29 +245,29 @@ class TextRequests:
         unknown = [f"{name}={value!r}" for name, value in options.items() if name not in _OPTIONS]
         if unknown:
             raise ValueError(f"{', '.join(unknown)}: not supported: choose from {', '.join(_OPTIONS)}")
-        set_options: dict[str, Any] = {
+        given_options: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value
             for name, value in options.items()
             if value is not None
         }
-        for name, value in set_options.items():
+        for name, value in given_options.items():
             check_value(_OPTIONS[name], value, name)
-        lengths = [name for name in _LENGTHS if name in set_options]
+        lengths = [name for name in _LENGTHS if name in given_options]
         if len(lengths) > 1:
             raise ValueError(f"{' and '.join(lengths)} have the same meaning: set one of them")
-        check_min(1, **{name: set_options[name] for name in lengths})
-        until = set_options.get("until", ())
+        check_min(1, **{name: given_options[name] for name in lengths})
+        until = given_options.get("until", ())
         until = (until,) if isinstance(until, str) else until
-        is_random = set_options.get("do_sample", set_options.get("temperature", 0.0) != 0.0)
-        sampling = {"do_sample": is_random, "repetition_penalty": set_options.get("repetition_penalty")}
+        is_random = given_options.get("do_sample", given_options.get("temperature", 0.0) != 0.0)
+        sampling = {"do_sample": is_random, "repetition_penalty": given_options.get("repetition_penalty")}
         if is_random:  # the temperature and the filters have no effect in greedy decoding
-            sampling |= {name: set_options.get(name) for name in ("temperature", *_FILTERS)}
+            sampling |= {name: given_options.get(name) for name in ("temperature", *_FILTERS)}
         config = GenerationConfig(
-            max_new_tokens=set_options[lengths[0]] if lengths else self.max_gen_toks,
+            max_new_tokens=given_options[lengths[0]] if lengths else self.max_gen_toks,
             # The harness passes an empty string if a task has no delimiter.
             stop=tuple(text for text in until if text),
             batch_size=self.batch_size,
-            **{name: set_options[name] for name in _BEAMS if name in set_options},
+            **{name: given_options[name] for name in _BEAMS if name in given_options},
         ).resolve(self.model, self.tokenizer, default=_TRANSFORMERS_DEFAULTS, sampling=sampling)
         assert config.sampling is not None
         if is_random and config.sampling.temperature == 0.0:
@@ -344,7 +345,7 @@ class TextRequests:
     def _encode_with_num_special(self, texts: Sequence[str]) -> list[tuple[np.ndarray, int]]:
         """The ids of each text as in :meth:`_encode`, and the number of special tokens before the text.
 
-        A text that begins with the text of the prefix token gets no special tokens.
+        A text that begins with the text of the prefix token gets no further special tokens.
         """
         rows: list[tuple[np.ndarray, int]] = []
         for text, encoding in zip(texts, self.tokenizer.encode_inputs_batch(texts), strict=True):

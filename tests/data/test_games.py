@@ -65,7 +65,7 @@ def test_included_games_match_their_description() -> None:
     note = folder.joinpath("CHESS.md").read_text(encoding="utf-8")
     games = included("san")
     assert hashlib.sha256(data).hexdigest() in note
-    assert f"{len(data):,}".replace(",", " ") + " bytes" in note
+    assert f"{len(data):,} bytes" in note
     assert (len(games), games.rejected, games.duplicates()) == (2000, (), [])
     assert f"{sum(len(line.split()) for line in games.moves):,} moves" in note
     assert f"{len({move for line in games.moves for move in line.split()}):,} distinct SAN moves" in note

@@ -318,8 +318,8 @@ def text(tmp_path_factory):
             "num_layers=1 num_heads=2 embed_dim=16 head_dim=8 token_dim=16 mlp_dim=16 memory_length=16 cutoffs=()",
             "state carried along 8 columns",
         ),
-        ("llama", "num_layers=1 num_heads=2 embed_dim=16 mlp_dim=16", "windows of 16 tokens, a new one every 8"),
-        ("gated_convolutions", "embed_dim=8 blocks=((8,3,1),)", "windows of 16 tokens, a new one every 8"),
+        ("llama", "num_layers=1 num_heads=2 embed_dim=16 mlp_dim=16", "windows of 16 tokens, one every 8 tokens"),
+        ("gated_convolutions", "embed_dim=8 blocks=((8,3,1),)", "windows of 16 tokens, one every 8 tokens"),
     ],
 )
 def test_every_family_is_scored_on_complete_splits(tmp_path, text, preset, changes, method):

@@ -76,7 +76,7 @@ def test_ready_encodings_are_not_encoded_again():
     assert "".join(item.columns) == "who" + "se in"
     with pytest.raises(ValueError, match="1 texts and 2 encodings: give one encoding for each text"):
         attention_maps(model, params, tokenizer, ["who"], pairs=["a house in the sun"], encodings=[window] * 2)
-    with pytest.raises(ValueError, match="encoding 0 is that of a pair: pass the second texts as pairs"):
+    with pytest.raises(ValueError, match="encoding 0 has two texts: pass the second texts as pairs"):
         attention_maps(model, params, tokenizer, ["who"], encodings=[window])
 
 

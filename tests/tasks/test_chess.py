@@ -285,7 +285,7 @@ def test_a_move_outside_the_san_vocabulary_is_read_as_unknown() -> None:
         (
             lambda: next_move_accuracy(*model_and_params("gpt2-tiny"), UCI, [FOOL, "g1f3 g8f6 f3g1 f6g8 " * 17]),
             ValueError,
-            "1 of 2 games are longer than the model's max_positions=64, first game 1 with 67 moves",
+            "1 of 2 games need more positions than the model's max_positions=64, first game 1, which needs 68",
         ),
         (lambda: next_move_accuracy(*model_and_params("lstm-tiny"), UCI, [""]), ValueError, "at least one move each"),
         (lambda: next_move_accuracy(*model_and_params("lstm-tiny"), UCI, FOOL), TypeError, "games=.* is one string"),

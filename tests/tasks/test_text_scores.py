@@ -89,7 +89,7 @@ def test_windows_overlap_by_half() -> None:
     third = log_likelihood(model, params, ids[None, 16:33])[0, 8:]
     expected = -float(np.concatenate([first, second, third]).mean())
     assert nats.value == pytest.approx(33 / 16 * expected, rel=1e-5)  # 33 tokens of 16 characters
-    assert nats.detail == "whole validation split, windows of 16 tokens, a new one every 8"
+    assert nats.detail == "whole validation split, windows of 16 tokens, one every 8 tokens"
 
 
 def test_models_that_do_not_generate_text_are_rejected() -> None:
