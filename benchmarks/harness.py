@@ -699,7 +699,7 @@ def main(
         run: a function of the options that measures and prints.
         arguments: the command-line arguments; None: those of the process.
         name: name of the module in ``benchmarks``.
-        description: first text of ``--help``.
+        description: text at the start of ``--help``.
     """
     from jaxlm.command_line import exit_status, parse, split_debug  # imported here, because jaxlm imports jax
 

@@ -15,8 +15,8 @@ text. Decoding generates one character at a time in one row, after contexts of s
 for the longest context and the generated characters.
 
 The output directory has ``table.md``, ``results.json`` and ``shootout.png``. docs/families/index.md explains the
-columns of the table. One process measures the families one after the other, so the load of the machine may differ
-between them. So the times are accurate only to an order of magnitude. The losses are comparable.
+columns of the table. One process measures the families one after the other, while the load of the machine may change.
+So the times are accurate only to an order of magnitude. The losses do not depend on the load.
 """
 
 from __future__ import annotations
@@ -203,7 +203,7 @@ def _set_up(family: str, basis: str, options: Shootout, steps: int, contexts: Se
         config = dataclasses.replace(recipe.optimizer(steps), warmup_steps=max(1, min(50, steps // 4)))
         return Trainer(model, make_optimizer(config, model.specs, steps), causal.loss, carry_size=carry_size)
 
-    def flops(name: str) -> Callable[[Any], float]:
+    def make_flops_counter(name: str) -> Callable[[Any], float]:
         def count(model: Any) -> float:
             trainer = make_trainer(name, model)
             window = jax.ShapeDtypeStruct((B, T), "int32")
@@ -223,12 +223,13 @@ def _set_up(family: str, basis: str, options: Shootout, steps: int, contexts: Se
 
     model = build_at_equal_parameters(family)
     if basis == "flops":
-        target = flops("gpt")(build_at_equal_parameters("gpt"))
+        target = make_flops_counter("gpt")(build_at_equal_parameters("gpt"))
         model = sized(
-            make_builder(family), flops(family), target,
+            make_builder(family), make_flops_counter(family), target,
             family=family, unit="training FLOPs per character", parameters=options.parameters,
         )  # fmt: skip
-    return _Setup(model, make_recipe(family), make_trainer(family, model), flops(family)(model))
+    flops_per_token = make_flops_counter(family)(model)
+    return _Setup(model, make_recipe(family), make_trainer(family, model), flops_per_token)
 
 
 def _measure(

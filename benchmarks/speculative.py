@@ -110,7 +110,7 @@ def _train(name: str, directory: Path, options: Speculative) -> Path:
         Failure: the training failed.
     """
     fields, steps, learning_rate = QUICK_TRAINING_SETTINGS if options.quick else TRAINING_SETTINGS[name]
-    # The number of positions of the model. The last proposals can be after the last new token.
+    # Number of positions of the model. The last proposals can extend past the last new token and need positions too.
     length = len(options.prompt) + options.tokens + max(harness.parse_numbers("num-proposed", options.num_proposed))
     arguments: dict[str, Any] = {
         "--training.steps": steps, "--training.batch-size": 4, "--training.sequence-length": length,

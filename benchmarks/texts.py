@@ -10,7 +10,7 @@ lines are skipped.
 
 There are two baselines with torch. ``torch`` calls the model of transformers with texts that the benchmark has sorted
 by length, as jaxlm sorts them. ``pipeline`` is one call of ``transformers.pipeline`` with the texts in the order of the
-file, so its batches have more padding. All use the same batch size.
+file, so its batches have more padding. All implementations use the same batch size.
 
 The times include tokenization. The column ``first s`` has the seconds of the first run, in which jaxlm compiles. The
 column ``equal`` has the percentage of texts for which the result equals that of jaxlm.

@@ -44,7 +44,7 @@ def _definitions(width: int, layers: int, max_length: int) -> dict[str, tuple[st
         "resnet_lm": ("resnet_lm", {"blocks": ((width, 4, 1),) * layers}),
         "mamba2": ("mamba2", mamba2),
         "mamba2 [-1, 1]": ("mamba2", {**mamba2, "negative_eigenvalues": True}),
-        # In the published pattern, attention follows two recurrent layers. A model of two layers would have none.
+        # In the published pattern, attention follows two recurrent layers. A model of two layers would lack attention.
         "griffin": (
             "griffin",
             {"num_heads": heads, "mlp_dim": mlp, "window": 64, "pattern": ("recurrent", "attention")},
