@@ -150,6 +150,7 @@ def machine_peak(size: int) -> dict[str, Any]:
 
 
 def _fastest(function: Callable[..., Any], *arguments: Any) -> float:
+    """The seconds of the fastest of five calls, after a call that compiles."""
     import jax
 
     times = []

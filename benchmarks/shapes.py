@@ -14,7 +14,7 @@ COPY_BYTES = 1 << 28
 """Bytes of the float32 array whose copy and read measure the peak bandwidth."""
 READ_ROWS = 1 << 13
 READ_WIDTH = COPY_BYTES // 4 // READ_ROWS
-"""Shape of the same array as a matrix. One of the reads that measure the bandwidth multiplies this matrix by a vector."""
+"""Shape of the same array as a matrix. One of the reads that measure the bandwidth multiplies it by a vector."""
 ADAMW: dict[str, Any] = {
     "learning_rate": 1e-5, "beta1": 0.9, "beta2": 0.95, "epsilon": 1e-8, "weight_decay": 0.1, "clip_norm": 1.0,
 }  # fmt: skip

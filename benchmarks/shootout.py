@@ -64,7 +64,7 @@ class Shootout:
 
 # By family, a function from the width (an integer from 1 to 64, without a unit) to the config fields that depend on it.
 # The recipes in ``experiments.families`` have the other fields.
-_WIDTHS: dict[str, Callable[[int], dict[str, Any]]] = {
+_FIELDS_BY_WIDTH: dict[str, Callable[[int], dict[str, Any]]] = {
     "gpt": lambda u: {"embed_dim": 16 * u},
     "llama": lambda u: {"embed_dim": 16 * u, "mlp_dim": 44 * u},
     "transformer_xl": lambda u: {"embed_dim": 16 * u, "token_dim": 16 * u, "head_dim": 4 * u, "mlp_dim": 64 * u},
@@ -127,7 +127,7 @@ def run(options: Shootout) -> None:
         options = dataclasses.replace(
             options, parameters=50_000, tokens=512, batch=4, length=16, contexts="4,20"
         )  # fmt: skip
-    families = harness.names("families", options.families or ",".join(_WIDTHS), tuple(_WIDTHS))
+    families = harness.names("families", options.families or ",".join(_FIELDS_BY_WIDTH), tuple(_FIELDS_BY_WIDTH))
     bases = harness.names("equal", options.equal, BASES)
     contexts = sorted(harness.parse_numbers("contexts", options.contexts))
     steps = options.tokens // (options.batch * options.length)
@@ -188,7 +188,7 @@ def _set_up(family: str, basis: str, options: Shootout, steps: int, contexts: Se
 
     def make_builder(name: str) -> Callable[[int], Any]:
         def build(width: int) -> Any:
-            changes = {**RECIPES[name].model, **_WIDTHS[name](width)}
+            changes = {**RECIPES[name].model, **_FIELDS_BY_WIDTH[name](width)}
             if "max_positions" in changes:
                 changes["max_positions"] = max(T, contexts[-1] + _DECODE_STEPS + 1)
             if "memory_length" in changes:

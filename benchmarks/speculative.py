@@ -76,7 +76,7 @@ def run(options: Speculative) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         target = options.target or _train("target", Path(temporary), options)
         draft = options.draft or _train("draft", Path(temporary), options)
-        shape, functions = _functions(options, target, draft, proposed)
+        shape, functions = _decoders(options, target, draft, proposed)
     description = harness.describe_machine()
     for name, value in description.items():
         print(f"{name:10} {value}")
@@ -125,7 +125,7 @@ def _train(name: str, directory: Path, options: Speculative) -> Path:
     return directory / name
 
 
-def _functions(
+def _decoders(
     options: Speculative, target_directory: Path, draft_directory: Path, proposed: Sequence[int]
 ) -> tuple[str, dict[str, Callable[[], Any]]]:
     """The sizes as text, and the functions to measure, by name: plain decoding, then speculative decoding for each

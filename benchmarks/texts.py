@@ -131,12 +131,12 @@ def show(record: dict[str, Any]) -> str:
 
 def run(options: Texts) -> None:
     """Measure and print the results."""
-    for name, file, needed, directory in (
+    for name, file, model_option, directory in (
         ("sources", options.sources, "translator", options.translator),
         ("texts", options.texts, "classifier", options.classifier),
     ):
         if file is not None and directory is None:
-            raise harness.UserError(f"--{name} {file} needs the directory of a model: give --{needed} too")
+            raise harness.UserError(f"--{name} {file} needs the directory of a model: give --{model_option} too")
     if options.translator is None and options.classifier is None:
         raise harness.UserError("nothing to measure: give --translator and --sources, or --classifier and --texts")
     translation = f"translation, {options.num_beams} beams"

@@ -153,14 +153,14 @@ class Training:
 
         self._model = model_of_case(model_name, case, plan, width)
         base = None if case.base_width is None else model_of_case(model_name, case, plan, case.base_width)
-        scaled = None if base is None else mup(self._model, base)
-        self._init = jax.jit(self._model.init if scaled is None else scaled.init)
+        scaling = None if base is None else mup(self._model, base)
+        self._init = jax.jit(self._model.init if scaling is None else scaling.init)
         config = OptimizerConfig(
             learning_rate=1.0, warmup_steps=max(1, plan.steps // 20), final_fraction=0.02, weight_decay=0.1
         )
         # The peak learning rate is a value in the optimizer state, so that it can change without a new compilation.
         optimizer = optax.chain(
-            make_optimizer(config, self._model.specs, plan.steps, rates=None if scaled is None else scaled.rates),
+            make_optimizer(config, self._model.specs, plan.steps, rates=None if scaling is None else scaling.rates),
             optax.inject_hyperparams(optax.scale)(step_size=1.0),
         )
         self._trainer = Trainer(self._model, optimizer, token_loss)
