@@ -262,7 +262,7 @@ def check_packages(baseline: str, target: str, alternative: str = "") -> None:
 def implementations_with_family(
     targets: dict[str, str], family: str, classes: dict[str, dict[str, str]], known: Iterable[str]
 ) -> dict[str, str]:
-    """The implementations in ``targets`` that have a model of a family. Prints the names of the others.
+    """The implementations in ``targets`` that have a model of a family. Prints the names of the other implementations.
 
     Args:
         targets: the result of :func:`choose_implementations`.

@@ -5,8 +5,8 @@
 
 Memory: the prediction is the sum of the arguments, outputs and temporaries of the step, without the compiled program
 (``Plan.memory``). The measurement is the peak memory during the steps, minus the memory that the process used before it
-created the arrays. On a CPU, this is resident memory (Linux only). On other devices, it is ``Device.memory_stats``. Its
-peak also includes the creation of the arrays and, for decoding, the reading of the text.
+created the arrays. On a CPU, this is resident memory (Linux only). On other devices, it is the peak of
+``Device.memory_stats``. This peak also includes the creation of the arrays and, for decoding, the reading of the text.
 
 Decoding: before the steps, the model reads a text that fills all slots of the cache except one slot for each step.
 

@@ -1,6 +1,6 @@
 """The implementations that ``benchmarks.recurrence`` compares: one recurrent layer in jaxlm, Flax and torch.
 
-All have the same random weights and inputs. H: width of input and state.
+All implementations have the same random weights and inputs. H: width of input and state.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ lines.
 If the page also has the comment lines of an estimated part, the command replaces this part too. The part gets one
 section for each file ``benchmarks/estimates/PROCESSOR.json``. Such a file has no measurements, but estimates of a
 compiler: a ``title``, and ``runs`` with the fields ``command``, ``time``, ``commit``, ``versions`` and ``plans``.
-``plans`` has the dicts that ``jaxlm plan --json`` writes, or only the fields of them that the section shows.
+An entry of ``plans`` is a dict that ``jaxlm plan --json`` writes. It may lack fields that the section does not show.
 
 The bar charts show the speed of jaxlm / the speed of a baseline. In each round, the time of the baseline is divided by
 the time of jaxlm; the charts show the median of these ratios. Above 1, jaxlm is faster. Some charts also show the speed

@@ -47,7 +47,7 @@ class Shootout:
     equal: str = "parameters,flops"
     """Quantities to make equal, separated by commas: parameters, flops (training FLOPs per character)."""
     parameters: int = 1_000_000
-    """Approximate number of parameters of each model; at equal FLOPs, of the GPT that the others are compared with."""
+    """Approximate number of parameters of each model; at equal FLOPs, of the GPT whose FLOPs the other models match."""
     tokens: int = 400_000
     """Number of training characters of each model, rounded down to complete batches."""
     batch: int = 16

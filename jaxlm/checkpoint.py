@@ -568,7 +568,7 @@ class Checkpointer:
         leaves = []
         for (name, leaf), array in zip(flat.items(), jax.tree.leaves(to_target_layout(tree)), strict=True):
             sharding = _sharding_of(leaf)
-            if name not in saved_layout and sharding is not None:  # orbax restored the array in the other layout
+            if name not in saved_layout and sharding is not None:  # orbax restored the array in the saved layout
                 array = jax.device_put(np.asarray(array) if jax.process_count() > 1 else array, sharding)
             leaves.append(_wrap_key(array, leaf))
         return jax.tree.unflatten(jax.tree.structure(target), leaves), record["meta"]

@@ -80,7 +80,7 @@ def model_of(name: str, *, vocab_size: int, width: int, layers: int, max_length:
     """The model with this name and these sizes, without dropout.
 
     Args:
-        name: the name of an entry of this module, such as those of :data:`MODELS`, or of another family.
+        name: a name in :data:`MODELS` or :data:`ENCODER_DECODERS`, "transformer_xl", or the name of another family.
         max_length: length of the longest row in training and tests. It is ``max_positions`` of models that have a
             limit.
 

@@ -1,8 +1,8 @@
 """Power laws between the validation loss of a model and its training FLOPs or its number of parameters.
 
-For each model, a line is fitted to the logarithms of both quantities, by least squares over the runs of all widths and
-seeds. The lines give the loss of each model at equal FLOPs and at an equal number of parameters, with 95 % intervals of
-the lines.
+For each model, a line is fitted to the logarithms of the loss and of the FLOPs (or of the number of parameters), by
+least squares over the runs of all widths and seeds. The lines give the loss of each model at equal FLOPs and at an
+equal number of parameters, with 95 % intervals of the lines.
 """
 
 from __future__ import annotations
