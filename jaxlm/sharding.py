@@ -35,10 +35,9 @@ LOGICAL_AXES = (
     "batch", "seq", "embed", "activation_embed", "heads", "kv", "mlp", "vocab", "positions", "norm", "slots",
     spec_lib.EXPERT, "expert_batch", spec_lib.LAYERS,
 )  # fmt: skip
-"""The names of all logical axes. In layers, ``heads`` and ``kv`` are the number and the width of attention heads, and
-``mlp`` is an inner width. ``positions`` is the length of a table of positions, ``norm`` the width of vectors that the
-predefined rules do not split (such as the scales of norms), and ``slots`` the length of a key-value cache. The module
-docstring explains ``activation_embed`` and ``expert_batch``."""
+"""The names of all logical axes. ``heads``: attention heads. ``kv``: width of a head. ``mlp``: inner width of a layer.
+``positions``: rows of a table of positions. ``norm``: vectors that no predefined rule splits, such as scales of norms.
+``slots``: slots of a key-value cache. The module docstring explains ``activation_embed`` and ``expert_batch``."""
 
 
 @dataclasses.dataclass(frozen=True)
