@@ -31,13 +31,17 @@ MAX_LAYERS = 10_000
 """Maximum number of layers. The parameter specs of a very large number of layers would fill the host memory."""
 
 
-@functools.cache
 def field_types(kind: Any) -> Mapping[str, Any]:
     """``{field name: type}`` of a config class, computed once per class.
 
     Raises:
         TypeError: an annotation has an unknown name.
     """
+    return _field_types(kind)
+
+
+@functools.cache  # mypy rejects a class as an argument of a cached function, so field_types is not cached itself
+def _field_types(kind: Any) -> Mapping[str, Any]:
     try:
         hints = typing.get_type_hints(kind)
     except NameError as error:
