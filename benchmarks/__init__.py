@@ -15,8 +15,8 @@
     python -m benchmarks.plans         predictions of ``jaxlm plan``, compared with measurements
 
 The benchmarks training, decoding, attention, scans and recurrence compare the speed of jaxlm with that of other
-implementations, the baselines. The baselines torch and Flax need the extra ``reference``. Each implementation is a
-class in a module ``*_baselines``, and runs in its own process (``worker``). ``harness`` first checks that the results
-of all implementations agree. It then interleaves their repetitions, so that changes in the load of the machine affect
-all of them.
+implementations, the baselines. torch, and Flax for complete models, need the extra ``reference``. Each implementation
+is a class in a module ``*_baselines``, and runs in its own process (``worker``). ``harness`` first checks that the
+results of all implementations agree. It then interleaves their repetitions, so that changes in the load of the machine
+affect all of them.
 """

@@ -32,8 +32,7 @@ class Job:
         name: name of the result file without ".json".
         arguments: name of the module in ``benchmarks``, then its options.
         minutes: expected duration on two cores. The estimate of the remaining time is the sum of ``minutes`` of the
-            remaining jobs, times ``a / s``: for the jobs that succeeded, a is the measured time and s is the sum of
-            ``minutes``.
+            remaining jobs, multiplied by the measured / the expected duration of the jobs that succeeded.
     """
 
     name: str
@@ -89,7 +88,7 @@ class All:
     None: the default baselines of each benchmark."""
     output: Path | None = None
     """Directory of the results. None: benchmarks/results/PROCESSOR; with --quick, benchmarks/results-quick. The page of
-    --page shows all directories in the parent directory of this directory. So each of them must have results."""
+    --page also shows the directories beside this directory, so each of them must have results."""
     page: Path | None = None
     """Page whose measured part is replaced after the last benchmark, such as docs/benchmarks.md; None: no page."""
 

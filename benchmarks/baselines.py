@@ -72,7 +72,7 @@ class Machine(Implementation):
             self.properties |= self._write(directory, model, quick, batch, length)
         self.x = jax.random.normal(jax.random.key(2), (GEMM_SIZE, GEMM_SIZE))
         self.matmul = jax.jit(jnp.matmul)
-        self.memory = jnp.zeros(COPY_BYTES // 4, jnp.float32)
+        self.large_array = jnp.zeros(COPY_BYTES // 4, jnp.float32)
         self.add = jax.jit(lambda memory: memory + 1.0, donate_argnums=0)
         self.reads = (jax.jit(jnp.sum), jax.jit(lambda memory: memory.reshape(READ_ROWS, -1) @ jnp.ones(READ_WIDTH)))
         self.run()
@@ -116,12 +116,12 @@ class Machine(Implementation):
         return {
             "FLOP": 2 * GEMM_SIZE**3 / self._fastest(lambda: self.matmul(self.x, self.x)),
             "B": 2 * COPY_BYTES / self._fastest(self._copy),
-            "B read": COPY_BYTES / min(self._fastest(functools.partial(read, self.memory)) for read in self.reads),
+            "B read": COPY_BYTES / min(self._fastest(functools.partial(read, self.large_array)) for read in self.reads),
         }
 
     def _copy(self) -> Any:
-        self.memory = self.add(self.memory)
-        return self.memory
+        self.large_array = self.add(self.large_array)
+        return self.large_array
 
     def _fastest(self, function: Callable[[], Any]) -> float:
         """The seconds of the fastest of ``num_repetitions`` calls. The first call may compile the function."""

@@ -262,7 +262,7 @@ def check_packages(baseline: str, target: str, alternative: str = "") -> None:
 def implementations_with_family(
     targets: dict[str, str], family: str, classes: dict[str, dict[str, str]], known: Iterable[str]
 ) -> dict[str, str]:
-    """The implementations in ``targets`` that have a model of a family. Prints the names of the others.
+    """The implementations in ``targets`` that have a model of a family. Prints the names of the other implementations.
 
     Args:
         targets: the result of :func:`choose_implementations`.
@@ -699,7 +699,7 @@ def main(
         run: a function of the options that measures and prints.
         arguments: the command-line arguments; None: those of the process.
         name: name of the module in ``benchmarks``.
-        description: first text of ``--help``.
+        description: text at the start of ``--help``.
     """
     from jaxlm.command_line import exit_status, parse, split_debug  # imported here, because jaxlm imports jax
 

@@ -5,10 +5,10 @@
 
 Memory: the prediction is the sum of the arguments, outputs and temporaries of the step, without the compiled program
 (``Plan.memory``). The measurement is the peak memory during the steps, minus the memory that the process used before it
-created the arrays. On a CPU, this is resident memory (Linux only). On other devices, it is ``Device.memory_stats``. Its
-peak also includes the creation of the arrays and, for decoding, the reading of the text.
+created the arrays. On a CPU, this is resident memory (Linux only). On other devices, it is the peak of
+``Device.memory_stats``. This peak also includes the creation of the arrays and, for decoding, the reading of the text.
 
-Decoding: before the steps, the model reads a text, after which the cache has free slots only for the steps.
+Decoding: before the steps, the model reads a text that fills all slots of the cache except one slot for each step.
 
 Time: the column "bound ms" is a lower bound of the time of a step. It is the larger of two times: the FLOPs of the step
 / the FLOP/s of a large matmul, and the bytes of its arguments / the bytes per second of a large sum. Both speeds are
@@ -150,6 +150,7 @@ def machine_peak(size: int) -> dict[str, Any]:
 
 
 def _fastest(function: Callable[..., Any], *arguments: Any) -> float:
+    """The seconds of the fastest of five calls, after a call that compiles."""
     import jax
 
     times = []
@@ -188,7 +189,7 @@ def measure(case: Case, steps: int) -> dict[str, Any]:
     compiled = step.function.lower(*step.arguments).compile()
     rng, before = np.random.default_rng(0), _memory(reset=True)
 
-    def array(leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    def make_array(leaf: jax.ShapeDtypeStruct) -> jax.Array:
         if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             return jax.device_put(jax.random.key(0), leaf.sharding)
         if np.issubdtype(leaf.dtype, np.floating):
@@ -199,14 +200,13 @@ def measure(case: Case, steps: int) -> dict[str, Any]:
     times: list[float] = []
     arguments: tuple[Any, ...]
     if case.decode:
-        # ``array`` is not called for the state: its arrays of zeros would be in memory together with the state that
-        # ``state_after`` returns.
-        params, tokens = jax.tree.map(array, (step.arguments[0], step.arguments[2]))
+        # ``state_after`` makes the state. If ``make_array`` made a state too, both would be in memory.
+        params, tokens = jax.tree.map(make_array, (step.arguments[0], step.arguments[2]))
         state = state_after(model, params, case.batch, case.sequence, case.sequence - steps - WARM_UP)
         state = jax.tree.map(lambda x, argument: jax.device_put(x, argument.sharding), state, step.arguments[1])
         arguments = params, state, tokens
     else:
-        arguments = jax.tree.map(array, step.arguments)
+        arguments = jax.tree.map(make_array, step.arguments)
     arguments = with_formats(arguments, compiled.input_formats[0])
     _memory(reset=True)  # on a CPU, the peak before this line, with copies of the arrays, does not count
     for _ in range(steps + WARM_UP):

@@ -1,6 +1,6 @@
 """The implementations that ``benchmarks.recurrence`` compares: one recurrent layer in jaxlm, Flax and torch.
 
-All have the same random weights and inputs. H: width of input and state.
+All implementations have the same random weights and inputs. H: width of input and state.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class FlaxRecurrence(JaxSampled):
         self.arguments = (params, x) if pass_name == "forward" else (params, x, doutput)
         self.jitted = jax.jit(forward if pass_name == "forward" else both)
 
-    def _biased(self) -> str:
+    def _biased_product(self) -> str:
         """The product to which Flax adds the bias of a gate: "i" (with the input) or "h" (with the state)."""
         return "h" if self.is_lstm else "i"
 
@@ -80,7 +80,7 @@ class FlaxRecurrence(JaxSampled):
         gates, cell = "ifgo" if self.is_lstm else "rzn", {}
         for product, weight in (("i", "weight_input"), ("h", "weight_hidden")):
             for index, gate in enumerate(gates):
-                bias = {"bias": arrays["bias"][index]} if product == self._biased() else {}
+                bias = {"bias": arrays["bias"][index]} if product == self._biased_product() else {}
                 cell[product + gate] = {"kernel": arrays[weight][:, index], **bias}
         if not self.is_lstm:
             cell["hn"]["bias"] = arrays["bias_hidden"]
@@ -94,7 +94,7 @@ class FlaxRecurrence(JaxSampled):
             return np.stack([cell[product + gate][name] for gate in gates], axis=-2)
 
         arrays = {"weight_input": stacked("i", "kernel"), "weight_hidden": stacked("h", "kernel")}
-        arrays["bias"] = stacked(self._biased(), "bias")
+        arrays["bias"] = stacked(self._biased_product(), "bias")
         return arrays | ({} if self.is_lstm else {"bias_hidden": np.asarray(cell["hn"]["bias"])})
 
     def name_results(self, results: Any) -> dict[str, Any]:

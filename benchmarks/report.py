@@ -10,7 +10,7 @@ lines.
 If the page also has the comment lines of an estimated part, the command replaces this part too. The part gets one
 section for each file ``benchmarks/estimates/PROCESSOR.json``. Such a file has no measurements, but estimates of a
 compiler: a ``title``, and ``runs`` with the fields ``command``, ``time``, ``commit``, ``versions`` and ``plans``.
-``plans`` has the dicts that ``jaxlm plan --json`` writes, or only the fields of them that the section shows.
+An entry of ``plans`` is a dict that ``jaxlm plan --json`` writes. It may lack fields that the section does not show.
 
 The bar charts show the speed of jaxlm / the speed of a baseline. In each round, the time of the baseline is divided by
 the time of jaxlm; the charts show the median of these ratios. Above 1, jaxlm is faster. Some charts also show the speed
@@ -173,7 +173,11 @@ def _row_measurements(row: dict[str, Any], common: dict[str, Any]) -> Iterable[M
 
 
 def _peaks(row: dict[str, Any], machine: dict[str, Any]) -> dict[str, float]:
-    """The peaks at the start of the run. But for the unit of the row's work, the peak is that of the row's rounds."""
+    """The peaks of the machine by unit of work.
+
+    For the unit of the row's work, the peak was measured in the rounds of the row; for the other units, at the start of
+    the run.
+    """
     found = {unit: re.search(pattern, str(machine.get("peaks"))) for unit, pattern in PEAKS.items()}
     peaks = {unit: 1e9 * float(match[1].replace(",", "")) for unit, match in found.items() if match}
     return peaks | ({row["work"]["unit"]: row["peak"]} if "peak" in row else {})
@@ -452,8 +456,8 @@ def draw_curves(groups: dict[str, Lines]) -> Any:
 def draw_rooflines(rows: Sequence[Measurement]) -> Any:
     """A figure with one roofline chart (Williams et al. 2009) for each operation of a benchmark.
 
-    x: FLOPs / bytes of the operation (``shapes.Work``). y: FLOPs / measured time. Each run has a line, the roof: the
-    smaller of its peak FLOP/s, and x times the bandwidth of its copy. Both are measured.
+    x: FLOPs / bytes of the operation (``shapes.Work``). y: FLOPs / measured time. Each result file has a line, the
+    roof: the smaller of the peak FLOP/s, and x times the bandwidth of a copy. Both peaks were measured in the same run.
 
     Args:
         rows: measurements of one of :data:`ROOFLINES` with both peaks.
@@ -476,7 +480,7 @@ def _draw_roofline(axes: Any, operation: str, points: Sequence[Measurement]) -> 
     """Draw the roofs and the points of an operation, and return one point of each implementation."""
     numbers = {label: number for number, label in enumerate(dict.fromkeys(row.label for row in points), 1)}
     drawn: dict[str, Any] = {}
-    offsets = ((4, 1), (-8, 1), (4, -6), (-8, -6))  # of the number from its point; some points are at the same place
+    offsets = ((4, 1), (-8, 1), (4, -6), (-8, -6))  # from a point to its number; several points may coincide
     xs, ys = [], []
     for row in points:
         work = shapes.work_of(row.program, row.operation, row.shape)

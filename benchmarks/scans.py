@@ -47,8 +47,8 @@ class Scans(harness.Options):
     """Measure scans and depthwise convolutions."""
 
     against: str = "lax.scan,associative_scan,lax.conv,torch"
-    """Baselines, separated by commas. Each operation is compared with those of them that support it. Empty: only jaxlm
-    is measured."""
+    """Baselines, separated by commas. Each operation is compared only with the baselines that support it. Empty: only
+    jaxlm is measured."""
     only: str = ""
     """One operation (a key of ``BASELINES``), such as linear_scan; empty: all operations."""
 

@@ -14,7 +14,7 @@ COPY_BYTES = 1 << 28
 """Bytes of the float32 array whose copy and read measure the peak bandwidth."""
 READ_ROWS = 1 << 13
 READ_WIDTH = COPY_BYTES // 4 // READ_ROWS
-"""Columns of the same array as a matrix [READ_ROWS, READ_WIDTH], whose product with a vector is one of the reads."""
+"""Shape of the same array as a matrix. One of the reads that measure the bandwidth multiplies it by a vector."""
 ADAMW: dict[str, Any] = {
     "learning_rate": 1e-5, "beta1": 0.9, "beta2": 0.95, "epsilon": 1e-8, "weight_decay": 0.1, "clip_norm": 1.0,
 }  # fmt: skip
@@ -119,8 +119,9 @@ ATTENTION_LENGTHS = (1024, 4096)
 def attention_arrays(shape: Attention) -> dict[str, np.ndarray]:
     """Random arrays, float32: ``query`` and ``dout`` [1, T, H, K], ``key`` and ``value`` [1, S, H, K], and ``table``.
 
-    ``dout`` is the gradient of the output. ``table`` has one bias for each bucket of T5, [32, H] (variant ``bias``), or
-    one vector for each distance, [S, H, K] (variant ``relative``). The other variants have no table.
+    T is the number of queries, and S the number of keys. ``dout`` is the gradient of the output. ``table`` has one bias
+    for each bucket of T5, [32, H] (variant ``bias``), or one vector for each distance, [S, H, K] (variant
+    ``relative``). The other variants have no table.
     """
     rng = np.random.default_rng(0)
 

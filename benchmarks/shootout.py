@@ -15,8 +15,8 @@ text. Decoding generates one character at a time in one row, after contexts of s
 for the longest context and the generated characters.
 
 The output directory has ``table.md``, ``results.json`` and ``shootout.png``. docs/families/index.md explains the
-columns of the table. One process measures the families one after the other, so the load of the machine may differ
-between them. So the times are accurate only to an order of magnitude. The losses are comparable.
+columns of the table. One process measures the families one after the other, while the load of the machine may change.
+So the times are accurate only to an order of magnitude. The losses do not depend on the load.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Shootout:
     equal: str = "parameters,flops"
     """Quantities to make equal, separated by commas: parameters, flops (training FLOPs per character)."""
     parameters: int = 1_000_000
-    """Approximate number of parameters of each model; at equal FLOPs, of the GPT that the others are compared with."""
+    """Approximate number of parameters of each model; at equal FLOPs, of the GPT whose FLOPs the other models match."""
     tokens: int = 400_000
     """Number of training characters of each model, rounded down to complete batches."""
     batch: int = 16
@@ -64,7 +64,7 @@ class Shootout:
 
 # By family, a function from the width (an integer from 1 to 64, without a unit) to the config fields that depend on it.
 # The recipes in ``experiments.families`` have the other fields.
-_WIDTHS: dict[str, Callable[[int], dict[str, Any]]] = {
+_FIELDS_BY_WIDTH: dict[str, Callable[[int], dict[str, Any]]] = {
     "gpt": lambda u: {"embed_dim": 16 * u},
     "llama": lambda u: {"embed_dim": 16 * u, "mlp_dim": 44 * u},
     "transformer_xl": lambda u: {"embed_dim": 16 * u, "token_dim": 16 * u, "head_dim": 4 * u, "mlp_dim": 64 * u},
@@ -127,7 +127,7 @@ def run(options: Shootout) -> None:
         options = dataclasses.replace(
             options, parameters=50_000, tokens=512, batch=4, length=16, contexts="4,20"
         )  # fmt: skip
-    families = harness.names("families", options.families or ",".join(_WIDTHS), tuple(_WIDTHS))
+    families = harness.names("families", options.families or ",".join(_FIELDS_BY_WIDTH), tuple(_FIELDS_BY_WIDTH))
     bases = harness.names("equal", options.equal, BASES)
     contexts = sorted(harness.parse_numbers("contexts", options.contexts))
     steps = options.tokens // (options.batch * options.length)
@@ -188,7 +188,7 @@ def _set_up(family: str, basis: str, options: Shootout, steps: int, contexts: Se
 
     def make_builder(name: str) -> Callable[[int], Any]:
         def build(width: int) -> Any:
-            changes = {**RECIPES[name].model, **_WIDTHS[name](width)}
+            changes = {**RECIPES[name].model, **_FIELDS_BY_WIDTH[name](width)}
             if "max_positions" in changes:
                 changes["max_positions"] = max(T, contexts[-1] + _DECODE_STEPS + 1)
             if "memory_length" in changes:
@@ -203,7 +203,7 @@ def _set_up(family: str, basis: str, options: Shootout, steps: int, contexts: Se
         config = dataclasses.replace(recipe.optimizer(steps), warmup_steps=max(1, min(50, steps // 4)))
         return Trainer(model, make_optimizer(config, model.specs, steps), causal.loss, carry_size=carry_size)
 
-    def flops(name: str) -> Callable[[Any], float]:
+    def make_flops_counter(name: str) -> Callable[[Any], float]:
         def count(model: Any) -> float:
             trainer = make_trainer(name, model)
             window = jax.ShapeDtypeStruct((B, T), "int32")
@@ -223,12 +223,13 @@ def _set_up(family: str, basis: str, options: Shootout, steps: int, contexts: Se
 
     model = build_at_equal_parameters(family)
     if basis == "flops":
-        target = flops("gpt")(build_at_equal_parameters("gpt"))
+        target = make_flops_counter("gpt")(build_at_equal_parameters("gpt"))
         model = sized(
-            make_builder(family), flops(family), target,
+            make_builder(family), make_flops_counter(family), target,
             family=family, unit="training FLOPs per character", parameters=options.parameters,
         )  # fmt: skip
-    return _Setup(model, make_recipe(family), make_trainer(family, model), flops(family)(model))
+    flops_per_token = make_flops_counter(family)(model)
+    return _Setup(model, make_recipe(family), make_trainer(family, model), flops_per_token)
 
 
 def _measure(

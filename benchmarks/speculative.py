@@ -76,7 +76,7 @@ def run(options: Speculative) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         target = options.target or _train("target", Path(temporary), options)
         draft = options.draft or _train("draft", Path(temporary), options)
-        shape, functions = _functions(options, target, draft, proposed)
+        shape, functions = _decoders(options, target, draft, proposed)
     description = harness.describe_machine()
     for name, value in description.items():
         print(f"{name:10} {value}")
@@ -110,7 +110,7 @@ def _train(name: str, directory: Path, options: Speculative) -> Path:
         Failure: the training failed.
     """
     fields, steps, learning_rate = QUICK_TRAINING_SETTINGS if options.quick else TRAINING_SETTINGS[name]
-    # The number of positions of the model. The last proposals can be after the last new token.
+    # Number of positions of the model. The last proposals can extend past the last new token and need positions too.
     length = len(options.prompt) + options.tokens + max(harness.parse_numbers("num-proposed", options.num_proposed))
     arguments: dict[str, Any] = {
         "--training.steps": steps, "--training.batch-size": 4, "--training.sequence-length": length,
@@ -125,7 +125,7 @@ def _train(name: str, directory: Path, options: Speculative) -> Path:
     return directory / name
 
 
-def _functions(
+def _decoders(
     options: Speculative, target_directory: Path, draft_directory: Path, proposed: Sequence[int]
 ) -> tuple[str, dict[str, Callable[[], Any]]]:
     """The sizes as text, and the functions to measure, by name: plain decoding, then speculative decoding for each

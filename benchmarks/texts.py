@@ -10,7 +10,7 @@ lines are skipped.
 
 There are two baselines with torch. ``torch`` calls the model of transformers with texts that the benchmark has sorted
 by length, as jaxlm sorts them. ``pipeline`` is one call of ``transformers.pipeline`` with the texts in the order of the
-file, so its batches have more padding. All use the same batch size.
+file, so its batches have more padding. All implementations use the same batch size.
 
 The times include tokenization. The column ``first s`` has the seconds of the first run, in which jaxlm compiles. The
 column ``equal`` has the percentage of texts for which the result equals that of jaxlm.
@@ -131,12 +131,12 @@ def show(record: dict[str, Any]) -> str:
 
 def run(options: Texts) -> None:
     """Measure and print the results."""
-    for name, file, needed, directory in (
+    for name, file, model_option, directory in (
         ("sources", options.sources, "translator", options.translator),
         ("texts", options.texts, "classifier", options.classifier),
     ):
         if file is not None and directory is None:
-            raise harness.UserError(f"--{name} {file} needs the directory of a model: give --{needed} too")
+            raise harness.UserError(f"--{name} {file} needs the directory of a model: give --{model_option} too")
     if options.translator is None and options.classifier is None:
         raise harness.UserError("nothing to measure: give --translator and --sources, or --classifier and --texts")
     translation = f"translation, {options.num_beams} beams"

@@ -109,7 +109,8 @@ SMALL_TRANSFORMER = {"num_layers": 4, "num_heads": 4, "embed_dim": 128}
 # attend to the characters next to a masked character.
 SHALLOW = {"num_layers": 2, "num_heads": 4, "embed_dim": 128, "init_stddev": 0.08}
 RECURRENT = {"num_layers": 2, "embed_dim": 128, "hidden_dim": 256, "init_bound": 0.5}
-# Wider models and longer training need a lower learning rate. A higher learning rate needs a longer warm-up.
+# Learning rate and warm-up of small models. A wider model or a longer training needs a lower learning rate. A higher
+# learning rate needs a longer warm-up.
 SMALL = {"learning_rate": 3e-3, "warmup_steps": 50}
 
 
@@ -242,12 +243,13 @@ def recipe_of(name: str) -> Recipe:
             f"family {name!r} must read a text from its first token, but experiments.families trains on windows of a "
             "long text: choose another family"
         )
-    chosen = objective_of(model)
-    changes = {"num_labels": len(PLAYS)} if chosen == "classification" else {"decoder_start_id": START}
+    objective_name = objective_of(model)
+    default_length = LENGTHS[objective_name]
+    changes = {"num_labels": len(PLAYS)} if objective_name == "classification" else {"decoder_start_id": START}
     return Recipe(
-        variant, {field: value for field, value in changes.items() if hasattr(model.config, field)}, chosen, 1000,
-        length=min(LENGTHS[chosen], model.max_positions or LENGTHS[chosen]), state_length=model.carried_state_length,
-        optimizer_changes=adamw(3e-3),
+        variant, {field: value for field, value in changes.items() if hasattr(model.config, field)}, objective_name,
+        steps=1000, length=min(default_length, model.max_positions or default_length),
+        state_length=model.carried_state_length, optimizer_changes=adamw(3e-3),
     )  # fmt: skip
 
 
@@ -405,21 +407,21 @@ def train_family(name: str, data: Data, directory: Path, steps: int | None = Non
     validation = Batches(source(data, recipe, "validation", 0))
     held_out = [make_batch(next(validation)) for _ in range(20)]
     loss = objective(recipe.objective).loss
-    carry = None if recipe.state_length is None else (recipe.batch_size, recipe.state_length)
+    carry_size = None if recipe.state_length is None else (recipe.batch_size, recipe.state_length)
     start_time = time.perf_counter()
     meta = {"family": name, "config": config_lib.to_json(model.config), "jaxlm": jaxlm.__version__}
     result = train(
-        training.trainer(model, optimizer, loss, carry_size=carry),
+        training.trainer(model, optimizer, loss, carry_size=carry_size),
         Batches(source(data, recipe, "training", training.seed), to_batch=make_batch),
-        Evaluator(model, loss, held_out, carry_size=carry), training, Run(directory, meta),
+        Evaluator(model, loss, held_out, carry_size=carry_size), training, Run(directory, meta),
     )  # fmt: skip
     if result.validation_loss is None:
         raise _end_of_run(result.interrupted)
     jaxlm.save_pretrained(directory / "model", model, result.params)
     row = Row(
-        name, recipe.variant, recipe.objective + (", streamed" if carry else ""), config.name, model.num_parameters,
-        training.steps, time.perf_counter() - start_time, result.tokens_per_second, result.validation_loss,
-        entropy(held_out),
+        name, recipe.variant, recipe.objective + (", streamed" if carry_size else ""), config.name,
+        model.num_parameters, training.steps, time.perf_counter() - start_time, result.tokens_per_second,
+        result.validation_loss, entropy(held_out),
     )  # fmt: skip
     return row, result.signal
 
@@ -489,8 +491,8 @@ def run(families: list[str], directory: Path, steps: int | None = None) -> list[
     check_output(directory, resume=False)
     recipes = {name: recipe_of(name) for name in families}
     data, rows, signal = Data.load(), [], None
-    for name, chosen in recipes.items():
-        print(f"\n{name}: {chosen.objective}, {chosen.build().num_parameters:,} parameters", flush=True)
+    for name, family_recipe in recipes.items():
+        print(f"\n{name}: {family_recipe.objective}, {family_recipe.build().num_parameters:,} parameters", flush=True)
         row, signal = train_family(name, data, directory / name, steps)
         rows.append(row)
         (directory / "table.md").write_text(table(rows), encoding="utf-8")

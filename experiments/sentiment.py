@@ -168,7 +168,7 @@ def build(
     options: dict[str, Any] = {"template": experiment.template, "min_frequency": experiment.min_frequency}
     tokenizer = config.tokenizer(resume, lambda: train_tokenizer(texts, experiment.vocabulary, size, **options))
     fields: dict[str, Any] = {"vocab_size": tokenizer.vocab_size}
-    if config.pretrained is None and config.name in ("alexnet", "resnet"):  # families with inputs of one length
+    if config.pretrained is None and config.name in ("alexnet", "resnet"):  # families whose inputs have a fixed length
         fields |= classification.convolution_fields(
             config.name, tokenizer, texts + test.column("text"), max_length=experiment.data.max_length,
             changes=config_lib.assignments("model.set", config.set),

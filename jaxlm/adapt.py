@@ -104,11 +104,11 @@ def num_stack_axes(leaf: ArraySpec) -> int:
     Each index of a stack axis has its own matrix. The axes of a block-diagonal matrix are ``heads`` (the blocks), an
     unnamed input axis, and one or more output axes.
     """
-    first = int(leaf.is_stacked)
-    if leaf.axes[first : first + 1] == (EXPERT,):
-        first += 1
-    is_block_diagonal = len(leaf.axes) - first > 2 and leaf.axes[first : first + 2] == ("heads", None)
-    return first + 1 if is_block_diagonal else first
+    num_axes = int(leaf.is_stacked)
+    if leaf.axes[num_axes : num_axes + 1] == (EXPERT,):
+        num_axes += 1
+    is_block_diagonal = len(leaf.axes) - num_axes > 2 and leaf.axes[num_axes : num_axes + 2] == ("heads", None)
+    return num_axes + 1 if is_block_diagonal else num_axes
 
 
 def is_table(path: str, leaf: ArraySpec) -> bool:
@@ -345,7 +345,7 @@ class LoRA:
         first_column = first_row + rows
         a_init: Initializer = Uniform(math.prod(shape[first_row:first_column]) ** -0.5)
         b_init: Initializer = ZEROS
-        # The rows of a table or head are the vocabulary. The factor on the side of the vocabulary starts at zero.
+        # For a table or head, A starts at zero and B is random, as for the embeddings of PEFT.
         if is_table(path, leaf):
             a_init, b_init = ZEROS, Uniform(math.prod(shape[first_column:]) ** -0.5)
         b_shape = (*shape[:first_row], self.rank, *shape[first_column:])

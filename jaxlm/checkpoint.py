@@ -176,7 +176,7 @@ class Checkpointer:
     step is complete. A step saved with ``extra=True`` does not count toward ``keep_last``. When a newer step is
     complete, the extra step is deleted unless it is the best step.
 
-    Only one ``Checkpointer`` at a time may save to a directory, and only this one deletes steps. Other objects may read
+    Only one ``Checkpointer`` at a time may save to a directory or delete steps. Other ``Checkpointer`` objects may read
     at the same time. With several processes, all processes make the same calls on a shared directory. ``meta`` is saved
     from process 0.
 
@@ -228,8 +228,8 @@ class Checkpointer:
             meta: JSON values, such as config, state of the data iterator and versions. Tuples are restored as lists.
             metric: a value to minimize, e.g. the validation loss. A step with the metric None or NaN is never the best
                 step.
-            extra: whether this save is not one of the regular (scheduled) saves, e.g. because a signal ends the run. An
-                extra step does not count toward ``keep_last``, and :meth:`roll_back` does not return to it.
+            extra: whether this save is outside the regular schedule, e.g. because a signal ends the run. An extra step
+                does not count toward ``keep_last``, and :meth:`roll_back` does not return to it.
             wait: whether to return only after the checkpoint is complete. Set it for the last checkpoint of a run.
 
         Raises:
@@ -323,7 +323,7 @@ class Checkpointer:
             self._path(step).rename(self.directory / f"{step}.deleted")
 
     def remove_leftovers(self) -> None:
-        """Remove the directories of interrupted saves and deletions. No other object may be saving at the same time."""
+        """Remove the directories of interrupted saves and deletions. No save to the directory may be running."""
         if processes.is_first() and self.directory.is_dir():
             for path in self.directory.iterdir():
                 if _LEFTOVER.fullmatch(path.name):
@@ -507,9 +507,10 @@ class Checkpointer:
     def roll_back(self, target: spec.Tree) -> tuple[spec.Tree, dict[str, Any]]:
         """``(tree, meta)`` of the newest step that has an intact record and is not ``extra``. Newer steps are deleted.
 
-        The result does not depend on whether extra steps were saved. The remaining scheduled steps do not either,
-        unless an extra step has had the lowest metric. A newer step with a damaged record is not deleted. It is renamed
-        to ``<step>.corrupt-<time>`` with a warning, so that :meth:`restore` does not try to read it.
+        The result does not depend on whether extra steps were saved. Which scheduled steps remain does not depend on
+        that either, unless an extra step had the lowest metric: then, the best scheduled step may have been deleted.
+        A newer step with a damaged record is not deleted. It is renamed to ``<step>.corrupt-<time>`` with a warning, so
+        that :meth:`restore` does not try to read it.
 
         Raises:
             FileNotFoundError: no step has an intact record and is not ``extra``.
@@ -541,15 +542,16 @@ class Checkpointer:
         abstract, to_target_layout = _in_saved_layout(target, saved.keys())
         saved_layout = {name: flat.get(name, leaf) for name, leaf in spec.flatten(abstract).items()}
         spec.require_same(_shapes_and_dtypes(saved_layout), saved, f"the target and the checkpoint {path}")
-        targets = {name: _orbax_target(name, leaf) for name, leaf in saved_layout.items()}
+        orbax_targets = {name: _orbax_target(name, leaf) for name, leaf in saved_layout.items()}
         empty = {
-            name: jax.device_put(np.empty(target.shape, target.dtype), getattr(target, "sharding", None))
-            for name, target in targets.items()
-            if 0 in target.shape
+            name: jax.device_put(np.empty(leaf.shape, leaf.dtype), getattr(leaf, "sharding", None))
+            for name, leaf in orbax_targets.items()
+            if 0 in leaf.shape
         }
-        targets = {name: target for name, target in targets.items() if name not in empty}
+        orbax_targets = {name: leaf for name, leaf in orbax_targets.items() if name not in empty}
         try:
-            restored = self._orbax.restore(path, args=ocp.args.Composite(state=ocp.args.StandardRestore(targets))).state
+            arguments = ocp.args.Composite(state=ocp.args.StandardRestore(orbax_targets))
+            restored = self._orbax.restore(path, args=arguments).state
         except Exception as error:  # orbax and tensorstore errors have no common base class
             reason = str(error).split(" [tensorstore_spec")[0]
             raise CorruptCheckpointError(f"the arrays of {path} cannot be read: {reason}") from error
@@ -566,7 +568,7 @@ class Checkpointer:
         leaves = []
         for (name, leaf), array in zip(flat.items(), jax.tree.leaves(to_target_layout(tree)), strict=True):
             sharding = _sharding_of(leaf)
-            if name not in saved_layout and sharding is not None:  # orbax restored the array in the other layout
+            if name not in saved_layout and sharding is not None:  # orbax restored the array in the saved layout
                 array = jax.device_put(np.asarray(array) if jax.process_count() > 1 else array, sharding)
             leaves.append(_wrap_key(array, leaf))
         return jax.tree.unflatten(jax.tree.structure(target), leaves), record["meta"]
@@ -594,11 +596,11 @@ def _in_saved_layout(target: spec.Tree, saved: Collection[str]) -> tuple[spec.Tr
 
 
 def _check_layer_axes(stacked: spec.Tree, *, scan_layers: bool) -> None:
-    """Raise ``ValueError`` if the optimizer state has an array for the parameters of stacked layers whose first axis is
-    not the axis ``layers``.
+    """Raise ``ValueError`` if an optimizer array of stacked layers does not begin with the axis ``layers``.
 
-    Such arrays have no axes (NovoGrad: one number per weight), or more axes than their parameter (L-BFGS: the last
-    gradients of each weight). All other arrays, such as the moments of Adam, are assumed to begin with this axis.
+    Only the number of axes is checked. An array without axes (NovoGrad: one number per weight), or with more axes than
+    its parameter (L-BFGS: the last gradients of each weight), raises the error. All other arrays, such as the moments
+    of Adam, are assumed to begin with the axis ``layers``.
 
     Args:
         scan_layers: the value of the config field in the checkpoint, for the message.
@@ -608,10 +610,10 @@ def _check_layer_axes(stacked: spec.Tree, *, scan_layers: bool) -> None:
     for name, leaf in flat.items():
         keys = name.split("/")
         suffixes = ("/".join(keys[start:]) for start in range(1, len(keys)))
-        most = next((num_axes[suffix] for suffix in suffixes if suffix in num_axes), leaf.ndim)
-        if spec.LAYERS in keys and not 0 < leaf.ndim <= most:
+        max_axes = next((num_axes[suffix] for suffix in suffixes if suffix in num_axes), leaf.ndim)
+        if spec.LAYERS in keys and not 0 < leaf.ndim <= max_axes:
             raise ValueError(
-                f"{name} {list(leaf.shape)}: the state of this optimizer cannot be restored in the other layer layout, "
+                f"{name} {list(leaf.shape)}: the optimizer state cannot be converted between stacked and per-layer, "
                 f"because this array does not begin with the layer axis: use scan_layers={scan_layers}, as in the "
                 "checkpoint"
             )

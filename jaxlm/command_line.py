@@ -74,7 +74,7 @@ def parse(kind: Any, arguments: Sequence[str], *, program: str, description: str
     Args:
         kind: a dataclass, or a union of dataclasses (subcommands).
         program: name of the command in messages.
-        description: first text of ``--help``.
+        description: text at the start of ``--help``.
         default: ``default=INSTANCE`` sets the initial config. The options change its fields.
 
     Raises:
@@ -102,13 +102,14 @@ class ExperimentOptions(Generic[T]):
     """The options of an experiment.
 
     Attributes:
-        config: the config of the experiment: ``initial`` after the changes of the other options.
+        config: the config of the experiment: ``initial``, changed by the options in ``given``.
         initial: the default config, or the config that ``--preset`` or ``--resume`` selects. ``--recipe`` replaces its
             optimizer.
         preset: the value of ``--preset``, or None.
         recipe: the value of ``--recipe``, or None.
         resume: the value of ``--resume`` (a run directory), or None.
-        given: the names of the other options on the command line, such as ``--model.set``.
+        given: the names of all options on the command line except ``--preset``, ``--recipe`` and ``--resume``, such as
+            ``--model.set``.
     """
 
     config: T
@@ -366,7 +367,7 @@ def _parse_error_box(box: str, program: str) -> str:
         if not section or text.startswith("For full helptext"):
             continue
         if section[0].startswith(("Perhaps you meant", "Arguments similar to")):
-            # tyro also lists options of the same name that other commands have.
+            # If another subcommand has the given option, tyro lists the given option too.
             given = " ".join(parts).replace(",", " ").split()
             options = dict.fromkeys(row.split()[0] for row in section if row.startswith("--"))
             if similar := [option for option in options if option not in given][:3]:

@@ -40,7 +40,7 @@ def field_types(kind: Any) -> Mapping[str, Any]:
     return _field_types(kind)
 
 
-@functools.cache
+@functools.cache  # mypy rejects a class as an argument of a cached function, so field_types is not cached itself
 def _field_types(kind: Any) -> Mapping[str, Any]:
     try:
         hints = typing.get_type_hints(kind)
@@ -116,7 +116,7 @@ def _parse_value(hint: Any, value: Any, where: str) -> Any:
 def _convert_json(hint: Any, value: Any, where: str) -> Any:
     """``value`` with the types that JSON does not have: dataclasses, tuples and paths. Other values are not changed.
 
-    JSON has lists for tuples, and a config with lists is not hashable. So a list that is an entry of a tuple also
+    JSON stores a tuple as a list, and a config with lists is not hashable. So a list that is an entry of a tuple also
     becomes a tuple if the type of the entry is ``Any``.
     """
     converted = value
@@ -151,7 +151,7 @@ def check_value(hint: Any, value: Any, where: str) -> None:
 
 
 def check_choices(config: Any) -> None:
-    """Raise ``ValueError`` if a field of a config with a ``Literal`` type has a value that the type does not list."""
+    """Raise ``ValueError`` if a config field with a ``Literal`` type has a value that the type does not list."""
     for name, hint in field_types(type(config)).items():
         literals = [option for option in _union_members(hint) if typing.get_origin(option) is typing.Literal]
         if literals and not _has_type(hint, value := getattr(config, name)):

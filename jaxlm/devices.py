@@ -1,8 +1,8 @@
-"""The peak performance of accelerators, from the datasheets of their makers, and the shapes of TPU slices.
+"""Peak performance of accelerators (from the datasheets of their makers), shapes of TPU slices, TPU register sizes.
 
-``jaxlm plan`` and ``jaxlm doctor`` use the table of peaks. ``jaxlm plan`` and ``jaxlm launch`` use the shapes. Unknown
-values are None and are never guessed. If the peak of a device is unknown, ``jaxlm plan`` prints "n/a" for a fraction of
-this peak.
+``jaxlm plan`` and ``jaxlm doctor`` use the table of peaks. ``jaxlm plan`` and ``jaxlm launch`` use the shapes of
+slices. ``jaxlm.nn`` uses the register sizes. Unknown values are None and are never guessed. If the peak of a device is
+unknown, ``jaxlm plan`` prints "n/a" for a fraction of this peak.
 """
 
 from __future__ import annotations

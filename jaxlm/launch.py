@@ -104,7 +104,7 @@ def script(
             raise ValueError(
                 "topology 'gpu' is an existing node: it needs --host user@machine, and no zone, name or spot"
             )
-        return _gpu_script(host, shlex.join(command))
+        return _gpu_script(host, command)
     kind, _, shape = topology.partition(":")
     if kind not in _TPUS or not re.fullmatch("x".join([r"[1-9]\d*"] * _TPUS[kind].num_dimensions), shape):
         examples = ", ".join(f"{kind}:{'x'.join('2' * tpu.num_dimensions)}" for kind, tpu in _TPUS.items())
@@ -154,7 +154,7 @@ def _tpu_script(
     tpu: _TpuGeneration, chips: int, multi_host: bool, command: Sequence[str], zone: str, name: str, spot: bool
 ) -> str:
     is_wrapped = command[2] == "jaxlm.launch"
-    run = shlex.join(["python", "-m", "jaxlm.launch", *command[2:]] if multi_host and not is_wrapped else command)
+    wrapped_command = ["python", "-m", "jaxlm.launch", *command[2:]] if multi_host and not is_wrapped else command
     quoted_zone = shlex.quote(zone)
     ssh = f"gcloud compute tpus tpu-vm ssh {name} --zone={quoted_zone} --worker=all --command"
     spot_option = " --spot" if spot else ""
@@ -166,7 +166,7 @@ def _tpu_script(
         "else python3 -m pip install -q --user uv && python3 -m uv venv -q --seed --python 3.12 venv; fi && "
         "venv/bin/pip install -q -e './jaxlm[tpu,test]'"
     )
-    run_command = f"cd jaxlm && mkdir -p {_RESULTS} && PATH=$HOME/venv/bin:$PATH {run}"
+    run_command = f"cd jaxlm && mkdir -p {_RESULTS} && PATH=$HOME/venv/bin:$PATH {shlex.join(wrapped_command)}"
     return f"""#!/usr/bin/env bash
 # {chips} chips on {"several hosts" if multi_host else "one host"}, charged until this script ends. Run it in a checkout
 # of jaxlm. The Google Cloud command line must be logged in to a project that has quota for these chips.
@@ -190,13 +190,15 @@ exit $status
 """
 
 
-def _gpu_script(host: str, run: str) -> str:
+def _gpu_script(host: str, command: Sequence[str]) -> str:
     quoted_host = shlex.quote(host)
     install_command = (
         "rm -rf jaxlm-run/jaxlm && mkdir -p jaxlm-run && tar xf jaxlm-run.tar -C jaxlm-run && "
         "python3 -m venv jaxlm-run/venv && jaxlm-run/venv/bin/pip install -q -e './jaxlm-run/jaxlm[cuda13,test]'"
     )
-    run_command = f"cd jaxlm-run/jaxlm && mkdir -p {_RESULTS} && PATH=$HOME/jaxlm-run/venv/bin:$PATH {run}"
+    run_command = (
+        f"cd jaxlm-run/jaxlm && mkdir -p {_RESULTS} && PATH=$HOME/jaxlm-run/venv/bin:$PATH {shlex.join(command)}"
+    )
     return f"""#!/usr/bin/env bash
 # One node with NVIDIA GPUs, a driver for CUDA 13 and Python 3.11 or newer. Run it in a checkout of jaxlm. The script
 # replaces ~/jaxlm-run/jaxlm on the node.
@@ -260,10 +262,10 @@ def run_local(command: Sequence[str], count: int, *, restarts: int = 0, lost_aft
             number = signal.SIGTERM
         received_signals.append(number)
 
-    numbers = [signal.SIGINT, signal.SIGTERM]
+    signals = [signal.SIGINT, signal.SIGTERM]
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # not under nohup
-        numbers.append(signal.SIGHUP)
-    handlers = {number: signal.signal(number, receive) for number in numbers}
+        signals.append(signal.SIGHUP)
+    handlers = {number: signal.signal(number, receive) for number in signals}
     try:
         for attempt in range(restarts + 1):
             if attempt:
@@ -301,8 +303,8 @@ def _run_options(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str
 
 def _resume_arguments(arguments: Sequence[str], directory: Path) -> list[str]:
     """The arguments that resume the run in ``directory``. Without ``config.json``, they start the run again."""
-    # The file is missing if the run was killed early, or if the command never writes this file. Such a command must
-    # resume the run without an option.
+    # config.json is missing if the run was killed early, or if the command never writes this file. A command that never
+    # writes it must resume its run when it is started again with the same arguments.
     if not (directory / "config.json").exists():
         return list(arguments)
     _, others = _run_options(arguments)  # config.json already contains the preset and the recipe
@@ -329,7 +331,8 @@ def _run_once(
         for words in commands
     ]
     first_failure: tuple[int, str] | None = None
-    num_forwarded, deadline = 0, math.inf  # the children have received no signal yet
+    num_forwarded = 0  # number of received signals that were forwarded to the children
+    deadline = math.inf
     try:
         while True:
             for number in received_signals[num_forwarded:]:
@@ -355,8 +358,8 @@ def _run_once(
 def _first_failure(statuses: Sequence[int | None]) -> tuple[int, str]:
     """The exit status and a description of one failed process.
 
-    A process that a signal ended is chosen first, because its end makes the others fail. Its exit status is 128 + the
-    signal number.
+    A process that a signal ended is chosen first, because its end makes the other processes fail. For this process, the
+    exit status is 128 + the signal number.
     """
     status, index = min((status, index) for index, status in enumerate(statuses) if status)
     process = f"process {index} of {len(statuses)}"
@@ -393,7 +396,7 @@ def main(arguments: Sequence[str]) -> None:
         if getattr(options, name) < 1:
             parser.error(f"--{name.replace('_', '-')} {getattr(options, name)}: give at least one second")
     try:
-        # A relative name has no package here.
+        # A relative module name cannot be resolved, because it has no package here.
         exists = not options.module.startswith(".") and importlib.util.find_spec(options.module) is not None
     except ModuleNotFoundError as error:  # a package of the module is missing, or imports a missing module
         exists = error.name is None or not f"{options.module}.".startswith(f"{error.name}.")

@@ -90,7 +90,7 @@ def bootstrap(statistic: Callable[[np.ndarray], float], count: int, seed: int = 
         seed: seed of the random choice of the examples.
     """
     rng = np.random.default_rng(seed)
-    # Test sets are drawn one at a time, because the indices of all need BOOTSTRAP_SAMPLES * count * 8 bytes.
+    # Draw one test set at a time, because the indices of all test sets need BOOTSTRAP_SAMPLES * count * 8 bytes.
     results = [statistic(rng.integers(0, count, count)) for _ in range(BOOTSTRAP_SAMPLES)]
     low, high = np.percentile(results, [2.5, 97.5])
     return float(low), float(high)
@@ -180,15 +180,16 @@ def macro_f1(predictions: npt.ArrayLike, labels: npt.ArrayLike, seed: int = 0) -
     classes, class_indices = np.unique(np.concatenate([predicted, expected]), return_inverse=True)
     predicted, expected = np.split(class_indices, 2)
 
-    # The result of ``confusion`` would be too large for many classes.
+    # ``confusion`` is not used here, because its result would be too large for many classes.
     def counts_of(indices: np.ndarray) -> np.ndarray:
         return np.bincount(indices, minlength=len(classes))
 
     def score(indices: np.ndarray | slice) -> float:
-        sample, truth = predicted[indices], expected[indices]
-        occurrences = counts_of(sample) + counts_of(truth)
+        sample_predicted, sample_expected = predicted[indices], expected[indices]
+        occurrences = counts_of(sample_predicted) + counts_of(sample_expected)
         occurs = occurrences > 0  # a resampled test set may not contain all classes
-        return float(np.mean(2 * counts_of(sample[sample == truth])[occurs] / occurrences[occurs]))
+        correct = sample_predicted[sample_predicted == sample_expected]
+        return float(np.mean(2 * counts_of(correct)[occurs] / occurrences[occurs]))
 
     if np.array_equal(predicted, expected):
         return Score("macro F1", 1.0, count=len(expected))
@@ -260,11 +261,11 @@ def rouge(predictions: Sequence[str], references: Sequence[str], seed: int = 0) 
     results = [scorer.score(reference, text) for text, reference in zip(predictions, references, strict=True)]
     scores = (mean(name, [result[key].fmeasure for result in results], seed) for key, name in names.items())
     method = "rouge-score, F-measure, stemmed"
-    first, second, longest = (
+    rouge_1, rouge_2, rouge_l = (
         dataclasses.replace(score, detail="; ".join(part for part in (method, score.detail) if part))
         for score in scores
     )
-    return first, second, longest
+    return rouge_1, rouge_2, rouge_l
 
 
 # --------------------------------------------------------------------------------------------- question answering

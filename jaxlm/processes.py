@@ -380,9 +380,9 @@ class _Watch:
         self._set_abort_message()
         self._notify_jax = _take_signal_from_jax(signal.SIGTERM)
         signal.signal(signal.SIGTERM, _terminate)
-        self._wakeup_fd, write = os.pipe()
-        os.set_blocking(write, False)
-        signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+        self._wakeup_fd, write_fd = os.pipe()
+        os.set_blocking(write_fd, False)
+        signal.set_wakeup_fd(write_fd, warn_on_full_buffer=False)
         self._thread = threading.Thread(target=self._watch_loop, name="jaxlm-processes", daemon=True)
         self._thread.start()
 

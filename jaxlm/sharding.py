@@ -35,6 +35,9 @@ LOGICAL_AXES = (
     "batch", "seq", "embed", "activation_embed", "heads", "kv", "mlp", "vocab", "positions", "norm", "slots",
     spec_lib.EXPERT, "expert_batch", spec_lib.LAYERS,
 )  # fmt: skip
+"""The names of all logical axes. ``heads``: attention heads. ``kv``: width of a head. ``mlp``: inner width of a layer.
+``positions``: rows of a table of positions. ``norm``: vectors that no predefined rule splits, such as scales of norms.
+``slots``: slots of a key-value cache. The module docstring explains ``activation_embed`` and ``expert_batch``."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -215,8 +215,8 @@ def typed_key(key: jax.Array) -> jax.Array:
 def threefry_keys(keys: jax.Array) -> jax.Array:
     """Threefry keys, each drawn from one of ``keys`` (one key, or [B]). Threefry keys are returned unchanged.
 
-    Use this function before draws under ``vmap``. There, the other implementations (rbg) draw all rows from one key, so
-    a row depends on the other rows.
+    Use this function before draws under ``vmap``. Under ``vmap``, the other key implementations of JAX (rbg) draw the
+    numbers of all rows from one key, so a row depends on the other rows.
     """
     if jax.random.key_impl(keys) == THREEFRY:
         return keys
@@ -302,8 +302,8 @@ def restack(tree: Tree) -> Tree:
         return np.stack(leaves) if isinstance(leaves[0], np.ndarray) else jnp.stack(leaves)
 
     def stack_layers(layers: tuple[Tree, ...]) -> Tree:
-        kinds = {(jax.tree.structure(layer), tuple(x.shape for x in jax.tree.leaves(layer))) for layer in layers}
-        if len(kinds) != 1:
+        structures = {(jax.tree.structure(layer), tuple(x.shape for x in jax.tree.leaves(layer))) for layer in layers}
+        if len(structures) != 1:
             return layers
         return jax.tree.map(stack_leaves, *layers)
 
@@ -444,7 +444,8 @@ def require_same(expected: Tree, actual: Tree, what: str, *, dtypes: bool = True
 
     Args:
         what: name of the compared trees in the error message, for example ``"parameters of gpt"``.
-        max_shown: maximum number of differences in the error message. Of the other differences, it states the number.
+        max_shown: maximum number of differences that the error message lists. It ends with the number of the remaining
+            differences.
 
     Raises:
         ValueError: the trees differ. The message lists the differences (:func:`differences`).
@@ -506,7 +507,7 @@ def reset(specs: Tree, tree: Tree, rows: jax.Array) -> Tree:
         rows: bool [size of the axis ``batch``].
 
     Raises:
-        ValueError: a leaf has no such axis, or has an initializer other than ``Constant``.
+        ValueError: a leaf has no axis ``batch``, or has an initializer other than ``Constant``.
     """
 
     def reset_leaf(leaf: jax.Array, initial: jax.Array, dim: int) -> jax.Array:

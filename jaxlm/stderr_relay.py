@@ -19,9 +19,8 @@ ABORT_MESSAGE = b"Terminating process because the JAX distributed service detect
 LOSS_MESSAGES = re.compile(
     rb"[IWE]\d{4} [\d:.]+ +\d+ (coordination_service|coordination_service_agent|preemption_\w+)\.cc:\d+\]"
 )
-"""Matches the first line of each message that JAX's coordination and preemption services log. They log such messages
-after the loss of a process. The other lines of a message match ``CONTINUATION_LINES``. These messages are not
-copied."""
+"""Matches the first line of a message that JAX's coordination or preemption service logs after the loss of a process.
+The other lines of the message match ``CONTINUATION_LINES``. :func:`relay` does not copy these messages."""
 CONTINUATION_LINES = re.compile(rb"\d+$|The tasks have crashed|Additional GRPC error|:UNKNOWN:Error|RPC: /xla\.")
 
 

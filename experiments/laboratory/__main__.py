@@ -71,8 +71,9 @@ def choose(
 def _fits(family: str, experiment: Experiment) -> bool:
     """Whether the experiment can train a family. An encoder-decoder needs batches with a source."""
     plan = experiment.plan
-    built = [model_of_case(family, case, plan, width) for case in experiment.cases.values() for width in plan.widths]
-    return not built[0].reads_source or not set(experiment.models).isdisjoint(ENCODER_DECODERS)
+    # Building a model for every case and width raises the errors of invalid sizes before the first run.
+    models = [model_of_case(family, case, plan, width) for case in experiment.cases.values() for width in plan.widths]
+    return not models[0].reads_source or not set(experiment.models).isdisjoint(ENCODER_DECODERS)
 
 
 def run(experiments: dict[str, Experiment], directory: Path) -> None:

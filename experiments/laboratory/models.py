@@ -44,7 +44,7 @@ def _definitions(width: int, layers: int, max_length: int) -> dict[str, tuple[st
         "resnet_lm": ("resnet_lm", {"blocks": ((width, 4, 1),) * layers}),
         "mamba2": ("mamba2", mamba2),
         "mamba2 [-1, 1]": ("mamba2", {**mamba2, "negative_eigenvalues": True}),
-        # In the published pattern, attention follows two recurrent layers. A model of two layers would have none.
+        # In the published pattern, attention follows two recurrent layers. A model of two layers would lack attention.
         "griffin": (
             "griffin",
             {"num_heads": heads, "mlp_dim": mlp, "window": 64, "pattern": ("recurrent", "attention")},
@@ -80,7 +80,7 @@ def model_of(name: str, *, vocab_size: int, width: int, layers: int, max_length:
     """The model with this name and these sizes, without dropout.
 
     Args:
-        name: the name of an entry of this module, such as those of :data:`MODELS`, or of another family.
+        name: a name in :data:`MODELS` or :data:`ENCODER_DECODERS`, "transformer_xl", or the name of another family.
         max_length: length of the longest row in training and tests. It is ``max_positions`` of models that have a
             limit.
 

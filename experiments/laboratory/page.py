@@ -81,10 +81,9 @@ def mean_and_interval(values: Sequence[float]) -> str:
 
 
 def agreement(claim: Claim, runs: Mapping[Group, Sequence[Result]]) -> tuple[str, str, str]:
-    """The range of the measured accuracies, its intervals, and whether all accuracies agree with the claim, as texts.
+    """The range of the measured accuracies, the intervals of its ends, and whether it agrees with the claim, as texts.
 
-    An accuracy is the mean over the runs of one case, model and width. The intervals are those of the smallest and of
-    the largest accuracy. The last text is yes, no or "not measured".
+    An accuracy is the mean over the runs of one case, model and width. The last text is yes, no or "not measured".
     """
     accuracies = [
         [run.accuracy[claim.test] for run in group_runs] for group, group_runs in runs.items() if claim.covers(*group)

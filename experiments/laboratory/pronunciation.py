@@ -1,4 +1,4 @@
-"""The data and the metric of the experiment "pronunciation", which converts the letters of a word to its phonemes."""
+"""Data and metric of the experiment "pronunciation", in which models convert the letters of a word to its phonemes."""
 
 from __future__ import annotations
 

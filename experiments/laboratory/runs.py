@@ -153,14 +153,14 @@ class Training:
 
         self._model = model_of_case(model_name, case, plan, width)
         base = None if case.base_width is None else model_of_case(model_name, case, plan, case.base_width)
-        scaled = None if base is None else mup(self._model, base)
-        self._init = jax.jit(self._model.init if scaled is None else scaled.init)
-        schedule = OptimizerConfig(
+        scaling = None if base is None else mup(self._model, base)
+        self._init = jax.jit(self._model.init if scaling is None else scaling.init)
+        config = OptimizerConfig(
             learning_rate=1.0, warmup_steps=max(1, plan.steps // 20), final_fraction=0.02, weight_decay=0.1
         )
         # The peak learning rate is a value in the optimizer state, so that it can change without a new compilation.
         optimizer = optax.chain(
-            make_optimizer(schedule, self._model.specs, plan.steps, rates=None if scaled is None else scaled.rates),
+            make_optimizer(config, self._model.specs, plan.steps, rates=None if scaling is None else scaling.rates),
             optax.inject_hyperparams(optax.scale)(step_size=1.0),
         )
         self._trainer = Trainer(self._model, optimizer, token_loss)
@@ -198,13 +198,13 @@ class Training:
             if self._evaluators[VALIDATION](state.params)["accuracy"] >= plan.stop_at:
                 break
         loss = float(metrics["loss"])
-        tests = {name: evaluate(state.params) for name, evaluate in self._evaluators.items()}
-        accuracy = {name: metrics["accuracy"] for name, metrics in tests.items()}
+        test_metrics = {name: evaluate(state.params) for name, evaluate in self._evaluators.items()}
+        accuracy = {name: metrics["accuracy"] for name, metrics in test_metrics.items()}
         experiment, case_name, model_name = self._names
         return Result(
             experiment, case_name, model_name, self._width, learning_rate, seed, plan.layers, plan.steps, accuracy,
             self._model.num_parameters, count, loss, time.perf_counter() - start, _machine(),
-            tests[VALIDATION].get("loss"), None if flops_of_step is None else flops_of_step * count,
+            test_metrics[VALIDATION].get("loss"), None if flops_of_step is None else flops_of_step * count,
         )  # fmt: skip
 
     @functools.cached_property

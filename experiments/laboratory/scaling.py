@@ -1,8 +1,8 @@
 """Power laws between the validation loss of a model and its training FLOPs or its number of parameters.
 
-For each model, a line is fitted to the logarithms of both quantities, by least squares over the runs of all widths and
-seeds. The lines give the loss of each model at equal FLOPs and at an equal number of parameters, with 95 % intervals of
-the lines.
+For each model, a line is fitted to the logarithms of the loss and of the FLOPs (or of the number of parameters), by
+least squares over the runs of all widths and seeds. The lines give the loss of each model at equal FLOPs and at an
+equal number of parameters, with 95 % intervals of the lines.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ class PowerLaw:
         self._center = float(np.log(x).mean())
         # With centered x, the errors of the intercept and the slope are uncorrelated, so `loss` adds their variances.
         self._fit = scipy.stats.linregress(np.log(x) - self._center, np.log(loss))
-        freedom = len(x) - 2  # degrees of freedom of the residuals
-        self._t_quantile = float(scipy.stats.t.ppf(0.975, freedom)) if freedom else math.nan
+        degrees_of_freedom = len(x) - 2
+        self._t_quantile = float(scipy.stats.t.ppf(0.975, degrees_of_freedom)) if degrees_of_freedom else math.nan
 
     @property
     def exponent(self) -> tuple[float, float]:

@@ -52,7 +52,7 @@ def test_each_family_has_its_own_color(tmp_path, monkeypatch):
     monkeypatch.setattr(Figure, "savefig", lambda figure, path, **options: figures.append(figure))
     rows = [
         {"equal": "flops", "family": family, "tokens": 4, "loss": 1.0, "losses": [1.0, 1.0]}
-        for family in shootout._WIDTHS
+        for family in shootout._FIELDS_BY_WIDTH
     ]
     shootout.draw(rows, tmp_path / "plot.png")
     lines = figures[0].axes[0].lines

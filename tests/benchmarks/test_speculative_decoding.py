@@ -13,7 +13,7 @@ def test_plain_decoding_has_no_fraction_of_accepted_tokens(tmp_path, monkeypatch
     generation = SimpleNamespace(tokens=np.ones((1, 9), int), lengths=np.array([9]))
     proposals = SimpleNamespace(generation=generation, rounds=np.array([4]), accepted=np.array([6]))
     functions = {speculative.PLAIN: lambda: generation, "2 proposals": lambda: proposals}
-    monkeypatch.setattr(speculative, "_functions", lambda *arguments: ("2M parameters, B1 9 tokens", functions))
+    monkeypatch.setattr(speculative, "_decoders", lambda *arguments: ("2M parameters, B1 9 tokens", functions))
     path = tmp_path / "rows.json"
     arguments = ["--target", "a", "--draft", "b", "--num-proposed", "2", "--tokens", "9", "--json", str(path)]
     assert speculative.main(arguments) == 0
