@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
-from jaxlm.nn import activation, choices
+from jaxlm.nn import activation, choices, unembed_pallas
 from jaxlm.nn.linear import linear
 from jaxlm.sharding import constrain, gather_sharding
 from jaxlm.spec import require_arrays
@@ -57,7 +57,9 @@ def unembed(table_VD: jax.Array, hidden_BTD: jax.Array, vocab_size: int, *, soft
     """
     require_arrays(table_VD=table_VD, hidden_BTD=hidden_BTD)
     table_VD = table_VD.astype(hidden_BTD.dtype)
-    if hidden_BTD.dtype == jnp.float32:
+    if choices.unembed_kernel(hidden_BTD.shape, table_VD):
+        logits_BTV = unembed_pallas.logits(table_VD, hidden_BTD)
+    elif hidden_BTD.dtype == jnp.float32:
         logits_BTV = _product_with_table(table_VD, hidden_BTD)
     else:
         logits_BTV = jnp.einsum("BTD,VD->BTV", hidden_BTD, table_VD, preferred_element_type=jnp.float32)

@@ -6,11 +6,13 @@ The backward pass recomputes the float32 arrays from the input (``jax.checkpoint
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxlm.nn import choices, norm_pallas
 from jaxlm.spec import ONES, ZEROS, ArraySpec, Params, require_arrays
 
 
@@ -19,14 +21,16 @@ def layer_norm_specs(width: int) -> dict[str, ArraySpec]:
     return {"scale": ArraySpec((width,), ("norm",), ONES), "bias": ArraySpec((width,), ("norm",), ZEROS)}
 
 
-@functools.partial(jax.checkpoint, static_argnums=2, prevent_cse=False)
 def layer_norm(params: Params, x: jax.Array, epsilon: float) -> jax.Array:
     """Layer normalization over the last axis, with biased variance (Ba et al. 2016, eq. 3), in the dtype of ``x``.
 
     If the parameters have several axes, such as [groups, width], then ``x`` must end with the same axes. Each group is
     then normalized separately, as in group normalization (Wu and He 2018), but with separate statistics for each token.
     """
-    require_arrays(x=x)
+    return _normalize(_layer_norm, epsilon, x, params["scale"], params["bias"])
+
+
+def _layer_norm(epsilon: float, x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
     x32 = x.astype(jnp.float32)
     mean = jnp.mean(x32, axis=-1, keepdims=True)
     centered = x32 - mean
@@ -39,9 +43,27 @@ def layer_norm(params: Params, x: jax.Array, epsilon: float) -> jax.Array:
     else:
         variance = jnp.mean(jnp.square(centered), axis=-1, keepdims=True)
     normalized = centered * lax.rsqrt(variance + epsilon)
-    axes = tuple(range(x.ndim - params["scale"].ndim, x.ndim))
-    scale, bias = (lax.broadcast_in_dim(params[name].astype(jnp.float32), x.shape, axes) for name in ("scale", "bias"))
-    return (normalized * scale + bias).astype(x.dtype)
+    return (normalized * _broadcast(scale, x) + _broadcast(bias, x)).astype(x.dtype)
+
+
+def _normalize(function: Callable[..., jax.Array], epsilon: float, x: jax.Array, *params: jax.Array) -> jax.Array:
+    """``function(epsilon, x, *params)``, computed by a kernel if there are few rows on a TPU."""
+    require_arrays(x=x)
+    if choices.norm_kernel(x.shape, x.dtype, params[0].ndim):
+        return norm_pallas.run(functools.partial(function, epsilon), x, *params)
+    return _with_recomputation(function, epsilon, x, *params)
+
+
+@functools.partial(jax.checkpoint, static_argnums=(0, 1), prevent_cse=False)
+def _with_recomputation(
+    function: Callable[..., jax.Array], epsilon: float, x: jax.Array, *params: jax.Array
+) -> jax.Array:
+    return function(epsilon, x, *params)
+
+
+def _broadcast(parameter: jax.Array, x: jax.Array) -> jax.Array:
+    """The parameter in float32, broadcast to the shape of ``x``, whose last axes it has."""
+    return lax.broadcast_in_dim(parameter.astype(jnp.float32), x.shape, tuple(range(x.ndim - parameter.ndim, x.ndim)))
 
 
 def multi_head_layer_norm(params: Params, x: jax.Array, epsilon: float) -> jax.Array:
@@ -67,7 +89,6 @@ def rms_norm_specs(width: int, *, minus_one: bool = False) -> dict[str, ArraySpe
     return {"scale": ArraySpec((width,), ("norm",), ONES)}
 
 
-@functools.partial(jax.checkpoint, static_argnums=2, prevent_cse=False)
 def rms_norm(params: Params, x: jax.Array, epsilon: float) -> jax.Array:
     """Root-mean-square normalization over the last axis (Zhang and Sennrich 2019, eq. 4), in the dtype of ``x``.
 
@@ -77,12 +98,14 @@ def rms_norm(params: Params, x: jax.Array, epsilon: float) -> jax.Array:
     Args:
         params: ``scale``, or ``scale_minus_one`` for the scale ``1 + scale_minus_one`` (:func:`rms_norm_specs`).
     """
-    require_arrays(x=x)
+    scale = params["scale"] if "scale" in params else 1.0 + params["scale_minus_one"].astype(jnp.float32)
+    return _normalize(_rms_norm, epsilon, x, scale)
+
+
+def _rms_norm(epsilon: float, x: jax.Array, scale: jax.Array) -> jax.Array:
     x32 = x.astype(jnp.float32)
     normalized = x32 * lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + epsilon)
-    scale = params["scale"] if "scale" in params else 1.0 + params["scale_minus_one"].astype(jnp.float32)
-    axes = tuple(range(x.ndim - scale.ndim, x.ndim))
-    return (normalized * lax.broadcast_in_dim(scale.astype(jnp.float32), x.shape, axes)).astype(x.dtype)
+    return (normalized * _broadcast(scale, x)).astype(x.dtype)
 
 
 @functools.partial(jax.checkpoint, static_argnums=1, prevent_cse=False)

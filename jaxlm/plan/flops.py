@@ -12,12 +12,14 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 from jax.extend import core as jax_core
 
 from jaxlm import spec
+from jaxlm.devices import LANES
 from jaxlm.models import Model, llama
 from jaxlm.objectives.batch import Batch, Loss
 
@@ -244,6 +246,11 @@ class KernelCall(NamedTuple):
     bytes: int
 
 
+def _padded_size(shape: Sequence[int]) -> int:
+    """The number of entries of an array in HBM, where a TPU pads the last axis to a multiple of ``LANES``."""
+    return math.prod(shape[:-1]) * (-(-shape[-1] // LANES) * LANES) if shape else 1
+
+
 def kernel_calls(jaxpr: Any) -> dict[Kernel, set[KernelCall]]:
     """The calls of the Pallas kernels in a jaxpr.
 
@@ -256,7 +263,9 @@ def kernel_calls(jaxpr: Any) -> dict[Kernel, set[KernelCall]]:
             mapping = equation.params["grid_mapping"]
             steps, size = math.prod(mapping.grid), 0
             for block in mapping.block_mappings:
-                entries = min(steps * math.prod(block.transformed_block_aval.shape), math.prod(block.array_aval.shape))
+                entries = min(
+                    steps * _padded_size(block.transformed_block_aval.shape), _padded_size(block.array_aval.shape)
+                )
                 size += entries * block.array_aval.dtype.itemsize
             calls.setdefault(kernel, set()).add(KernelCall(steps, size))
         for inner in _inner_jaxprs(equation.params):

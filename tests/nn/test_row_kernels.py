@@ -1,0 +1,117 @@
+"""Tests of the TPU kernels for few rows, interpreted on the CPU: norms, and logits of a large table."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlm.nn import choices, lazy_pallas, unembed_pallas
+from jaxlm.nn.embedding import unembed
+from jaxlm.nn.norm import layer_norm, rms_norm
+from jaxlm.sharding import Sharding, make_mesh
+from jaxlm.testing.helpers import assert_trees_close
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """The kernels are used, in Pallas's interpreter, wherever they are used on a TPU."""
+    monkeypatch.setattr(lazy_pallas, "INTERPRET", True)
+    monkeypatch.setattr(choices, "_is_new_tpu", lambda: True)
+    monkeypatch.setattr(choices, "MIN_UNEMBED_KERNEL_BYTES", 0)
+    monkeypatch.setattr(unembed_pallas, "MAX_BLOCK_BYTES", 2**15)
+
+
+def normal(*shape, dtype=jnp.float32, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
+
+
+NORMS = {
+    "layer norm": (layer_norm, (3, 1, 40), {"scale": (40,), "bias": (40,)}),
+    "layer norm of groups": (layer_norm, (2, 2, 4, 16), {"scale": (4, 16), "bias": (4, 16)}),
+    "rms norm": (rms_norm, (3, 1, 40), {"scale": (40,)}),
+    "rms norm, scale minus one": (rms_norm, (3, 1, 40), {"scale_minus_one": (40,)}),
+}
+
+
+def call_norm(name, dtype):
+    """(Result and gradients, number of kernels in the program)."""
+    norm, shape, params = NORMS[name]
+    params = {name: normal(*shape, seed=seed) for seed, (name, shape) in enumerate(params.items(), 1)}
+    x = normal(*shape, dtype=dtype) * 3 + 1
+
+    def loss(params, x):
+        out = norm(params, x, 1e-5)
+        return jnp.sum(jnp.sin(out.astype(jnp.float32))), out
+
+    function = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
+    return jax.jit(function)(params, x), str(jax.make_jaxpr(loss)(params, x)).count("pallas_call")
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("name", NORMS)
+def test_the_norm_kernel_has_the_values_and_gradients_of_the_norm(name, dtype, request):
+    want, num_kernels = call_norm(name, dtype)
+    assert num_kernels == 0
+    request.getfixturevalue("kernels")
+    got, num_kernels = call_norm(name, dtype)
+    assert num_kernels == 1
+    assert [x.dtype for x in jax.tree.leaves(got)] == [x.dtype for x in jax.tree.leaves(want)]
+    tolerance = 1e-6 if dtype == jnp.float32 else 8e-3
+    assert_trees_close(jax.tree.map(jnp.float32, got), jax.tree.map(jnp.float32, want), tolerance)
+
+
+def call_unembed(rows, words, vocab_size):
+    """(Result and gradients, number of kernels in the program). The last block of the table is incomplete."""
+    table, hidden = normal(words, 24, dtype=jnp.bfloat16), normal(*rows, 24, dtype=jnp.bfloat16, seed=1)
+
+    def loss(table, hidden):
+        logits = unembed(table, hidden, vocab_size)
+        return jnp.sum(jnp.sin(logits[..., :vocab_size])), logits
+
+    function = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
+    return jax.jit(function)(table, hidden), str(jax.make_jaxpr(loss)(table, hidden)).count("pallas_call")
+
+
+@pytest.mark.parametrize(("rows", "words", "vocab_size"), [((3, 1), 300, 300), ((2, 4), 520, 500)])
+def test_the_unembed_kernel_has_the_values_and_gradients_of_the_matmul(rows, words, vocab_size, request):
+    want, num_kernels = call_unembed(rows, words, vocab_size)
+    assert num_kernels == 0
+    request.getfixturevalue("kernels")
+    got, num_kernels = call_unembed(rows, words, vocab_size)
+    assert num_kernels == 1
+    assert got[0][1].dtype == jnp.float32
+    assert_trees_close(jax.tree.map(jnp.float32, got), jax.tree.map(jnp.float32, want), 4e-3)
+
+
+@pytest.mark.parametrize("mesh", ["data=2,tensor=4", "data=8"])
+def test_the_kernels_run_on_a_mesh(mesh, kernels):
+    sharding = Sharding(make_mesh(mesh))
+    table, hidden = normal(256, 32, dtype=jnp.bfloat16), normal(8, 1, 32, dtype=jnp.bfloat16, seed=1)
+    groups, params = normal(8, 1, 4, 8, seed=2), {"scale": normal(4, 8, seed=3), "bias": normal(4, 8, seed=4)}
+
+    def run(table, hidden, groups, params):
+        return (
+            unembed(table, hidden, 256),
+            layer_norm(params, groups, 1e-5),
+            rms_norm({"scale": table[0]}, hidden, 1e-5),
+        )
+
+    want = jax.jit(run)(table, hidden, groups, params)
+    with sharding.scope():
+        got = jax.jit(lambda *arguments: run(*arguments))(table, hidden, groups, params)
+        program = str(jax.make_jaxpr(lambda *arguments: run(*arguments))(table, hidden, groups, params))
+    assert program.count("pallas_call") == 3
+    assert_trees_close(jax.tree.map(jnp.float32, got), jax.tree.map(jnp.float32, want), 1e-6)
+
+
+def test_the_kernels_are_only_for_few_rows_that_the_mesh_splits_evenly(kernels):
+    assert choices.norm_kernel((8, 1, 16), jnp.bfloat16, 1)
+    assert not choices.norm_kernel((8, 16, 16), jnp.bfloat16, 1)  # 128 rows
+    assert not choices.norm_kernel((8, 1, 16), jnp.float16, 1)
+    assert not choices.norm_kernel((8, 1, 4, 16), jnp.bfloat16, 1)  # parameters of one group
+    with Sharding(make_mesh("data=2,tensor=4")).scope():
+        assert choices.norm_kernel((8, 16, 16), jnp.bfloat16, 1)  # 64 rows on each device
+        assert not choices.norm_kernel((3, 1, 16), jnp.bfloat16, 1)
+        assert not choices.norm_kernel((8, 1, 6, 16), jnp.bfloat16, 2)  # 6 groups on 4 devices
+        assert not choices.unembed_kernel((8, 1, 16), jnp.zeros((6, 16), jnp.bfloat16))
+    assert not choices.unembed_kernel((8, 1, 16), jnp.zeros((8, 16), jnp.float32))
