@@ -130,7 +130,7 @@ def measure(name: str, values: CpuChoices, *, quick: bool = False) -> Result:
 
     Args:
         name: a key of :data:`MEASUREMENTS`.
-        values: the values of all fields. The field ``name`` has its default.
+        values: the values of all fields. The value of ``name`` is the default with which the candidates are compared.
         quick: whether to measure only the first program, in few rounds.
     """
     candidates, make_programs = MEASUREMENTS[name]

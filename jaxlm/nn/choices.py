@@ -26,11 +26,11 @@ PLATFORM = {"splash": "tpu", "pallas": "tpu", "cudnn": "gpu"}
 """The platform of each implementation that runs on one platform only."""
 
 
-def wrong_platform(implementation: str | None) -> str | None:
+def wrong_platform(implementation: str) -> str | None:
     """Why the implementation cannot run on the current platform (``sharding.platform``), as a part of an error message;
     None if it can run."""
     platform = sharding.platform()
-    needed = PLATFORM.get(implementation or "", platform)
+    needed = PLATFORM.get(implementation, platform)
     return None if needed == platform else f"runs only on {needed}, but this computation is compiled for {platform}"
 
 

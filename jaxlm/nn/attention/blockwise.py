@@ -219,7 +219,7 @@ def _loop_over_blocks(
     block = BLOCK_ROWS[queries >= LONG_SEQUENCE]
     is_causal_by_index = static.causal and order is None
     # The range is computed only in a loop over heads. Without the loop, vmap computes all rows of the batch together.
-    # They may need ranges of different lengths, so vmap would run all branches of the switch.
+    # The rows may need ranges of different lengths, so vmap would run all branches of the switch.
     find_visible_keys = (
         static.sequential and keys >= MIN_KEYS_FOR_RANGES and (order is not None or segments is not None)
     )

@@ -4,7 +4,8 @@ The code reads only the slots up to the last slot that any query may attend to. 
 selects one of four ways to compute the products of queries, keys and values. Except in the kernel, the number of slots
 is rounded up to one of a few lengths, each of which is a branch of a ``lax.switch``.
 
-- ``kernel``: a Pallas kernel for TPUs (``jaxlm.nn.attention.decode_kernel``), for few queries and not for float16.
+- ``kernel``: a Pallas kernel for few queries on TPUs v5 and later (``jaxlm.nn.attention.decode_kernel``). It does not
+  support float16.
 - ``merged``: one matmul computes all heads of a device, ``k [E, G*K] @ q [G*K, T*H]``. The matrix q is block diagonal,
   with zeros for the keys of other heads. This needs more arithmetic than one matmul per head.
 - ``sums``: elementwise products and sums, for one query per key head.

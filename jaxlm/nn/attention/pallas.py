@@ -126,11 +126,12 @@ def attention(
         """``x`` broadcast to all heads and, if necessary, to all rows of the batch.
 
         Different grid steps compute different heads, so every array is broadcast to all heads. The kernel can sum a
-        gradient only over consecutive grid steps. If a batch row has several blocks of queries, the grid computes all
-        of them before the next batch row. So block t of one row and block t of the next row are not consecutive grid
-        steps. Query-indexed arrays are therefore broadcast to all rows. With grouped query heads, the grid may compute
-        several blocks of query heads before the next row. Then, for one head, the grid steps of different rows of the
-        batch are not consecutive, so all arrays are broadcast to all rows.
+        gradient only over consecutive grid steps. So rows of the batch can share an array only if the grid steps that
+        use the same part of the array are consecutive. In two cases, they are not, and an array is broadcast to all
+        rows:
+
+        - Query-indexed arrays: the grid computes all blocks of queries of a row before the next row.
+        - All arrays, with grouped query heads: the grid may compute several blocks of query heads before the next row.
         """
         rows = B if grouped or _is_query_indexed(bias_fn, name) else x.shape[0]
         return jnp.broadcast_to(x, (rows, H, *x.shape[2:]))
