@@ -61,7 +61,7 @@ def alignment_specs(
 
 
 def alignment_keys(params: Params, source_BSC: jax.Array) -> jax.Array:
-    """The part of the score that depends only on the source and is the same for all queries.
+    """The part of the score that does not depend on the query.
 
     The shape is [B, S, A] (concat), [B, S, Q] (general) or that of the source (dot).
     """

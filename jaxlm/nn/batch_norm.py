@@ -1,8 +1,8 @@
 """Batch normalization (Ioffe and Szegedy 2015). The running statistics are an argument and a result.
 
-The parameters of a model contain the running statistics under the key ``statistics``. They get no gradient and no
-weight decay. During training, ``apply`` of the model returns the updated statistics, and the training step writes them
-into the parameters.
+The parameters of a model contain the running statistics under the key ``statistics``. The statistics get no gradient
+and no weight decay. During training, ``apply`` of the model returns the updated statistics, and the training step
+writes them into the parameters.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Measurements of the values of :class:`jaxlm.nn.cpu_choices.CpuChoices` on this machine, for ``jaxlm calibrate``.
 
-Each value has a few candidates and a few programs whose speed depends on it. A program is compiled once for each
-candidate. Then all candidates run in turn, so that changes in the load of the machine affect all of them. The inputs
-are the same in every run.
+Each value has a few candidates and a few programs whose speed depends on it. A program is traced with each candidate
+and compiled; candidates that give the same program share one compilation. Then the compiled programs run in turn, so
+that changes in the load of the machine affect all of them. The inputs are the same in every run.
 """
 
 from __future__ import annotations
@@ -83,9 +83,10 @@ class Result:
         """The time of each candidate relative to the time of the default, [candidates].
 
         In each round, the times are divided by that of the default. The result is the median over the rounds, then the
-        geometric mean over the programs that differ from the program of the default.
+        geometric mean over the programs. For each candidate, the mean leaves out the programs that are the same with
+        the candidate and with the default.
         """
-        return np.exp(_mean_over_different(self._log_ratios(0.0, 1.0)))
+        return np.exp(_mean_over_changed_programs(self._log_ratios(0.0, 1.0)))
 
     @property
     def chosen(self) -> int:
@@ -96,7 +97,7 @@ class Result:
         equally fast (``SAME_TIME``), it is the one nearest to the default.
         """
         halves = self._log_ratios(0.0, 0.5), self._log_ratios(0.5, 1.0)
-        is_faster = np.maximum(*map(_mean_over_different, halves)) < -math.log(MIN_SPEEDUP)
+        is_faster = np.maximum(*map(_mean_over_changed_programs, halves)) < -math.log(MIN_SPEEDUP)
         means = np.mean(self._log_ratios(0.0, 1.0), axis=0)
         default = self.candidates.index(self.default)
         limit = min(means[is_faster], default=0.0) + math.log(SAME_TIME)
@@ -104,7 +105,9 @@ class Result:
         return self.candidates[min(fastest, key=lambda index: abs(index - default), default=default)]
 
     def _log_ratios(self, begin: float, end: float) -> np.ndarray:
-        """Logarithms of the ratio of each candidate's time and the default's, [programs, candidates].
+        """The logarithm of each candidate's time divided by the default's time, [programs, candidates].
+
+        It is the median over the rounds.
 
         Args:
             begin, end: the rounds that are used, as fractions of all rounds.
@@ -114,8 +117,11 @@ class Result:
         return np.array([np.median(np.log(times / times[:, default, None]), axis=0) for times in selected])
 
 
-def _mean_over_different(log_ratios: np.ndarray) -> np.ndarray:
-    """The mean over the programs whose ratio is not 1, [candidates]. Equal programs have the ratio 1."""
+def _mean_over_changed_programs(log_ratios: np.ndarray) -> np.ndarray:
+    """For each candidate, the mean over the programs whose logarithm is not 0, [candidates].
+
+    The logarithm is exactly 0 if a program is the same with the candidate and with the default.
+    """
     return log_ratios.sum(axis=0) / np.maximum(1, np.count_nonzero(log_ratios, axis=0))
 
 
@@ -124,7 +130,7 @@ def measure(name: str, values: CpuChoices, *, quick: bool = False) -> Result:
 
     Args:
         name: a key of :data:`MEASUREMENTS`.
-        values: the values of all fields. The field ``name`` has its default.
+        values: the values of all fields. The value of ``name`` is the default with which the candidates are compared.
         quick: whether to measure only the first program, in few rounds.
     """
     candidates, make_programs = MEASUREMENTS[name]
@@ -133,10 +139,10 @@ def measure(name: str, values: CpuChoices, *, quick: bool = False) -> Result:
     with cpu_choices.use(values):
         for program in itertools.islice(make_programs(), 1 if quick else None):
             lowered = lower(program, [dataclasses.replace(values, **{name: candidate}) for candidate in candidates])
-            different = dict(lowered)  # candidates may give equal programs
-            compiled = [candidate.compile() for candidate in different.values()]
+            unique = dict(lowered)  # by text, because candidates may give equal programs
+            compiled = [unique_program.compile() for unique_program in unique.values()]
             times = measure_in_turn(compiled, program.arguments, rounds, max_seconds)
-            seconds[program.label] = times[:, [list(different).index(text) for text, _ in lowered]]
+            seconds[program.label] = times[:, [list(unique).index(text) for text, _ in lowered]]
     return Result(name, getattr(values, name), candidates, seconds)
 
 
@@ -191,7 +197,7 @@ def _unit(x: jax.Array) -> jax.Array:
 
 
 def _both(label: str, function: Callable[..., Any], *arguments: Any, constants: Any = ()) -> Program:
-    """The forward and the backward pass of ``function(*constants, *arguments)``, differentiated in ``arguments``."""
+    """The forward and backward pass of ``function(*constants, *arguments)``, with the gradients of ``arguments``."""
     outputs = jax.eval_shape(function, *constants, *arguments)
     cotangents = jax.tree.map(lambda x: _normal(x.shape)[0], outputs)
 
@@ -261,7 +267,7 @@ def _gated_delta_rule() -> Iterator[Program]:
 
 
 def _generalized_delta_rule() -> Iterator[Program]:
-    bound = -math.exp(-0.5)  # that of RWKV-7
+    bound = -math.exp(-0.5)  # the lowest log decay of RWKV-7
     q, k, v, gate, removal, rate = _normal(*[(1, 512, 8, 64)] * 6)
     arguments = q, k, v, bound * jax.nn.sigmoid(gate), _unit(removal), jax.nn.sigmoid(rate)
     for min_log_decay in (bound, None):

@@ -2,8 +2,8 @@
 
 Many functions of ``jaxlm.nn`` have a reference implementation and faster implementations. If the caller does not choose
 an implementation, this module chooses it. No other module of ``jaxlm.nn`` or ``jaxlm.models`` makes choices by
-platform. docs/labbook.md has the estimates of the TPU compiler. The values whose fastest size depends on the processor
-of a CPU are in :class:`jaxlm.nn.cpu_choices.CpuChoices`, with their measurements.
+platform. docs/labbook.md has the estimates of the TPU compiler. The block sizes and limits whose best values differ
+between CPUs are in :class:`jaxlm.nn.cpu_choices.CpuChoices`, with their measurements.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ PLATFORM = {"splash": "tpu", "pallas": "tpu", "cudnn": "gpu"}
 """The platform of each implementation that runs on one platform only."""
 
 
-def wrong_platform(implementation: str | None) -> str | None:
+def wrong_platform(implementation: str) -> str | None:
     """Why the implementation cannot run on the current platform (``sharding.platform``), as a part of an error message;
     None if it can run."""
     platform = sharding.platform()
-    needed = PLATFORM.get(implementation or "", platform)
+    needed = PLATFORM.get(implementation, platform)
     return None if needed == platform else f"runs only on {needed}, but this computation is compiled for {platform}"
 
 
@@ -79,10 +79,11 @@ def _is_new_tpu() -> bool:
 MIN_BLOCKWISE_QUERIES = 256
 """Minimum number of queries for ``blockwise``, ``splash``, ``pallas`` and ``cudnn``. With fewer queries, ``reference``
 is faster. Two cases have another minimum: attention without biases on a single CPU device
-(``CpuChoices.min_blockwise_queries``), and ``pallas`` (``MIN_PALLAS_QUERIES``). The value must be at most 1024, because
+(``CpuChoices.min_blockwise_queries``), and the case of ``MIN_PALLAS_QUERIES``. The value must be at most 1024, because
 jaxlm guarantees O(T) memory for T >= 1024."""
 MIN_PALLAS_QUERIES = 64
-"""Minimum number of queries for which ``pallas`` is used on a TPU. The kernel pads queries to a multiple of 128."""
+"""Minimum number of queries for ``pallas`` on a TPU if there are biases or at most ``MAX_PALLAS_KEYS`` keys. The kernel
+pads queries to a multiple of 128."""
 MAX_PALLAS_KEYS = 1024
 """Maximum number of keys for which ``pallas`` is faster than ``splash`` (TPU compiler's estimate). ``pallas`` computes
 whole rows of scores. With so few keys, ``splash`` has one block of keys, so it cannot skip masked blocks."""
@@ -201,9 +202,10 @@ no dense bias (its ``MAX_BLOCK``)."""
 def dense_shared_bias(queries: int, keys: int) -> bool:
     """Whether a bias that several layers share becomes a dense array before the first of these layers.
 
-    The result is True for short inputs on a TPU, where each layer would compute this array and, in the backward pass,
-    the gradient of the bias's table from the gradient of the array. With one array, the gradients of the layers are
-    added first. For T5-small with 512 tokens, this saves 1 % of a training step (TPU compiler's estimate).
+    The result is True for short inputs on a TPU. There, each layer would otherwise compute the dense array and, in the
+    backward pass, the gradient of the bias's table. With one array for all layers, the gradients of the array are added
+    over the layers, and the gradient of the table is computed once. For T5-small with 512 tokens, this saves 1 % of a
+    training step (TPU compiler's estimate).
     """
     return sharding.platform() == "tpu" and max(queries, keys) <= MAX_DENSE_BIAS_TOKENS
 
@@ -295,7 +297,7 @@ def linear_scan(unsupported: str | None) -> Literal["sequential", "chunked", "pa
 
 
 MIN_CHUNKED_STEPS = 8
-"""Minimum number of steps for which the functions of :func:`matrix_scan` run in chunks."""
+"""Minimum number of steps for which the functions that :func:`matrix_scan` lists run in chunks."""
 LINEAR_ATTENTION_CHUNK_ACCELERATOR = 128
 """Steps of a chunk of ``linear_attention``, ``ssd`` and ``mlstm`` on an accelerator, whose matrix units need more rows
 than the vector instructions of a CPU (``CpuChoices.linear_attention_chunk``)."""
@@ -389,7 +391,7 @@ def generalized_delta_rule_chunk(is_bounded: Callable[[int], bool]) -> int:
 
 
 def whole_triangular_systems() -> bool:
-    """Whether the inverse of a triangular matrix is computed with matrices of its size instead of its diagonal blocks.
+    """Whether the inverse of a triangular matrix is computed with matrices of the full size, not with diagonal blocks.
 
     The result is False on a CPU, where products of small blocks need fewer operations. A TPU pads arrays of small
     blocks to many times their size.
@@ -454,8 +456,8 @@ def expert_block_rows(assignments: int, num_experts: int) -> int:
 
     A block has half the mean number of rows of an expert, so that few rows are padding. A block has at most 256 rows,
     so that it fits into the CPU cache. With fewer than 4 assignments per expert, such as in decoding, a block has one
-    row. Then, without padding and with all experts on one device, no block is empty, so only the weights of selected
-    experts are read.
+    row. If no token is padding and one device has all experts, no such block is empty. Then only the weights of
+    selected experts are read.
 
     Args:
         assignments: number of pairs of a token and one of its selected experts.
@@ -512,8 +514,9 @@ table and the vector."""
 def is_table_first_operand(rows: int, width: int) -> bool:
     """Whether float32 logits are computed as ``(table @ hidden.T).T`` instead of ``hidden @ table.T``.
 
-    For one wide row (``MAX_FUSED_VECTOR_BYTES``), ``hidden @ table.T`` transposes the whole table first: 139 ms instead
-    of 9.6 for a table of 16,000 x 4,096, on one core of an AMD EPYC (Zen 4).
+    The result is True on a single CPU device for few rows (``CpuChoices.max_few_rows``), except for one narrow row
+    (``MAX_FUSED_VECTOR_BYTES``). For one wide row, ``hidden @ table.T`` transposes the whole table first: 139 ms
+    instead of 9.6 for a table of 16,000 x 4,096, on one core of an AMD EPYC (Zen 4).
 
     Args:
         rows: number of hidden states.

@@ -1,8 +1,8 @@
-"""Values of :mod:`jaxlm.nn.choices` on a CPU whose fastest size depends on the processor, and the file that sets them.
+"""Block sizes and limits of :mod:`jaxlm.nn.choices` whose best values differ between CPUs, and the file that sets them.
 
-The defaults of :class:`CpuChoices` were measured on an AMD EPYC. ``jaxlm calibrate`` measures several values on this
-machine (:mod:`jaxlm.nn.calibration`) and writes the fastest ones to a file (:class:`Calibration`). A process uses such
-a file only if the environment variable ``JAXLM_CHOICES`` names it. It reads the file once.
+The defaults of :class:`CpuChoices` were measured on AMD processors. ``jaxlm calibrate`` measures several values of each
+field on this machine (:mod:`jaxlm.nn.calibration`) and writes the fastest values to a file (:class:`Calibration`). A
+process uses this file only if the environment variable ``JAXLM_CHOICES`` names it. The process reads the file once.
 """
 
 from __future__ import annotations
@@ -81,8 +81,9 @@ class CpuChoices:
     gated_delta_rule_chunk: int = 32
     """Steps of a chunk of ``gated_delta_rule``, a power of two."""
     generalized_delta_rule_chunk: int = 16
-    """Steps of a chunk of ``generalized_delta_rule``, a power of two. Larger chunks are more expensive, because each
-    channel has its own decays.
+    """Steps of a chunk of ``generalized_delta_rule``, a power of two. With one decay per channel, the scores of a chunk
+    need one matmul for each block size 1, 2, 4, ... (``matrix_state.pair_scores_and_decays``), so large chunks are more
+    expensive than with one decay per head.
 
     CPU time in ms, forward / forward and backward together (B 1, T 512, H 8, K 64; jaxlib 0.10.2, two busy cores; best
     of six):
@@ -90,12 +91,13 @@ class CpuChoices:
         reference    chunk 8    chunk 16    chunk 32
         11/2140      36/228     38/216      59/240
 
-    With a bound of the log decays (-0.61, the same shapes and processor), chunks of 8, 16, 32 and 64 steps take 112,
-    72, 85 and 106 ms. Without it, they take 130, 139, 150 and 185 ms.
+    In a later measurement of forward and backward together (the same shapes, best of four), chunks of 8, 16, 32 and 64
+    steps take 112, 72, 85 and 106 ms with a bound of the log decays (-0.61), and 130, 139, 150 and 185 ms without a
+    bound.
     """
     max_loop_state: int = 2**16
     """Maximum number of entries B * H * K * V of the state for which ``linear_attention`` with one decay per head runs
-    as a loop over steps. This holds without a gradient, and for K >= 64.
+    as a loop over steps. It runs as a loop only without a gradient and for K >= 64.
 
     Without a gradient, ``linear_attention`` with one decay per channel and ``generalized_delta_rule`` run as a loop for
     every size of the state (``choices.loops_without_gradient``). Time in ms without a gradient, loop / chunks (jaxlib
@@ -152,7 +154,7 @@ class Calibration:
     processor: str
     """The result of ``host.processor_model``."""
     cores: int
-    """Number of cores of the measuring process. Another number is accepted."""
+    """Number of cores of the measuring process. A process with another number of cores may use the file, too."""
     jaxlib: str
     """Version of jaxlib."""
     date: str
@@ -201,11 +203,11 @@ def cpu_choices() -> CpuChoices:
         FileNotFoundError, ValueError: as in :func:`active_calibration`.
     """
     values = _scope.get()
-    return _of_process() if values is None else values
+    return _process_values() if values is None else values
 
 
 @functools.cache
-def _of_process() -> CpuChoices:
+def _process_values() -> CpuChoices:
     calibration = active_calibration()
     return CpuChoices() if calibration is None else calibration.values
 

@@ -17,9 +17,9 @@ class custom_vjp:
     """``jax.custom_vjp`` for functions that also run in ``jax.shard_map`` and on a mesh with Explicit axes.
 
     In ``shard_map``, JAX tracks over which mesh axes each array varies. If weights vary over fewer axes than the
-    inputs, their gradient must be summed over the other axes. JAX expects this sum from the backward rule of
-    ``jax.custom_vjp``. This class casts all arguments to vary over the same axes before it calls the function. The
-    gradient of this cast is the sum, so the backward rule need not compute it.
+    inputs, their gradient must be summed over the axes over which only the inputs vary. JAX expects this sum from the
+    backward rule of ``jax.custom_vjp``. This class casts all arguments to vary over the same axes before it calls the
+    function. The gradient of this cast is the sum, so the backward rule need not compute it.
 
     With Explicit axes, a matmul that sums over a sharded axis needs the sharding of its result (``out_sharding``). The
     backward rule does not know these shardings. So it runs with Auto axes, for which the compiler chooses the
@@ -50,14 +50,14 @@ class custom_vjp:
         self._forward, self._backward = forward, backward
 
     def __call__(self, *arguments: Any) -> Any:
-        numbers = [number for number in range(len(arguments)) if number not in self._nondiff_argnums]
-        varying = vary_equally([arguments[number] for number in numbers])
-        cast = dict(zip(numbers, varying, strict=True))
+        diff_argnums = [argnum for argnum in range(len(arguments)) if argnum not in self._nondiff_argnums]
+        varying = vary_equally([arguments[argnum] for argnum in diff_argnums])
+        cast = dict(zip(diff_argnums, varying, strict=True))
         function = self._function
         if any(map(sharding.has_explicit_axes, jax.tree.leaves(varying))):
             function = jax.custom_vjp(function.fun, nondiff_argnums=self._nondiff_argnums)
             function.defvjp(self._forward, _with_auto_axes(self._backward, varying))
-        return function(*(cast.get(number, argument) for number, argument in enumerate(arguments)))
+        return function(*(cast.get(argnum, argument) for argnum, argument in enumerate(arguments)))
 
 
 def _with_auto_axes(backward: Callable[..., Any], arguments: Sequence[Any]) -> Callable[..., Any]:

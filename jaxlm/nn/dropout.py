@@ -31,8 +31,8 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
 def keep_mask(key: jax.Array, rate: float, shape: tuple[int, ...]) -> jax.Array:
     """A boolean array of ``shape`` whose entries are True (keep) with probability ``1 - rate``.
 
-    The probability is rounded to a multiple of 2^-16. If two one-dimensional masks have the same key, the longer mask
-    starts with the shorter mask. Attention over blocks of keys relies on this property. It does not hold if
+    The probability is rounded to a multiple of 2^-16. If two one-dimensional masks have the same key and rate, the
+    longer mask starts with the shorter mask. Attention over blocks of keys relies on this property. It does not hold if
     ``jax_threefry_partitionable`` is False (JAX's default is True).
     """
     *batch, length = shape

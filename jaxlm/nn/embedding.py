@@ -26,7 +26,7 @@ def embed(
         size: number of valid ids. The rows of the table from ``size`` on are padding, and their ids give NaN. None: the
             table has no padding.
     """
-    # Full sharding splits the width of parameters and the batch of activations, so the table is all-gathered here.
+    # FSDP splits the width of parameters and the batch of activations, so the table is all-gathered here.
     table_VD = constrain(jnp.asarray(table_VD), (rows, "activation_embed"))
     ids_BT = widen_ids(ids_BT)
     if size is not None and size < table_VD.shape[0]:

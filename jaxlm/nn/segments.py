@@ -60,7 +60,8 @@ def segment_boundaries(
 
     Args:
         segment_ids_BT: 0 for padding, 1, 2, ... for documents.
-        last_segment_B: the last segment of the previous call, or 0 for a row without one. None: 0 for all rows.
+        last_segment_B: the last segment of the previous call, or 0 for a row without earlier tokens. None: 0 for all
+            rows.
         reverse: whether the masks are for a layer that reads from the last token to the first.
         include_first: whether ``reset_BT`` is also True at the first token of the first document of a row.
 

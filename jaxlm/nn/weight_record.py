@@ -15,11 +15,11 @@ import jax
 Kind = Literal["causal", "bidirectional", "source", "pool"]
 """The kind of attention.
 
-``causal``: queries attend to no key with a higher order. The order is normally the position. In XLNet, it may be a
-factorization order. ``bidirectional``: ``jaxlm.nn.attention`` without a causal mask. Examples are self-attention of an
-encoder, cross-attention, and XLNet with any task except ``permutation``. ``source``: attention of a recurrent decoder
-to its source. ``pool``: a classifier pools the tokens of a text with these weights; H is the number of pooled vectors,
-T is 1.
+``causal``: a query attends to no key whose order is higher than its own. The order is normally the position. In XLNet,
+it may be a factorization order. ``bidirectional``: ``jaxlm.nn.attention`` without a causal mask. Examples are
+self-attention of an encoder, cross-attention, and XLNet with any task except ``permutation``. ``source``: attention of
+a recurrent decoder to its source. ``pool``: a classifier pools the tokens of a text with these weights; H is the number
+of pooled vectors, T is 1.
 """
 
 

@@ -126,7 +126,7 @@ def small_measurement(monkeypatch):
 def test_the_command_writes_a_file_that_the_variable_activates(small_measurement, tmp_path, monkeypatch, capsys):
     path = tmp_path / "with space" / "choices.json"
     monkeypatch.setenv(VARIABLE, "nowhere")  # calibrate ignores the variable
-    cpu_choices._of_process.cache_clear()
+    cpu_choices._process_values.cache_clear()
     assert cli.main(["calibrate", "--quick", "--output", str(path)]) == 2
     assert "there is no directory" in capsys.readouterr().err
     path.parent.mkdir()

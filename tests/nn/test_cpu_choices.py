@@ -22,11 +22,11 @@ def use_file(tmp_path, monkeypatch):
         path = tmp_path / "choices.json"
         path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
         monkeypatch.setenv(VARIABLE, str(path))
-        cpu_choices._of_process.cache_clear()
+        cpu_choices._process_values.cache_clear()
         return path
 
     yield write
-    cpu_choices._of_process.cache_clear()
+    cpu_choices._process_values.cache_clear()
 
 
 def error_of(function, kind=ValueError):
@@ -68,7 +68,7 @@ def test_without_the_variable_or_with_an_empty_one_the_defaults_are_used(use_fil
     assert active_calibration() == Calibration(**HERE, values=CpuChoices(max_few_rows=64))
     monkeypatch.setenv(VARIABLE, "")
     assert cpu_choices.cpu_choices() == CpuChoices(max_few_rows=64), "the file is read once"
-    cpu_choices._of_process.cache_clear()
+    cpu_choices._process_values.cache_clear()
     assert cpu_choices.cpu_choices() == CpuChoices()
     assert active_calibration() is None
     with cpu_choices.use(CpuChoices(max_few_rows=8)):

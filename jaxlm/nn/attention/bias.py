@@ -2,11 +2,11 @@
 
 An :class:`AttentionBias` consists of arrays and of a function of these arrays, its ``bias_fn``. An implementation of
 attention calls the function for one tile of the scores at a time, and also computes the gradients of the arrays tile by
-tile. So a bias needs no array [H, T, S]. The implementations ``reference`` and ``decode`` are exceptions: they call
-:func:`dense_bias`. ``pallas`` also calls it for a bias that all rows of the batch share, if the input is short. The
-``bias_fn`` declares which slices of the float arrays a tile needs (``required_slices``) and gets these slices. A float
-array without a declared slice is passed whole. The ``bias_fn`` reads integer arrays with ``Tile.query_column`` and
-``Tile.key_row``.
+tile. So a bias needs no array [H, T, S]. The implementations ``reference`` and ``decode`` are exceptions: they compute
+the whole array (:func:`dense_bias`). ``pallas`` also does so for a bias that all rows of the batch share, if the input
+is short. The ``bias_fn`` declares which slices of the float arrays a tile needs (``required_slices``) and gets these
+slices. A float array without a declared slice is passed whole. The ``bias_fn`` reads integer arrays with
+``Tile.query_column`` and ``Tile.key_row``.
 
 Shapes: B batch, T query time, S key time, H heads, K head width, R rows of a tile, E columns of a tile, N columns of
 a table, P = R + E columns of a strip (the columns that a tile needs from a table with one column per distance).
@@ -30,9 +30,9 @@ from jaxlm.nn import choices
 class Tile(NamedTuple):
     """A tile of the scores: queries [row, row + rows) and keys [column, column + columns).
 
-    ``row`` and ``column`` may be traced. TPU kernels pass a subclass with other implementations of the methods
-    (``pallas_tile.VmemTile``). So a :class:`KernelBiasFn` may use only the methods ``query_column``, ``key_row``,
-    ``product``, ``shifted_product`` and ``gather_shifted`` to read integer arrays, multiply and gather.
+    ``row`` and ``column`` may be traced. TPU kernels pass a subclass (``pallas_tile.VmemTile``) that implements
+    ``query_column``, ``key_row``, ``product``, ``shifted_product`` and ``gather_shifted`` with operations of a kernel.
+    So a :class:`KernelBiasFn` uses only these methods to read integer arrays, multiply and gather.
     """
 
     row: Any
@@ -247,6 +247,9 @@ def drop_unit_axes(tree: Any, num_axes: int = 2) -> Any:
 def vmap_axes(tree: Any, axis: int) -> Any:
     """``in_axes`` of a ``jax.vmap`` over ``axis``: None for arrays of size 1 on this axis, 0 for other arrays.
 
-    ``tree`` has the arrays before :func:`drop_unit_axes`, which removes this axis if its size is 1.
+    It is 0 also for ``axis`` 1, because axis 0 is then already removed or mapped over.
+
+    Args:
+        tree: the arrays before :func:`drop_unit_axes` removes their axes of size 1.
     """
     return jax.tree.map(lambda x: None if x.shape[axis] == 1 else 0, tree)

@@ -11,11 +11,11 @@ are the keys that at least one query of the block may attend to. There are three
   section's first query, or up to ``KEY_RANGE_MULTIPLE - 1`` keys before.
 - Otherwise, the range contains all keys.
 
-In a loop over heads, all heads of a row may share the mask of a block (``choices.share_mask_between_heads``).
+In a loop over heads, all heads of a batch row may share the mask of a block (``choices.share_mask_between_heads``).
 
 In addition to the inputs, the forward pass saves only the output and the log-sum-exp of the scores of each query.
 
-Shapes as in ``jaxlm.nn.attention.api``; V width of values, R rows of a block, E keys of a block.
+Shapes as in ``jaxlm.nn.attention.api``; V width of values, R queries of a block, E keys of a block.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ class _Block(NamedTuple):
     visible_RE: jax.Array | None
     q_RK: jax.Array
     k_EK: jax.Array
-    v_EK: jax.Array
+    v_EV: jax.Array
     bias_arrays: Any
     keep: jax.Array | None
 
@@ -164,39 +164,39 @@ class _Block(NamedTuple):
 
 def _forward_block(static: _StaticArguments, block: _Block, bias_integers: Any) -> tuple[jax.Array, jax.Array]:
     """The output [R, V] of the queries of a block, and the log-sum-exp of their scores, [R]."""
-    scores_RE, keep, v_EK = block.scores(static, bias_integers), block.keep, block.v_EK
+    scores_RE, keep, v_EV = block.scores(static, bias_integers), block.keep, block.v_EV
     top_R = jnp.max(scores_RE, axis=1)
     top_R = jnp.where(jnp.isfinite(top_R), top_R, 0.0)  # -inf for a query that may not attend to any key
     weights = jnp.exp(scores_RE - top_R[:, None])
     total_R = jnp.sum(weights, axis=1)
     if keep is not None:
         weights = jnp.where(keep, weights / (1.0 - static.dropout), 0.0)
-    out = dot(weights.astype(v_EK.dtype), v_EK, (1, 0))
+    out = dot(weights.astype(v_EV.dtype), v_EV, (1, 0))
     visible_R = total_R > 0.0
     total_R = jnp.where(visible_R, total_R, 1.0)
     # For a query without visible keys, lse = +inf makes exp(score - lse) zero in the backward pass.
     lse_R = jnp.where(visible_R, top_R + jnp.log(total_R), jnp.inf)
-    return (out / total_R[:, None]).astype(v_EK.dtype), lse_R
+    return (out / total_R[:, None]).astype(v_EV.dtype), lse_R
 
 
 def _backward_block(
-    static: _StaticArguments, block: _Block, bias_integers: Any, out_RK: jax.Array, lse_R: jax.Array, dout_RK: jax.Array
+    static: _StaticArguments, block: _Block, bias_integers: Any, out_RV: jax.Array, lse_R: jax.Array, dout_RV: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array, Any]:
-    """The gradients of a block, float32: dq [R, K], and the contributions to dk [K, E], to dv [V, E] and to the biases'
-    gradients."""
+    """The gradients of a block: dq [R, K] and the contributions to dk [K, E] and dv [V, E], float32; and the gradients
+    of ``block.bias_arrays``."""
     weights, keep = jnp.exp(block.scores(static, bias_integers) - lse_R[:, None]), block.keep
     if static.bias_fns:
         # If a bias is large, such as -1e9, the rounding error of lse is large, so that a row does not sum to 1.
         total_R1 = jnp.sum(weights, axis=1, keepdims=True)
         weights = weights / jnp.where(total_R1 > 0.0, total_R1, 1.0)
-    dweights = dot(dout_RK, block.v_EK, (1, 1))
+    dweights = dot(dout_RV, block.v_EV, (1, 1))
     kept_weights = weights
     if keep is not None:
         kept_weights = jnp.where(keep, weights / (1.0 - static.dropout), 0.0)
         dweights = jnp.where(keep, dweights / (1.0 - static.dropout), 0.0)
-    delta_R = jnp.sum(dout_RK.astype(jnp.float32) * out_RK.astype(jnp.float32), axis=1)
+    delta_R = jnp.sum(dout_RV.astype(jnp.float32) * out_RV.astype(jnp.float32), axis=1)
     dscores = weights * (dweights - delta_R[:, None])
-    dq_RK, dk_KE, dv_VE = qkv_gradients(static, block.q_RK, block.k_EK, block.v_EK, dout_RK, kept_weights, dscores)
+    dq_RK, dk_KE, dv_VE = qkv_gradients(static, block.q_RK, block.k_EK, block.v_EV, dout_RV, kept_weights, dscores)
     biases = zip(static.bias_fns, static.shared, block.bias_arrays, bias_integers, strict=True)
     # The gradient of a bias is linear in dscores. So for a shared bias, dscores are summed over the batch first, and
     # the gradient is computed once instead of once per row.
@@ -219,7 +219,7 @@ def _loop_over_blocks(
     block = BLOCK_ROWS[queries >= LONG_SEQUENCE]
     is_causal_by_index = static.causal and order is None
     # The range is computed only in a loop over heads. Without the loop, vmap computes all rows of the batch together.
-    # They may need ranges of different lengths, so vmap would run all branches of the switch.
+    # The rows may need ranges of different lengths, so vmap would run all branches of the switch.
     find_visible_keys = (
         static.sequential and keys >= MIN_KEYS_FOR_RANGES and (order is not None or segments is not None)
     )
@@ -255,7 +255,10 @@ def _visit_with_keys(visit: Callable[[Any, Tile], Any], first: int, end: int, ca
 
 
 def _loop_over_section(start: int, end: int, block: int, carry: Any, visit: Callable[[Any, Any, int], Any]) -> Any:
-    """The final carry of ``carry = visit(carry, row, rows)`` over the blocks in rows [start, end)."""
+    """The final carry of ``carry = visit(carry, row, rows)`` for the blocks of queries [start, end).
+
+    A block has the queries [row, row + rows).
+    """
     full_blocks = (end - start) // block
     if full_blocks == 1:
         carry = visit(carry, start, block)
@@ -450,10 +453,10 @@ def _backward(static: _StaticArguments, saved: Any, dout: jax.Array) -> tuple[An
     # For a bias that all rows share, dscores are summed over the rows of each device before the gradient is computed.
     active = sharding.active()
     B = lse.shape[0]
-    devices = 1 if active is None or not any(static.shared) else math.gcd(B, active.num_shards(("batch",)))
-    *dqkv, bias_floats = _map_all_heads(head_backward, arrays, integers, devices)
+    batch_parts = 1 if active is None or not any(static.shared) else math.gcd(B, active.num_shards(("batch",)))
+    *dqkv, bias_floats = _map_all_heads(head_backward, arrays, integers, batch_parts)
     # All rows of a device have the same sum, so only the first row is used.
-    first_row = lambda x: x.reshape(devices, B // devices, *x.shape[1:])[:, 0]  # noqa: E731
+    first_row = lambda x: x.reshape(batch_parts, B // batch_parts, *x.shape[1:])[:, 0]  # noqa: E731
     bias_floats = tuple(
         jax.tree.map(first_row, x) if shared else x for x, shared in zip(bias_floats, static.shared, strict=True)
     )

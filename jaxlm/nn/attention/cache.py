@@ -87,9 +87,9 @@ class CacheView:
 
 
 def updates_in_place(state: State | None, num_new: int) -> bool:
-    """Whether a loop over layers should update the cache in place: if it has at least 8 slots per new token.
+    """Whether a loop over layers should update the cache in place.
 
-    False without a state.
+    True if the cache has at least 8 slots per new token. False without a state.
     """
     return state is not None and _is_small_update(num_new, state["segment_ids"].shape[1])
 
@@ -174,7 +174,7 @@ def rollback(state: State, dropped_B: jax.Array) -> State:
 
 
 def last_real_slot(state: State) -> tuple[jax.Array, jax.Array]:
-    """The index [B, 1] and the segment [B] of the last real token of each row. Both are 0 for a row without one."""
+    """The slot [B, 1] and the segment id [B] of the last real token of each row; 0 for a row without a real token."""
     slot_S = jnp.arange(state["segment_ids"].shape[1], dtype=jnp.int32)
     last_B1 = jnp.argmax(jnp.where(state["segment_ids"] > 0, slot_S[None, :], -1), axis=1, keepdims=True)
     return last_B1, jnp.take_along_axis(state["segment_ids"], last_B1, axis=1)[:, 0]

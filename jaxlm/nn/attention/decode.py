@@ -4,7 +4,8 @@ The code reads only the slots up to the last slot that any query may attend to. 
 selects one of four ways to compute the products of queries, keys and values. Except in the kernel, the number of slots
 is rounded up to one of a few lengths, each of which is a branch of a ``lax.switch``.
 
-- ``kernel``: a Pallas kernel for TPUs (``jaxlm.nn.attention.decode_kernel``), for few queries and not for float16.
+- ``kernel``: a Pallas kernel for few queries on TPUs v5 and later (``jaxlm.nn.attention.decode_kernel``). It does not
+  support float16.
 - ``merged``: one matmul computes all heads of a device, ``k [E, G*K] @ q [G*K, T*H]``. The matrix q is block diagonal,
   with zeros for the keys of other heads. This needs more arithmetic than one matmul per head.
 - ``sums``: elementwise products and sums, for one query per key head.
@@ -12,7 +13,7 @@ is rounded up to one of a few lengths, each of which is a branch of a ``lax.swit
   into another layout, so it is used there only if devices cannot split the key heads evenly.
 
 Shapes as in ``jaxlm.nn.attention.api``; V width of values, E slots that are read, P devices that split the heads, R
-query heads of a device.
+query heads of a device, L partial sums of a product (``jaxlm.nn.choices.decode_partial_sums``).
 """
 
 from __future__ import annotations
@@ -107,12 +108,12 @@ def _scores(q_BTHK: jax.Array, k_BEGK: jax.Array, products: choices.DecodeProduc
     B, T, H, K = q_BTHK.shape
     E, G = k_BEGK.shape[1:3]
     if products == "sums":
-        lanes = choices.decode_partial_sums(K)
+        L = choices.decode_partial_sums(K)
         q_BHK, k_BEHK = q_BTHK.reshape(B, H, K).astype(jnp.float32), k_BEGK.astype(jnp.float32)
-        parts = [slice(start, start + lanes) for start in range(0, K, lanes)]
+        parts = [slice(start, start + L) for start in range(0, K, L)]
         sums_BEHL = functools.reduce(jnp.add, (k_BEHK[..., part] * q_BHK[:, None, :, part] for part in parts))
-        sum_lanes = np.repeat(np.eye(H, dtype=np.float32), lanes, axis=0)
-        return (sums_BEHL.reshape(B, E, H * lanes) @ sum_lanes).swapaxes(1, 2)[:, :, None]
+        add_partial_sums = np.repeat(np.eye(H, dtype=np.float32), L, axis=0)  # a matrix [H * L, H]
+        return (sums_BEHL.reshape(B, E, H * L) @ add_partial_sums).swapaxes(1, 2)[:, :, None]
     P = sharding.num_shards(("heads",))  # the axis G of the einsum has the G / P key heads of a device
     q_BTPRK = q_BTHK.reshape(B, T, P, H // P, K)
     block_q = jnp.einsum("BTPRK,GR->BPGKTR", q_BTPRK, _reads_key_head(H, G, P).astype(q_BTHK.dtype))

@@ -5,8 +5,9 @@ microseconds, all together take longer than reading the cache. The kernel is a s
 block of heads and slots of one row, with the running maximum and sum of FlashAttention (Dao et al. 2022, algorithm 1).
 Blocks after the last visible slot of a row are not read.
 
-The heads of a slot are beside each other in the cache, so one matmul computes the scores of all heads of a block. The
-other factor [P, C * K] has one row per query head, with zeros for the key heads that this query head does not read.
+The heads of a slot are beside each other in the cache, so one matmul with the keys [E, C * K] computes the scores of
+all heads of a block. The matrix of the queries [P, C * K] has one row per query head, with zeros for the key heads that
+this query head does not read.
 
 Shapes as in ``jaxlm.nn.attention.api``; V width of values, R = H / G query heads per key head. In a block: C key heads,
 P = C * R query heads, E slots; N blocks of heads.
@@ -34,8 +35,8 @@ from jaxlm.nn.lazy_pallas import pl, pltpu
 from jaxlm.nn.linear import dot
 
 MAX_BLOCK_SLOTS = 512
-"""Maximum number of slots of a block, if the cache has several blocks. With small blocks, rows with few visible slots
-read fewer slots."""
+"""Maximum number of slots of a block of a cache with several blocks. With smaller blocks, a row with few visible slots
+reads fewer masked slots."""
 MAX_SLOTS_OF_ONE_BLOCK = 768
 """A cache with at most this many slots is one block. A second block would take longer than reading a few more slots."""
 MAX_BLOCK_BYTES = 2**20
@@ -77,8 +78,8 @@ def attention(
     bias = jnp.zeros((1, T, 1, S), jnp.float32)
     if visible is not None:
         bias = jnp.where(visible[:, :, None], bias, -jnp.inf)
-    for each in biases:
-        bias = bias + dense_bias(each, T, S).swapaxes(1, 2)
+    for attention_bias in biases:
+        bias = bias + dense_bias(attention_bias, T, S).swapaxes(1, 2)
     arrays = (k_BSGK,) if v_BSGK is k_BSGK else (k_BSGK, v_BSGK)
     views = [x if isinstance(x, CacheView) else CacheView(x.reshape(B, S, -1)) for x in arrays]
     layer = jnp.asarray(0 if views[0].layer is None else views[0].layer, jnp.int32)
@@ -239,7 +240,8 @@ def _forward(static: _Static, floats: Any, integers: Any) -> tuple[jax.Array, An
     selected = _selected_entries(P, static.block_heads, width)
     R = selected.shape[0]
 
-    # A slot block that is not needed has the index of the last needed block, so it is not copied.
+    # Pallas copies a block to VMEM only if the block's index differs from that of the previous grid step. So a block of
+    # slots that is not needed gets the index of the last needed block.
     def slot_block(x: jax.Array) -> Any:
         return pl.BlockSpec(
             (None, None, E, x.shape[3] // N),

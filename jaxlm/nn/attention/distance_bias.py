@@ -35,8 +35,8 @@ def sinusoids(distance_N: jax.Array, width: int) -> jax.Array:
         raise ValueError(f"sinusoids come in pairs: width={width} must be even")
     frequency = 10000.0 ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
     angle = frequency[:, None] * distance_N.astype(jnp.float32)[None, :]
-    # The sines and cosines are computed as [D, N] and then transposed, because the matmuls need N as the last axis in
-    # memory. If they were computed as [N, D], XLA would transpose the table in every layer.
+    # The sines and cosines are computed as [D, N] and then transposed, because the matmuls with this table need N as
+    # the last axis in memory. If the table were computed as [N, D], XLA would transpose it in every layer.
     return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)]).T
 
 
@@ -135,7 +135,7 @@ def type_bias(
 
 
 def _table_arrays(table: jax.Array, q_BTHK: jax.Array | None) -> dict[str, jax.Array]:
-    """The float arrays of a bias, by name: ``table`` [1, 1 or H, 1 or K, N], and ``query`` [B, H, T, K] or none.
+    """The float arrays of a bias, by name: ``table`` [1, 1 or H, 1 or K, N] and, with queries, ``query`` [B, H, T, K].
 
     Distances are the last axis of the table, because its matmul with the queries is then fast on a CPU.
     """

@@ -5,8 +5,8 @@ multiplied with the values. Without the kernel, XLA writes each tile of the scor
 relative bias shifts each row of the scores by a different amount (``jaxlm.nn.attention.pallas_tile``).
 
 The kernels read queries, keys and values as the projections write them: [B, T, H * K], with the heads of a token beside
-each other. With a separate axis of heads, a TPU would pad a head of width 64 to a vector of 128 entries, and XLA would
-transpose the arrays and would use half of the matrix unit in the projections. A block has a few heads whose total width
+each other. With a separate axis of heads, a TPU would pad a head of width 64 to a vector of 128 entries. XLA would also
+transpose the arrays, and the projections would use half of the matrix unit. A block has a few heads whose total width
 is a multiple of 128, or all heads (:func:`_heads_of_block`). The kernels compute these heads one after the other.
 
 The backward pass recomputes the scores. A tile has whole rows, so the backward pass also computes the sums over rows,
@@ -93,7 +93,7 @@ class _StaticArguments(tile_scores.ScoreConfig):
     """The static (trace-time) arguments of the kernels.
 
     Attributes:
-        queries, keys: numbers of real queries and keys. Those after them, up to a multiple of LANES, are padding.
+        queries, keys: numbers of queries and keys without padding. Padding increases them to multiples of LANES.
         heads: numbers H and G of the query heads and the key heads; in the kernels, those of a device.
     """
 
@@ -126,11 +126,12 @@ def attention(
         """``x`` broadcast to all heads and, if necessary, to all rows of the batch.
 
         Different grid steps compute different heads, so every array is broadcast to all heads. The kernel can sum a
-        gradient only over consecutive grid steps. If a batch row has several blocks of queries, the grid computes all
-        of them before the next batch row. So block t of one row and block t of the next row are not consecutive grid
-        steps. Query-indexed arrays are therefore broadcast to all rows. With grouped query heads, the grid may compute
-        several blocks of query heads before the next row. Then, for one head, the grid steps of different rows of the
-        batch are not consecutive, so all arrays are broadcast to all rows.
+        gradient only over consecutive grid steps. So rows of the batch can share an array only if the grid steps that
+        use the same part of the array are consecutive. In two cases, they are not, and an array is broadcast to all
+        rows:
+
+        - Query-indexed arrays: the grid computes all blocks of queries of a row before the next row.
+        - All arrays, with grouped query heads: the grid may compute several blocks of query heads before the next row.
         """
         rows = B if grouped or _is_query_indexed(bias_fn, name) else x.shape[0]
         return jnp.broadcast_to(x, (rows, H, *x.shape[2:]))
@@ -222,7 +223,7 @@ def _block_size(queries: int, keys: int) -> int:
 def _is_query_indexed(bias_fn: BiasFn, name: str) -> bool:
     """Whether the grid splits an array of a bias into blocks of queries: it has one row per query and is not dense.
 
-    The grid does not split a dense array, because each block then has all queries.
+    The grid does not split a dense array: with a dense bias, each block has all queries (:func:`_takes_dense_biases`).
     """
     if isinstance(bias_fn, Dense):
         return False
@@ -253,7 +254,7 @@ class _HeadTile(NamedTuple):
 
 
 def _tiles(layout: _Layout) -> Iterator[_HeadTile]:
-    """The tiles of a block: first those of all heads for the first ``tile_queries`` queries, then the next."""
+    """The tiles of a block: all heads for the first ``tile_queries`` queries, then all heads for the next queries."""
     for row in range(0, layout.block_queries, layout.tile_queries):
         # A causal block has all queries, so the index of the first query of a tile is static.
         first = row if layout.is_causal else pl.program_id(3) * layout.block_queries + row
@@ -309,8 +310,8 @@ def _load(static: _StaticArguments, tile: _HeadTile, refs: Any) -> tuple[Any, An
 def _load_rows(x: Any, index: tuple[slice, slice], first: Any, count: int) -> jax.Array:
     """The part of a block's array with the given index, with zeros instead of the padding.
 
-    In memory, the queries, keys and values have no padding. So the rows of a block after the end of an array may have
-    any value, also NaN.
+    In HBM, the queries, keys and values have no padding. So the rows of a block after the end of an array may have any
+    value, also NaN.
 
     Args:
         first: the index of the first row of the result among all rows.
@@ -446,12 +447,12 @@ def _heads_of_block(heads: tuple[int, int], widths: tuple[int, int]) -> tuple[in
     """
     H, G = heads
 
-    def fewest(count: int) -> int:
+    def fewest_aligned_heads(count: int) -> int:
         sizes = (n for n in range(1, count + 1) if count % n == 0)
         return next((n for n in sizes if all(n * width % LANES == 0 for width in widths)), count)
 
-    key_heads, group = fewest(G), H // G
-    return key_heads, fewest(group) if key_heads == 1 else group
+    key_heads, group = fewest_aligned_heads(G), H // G
+    return key_heads, fewest_aligned_heads(group) if key_heads == 1 else group
 
 
 def _heads_of_device_block(qkv: Any) -> tuple[int, int]:

@@ -31,7 +31,7 @@ _PADDED_QUERY, _PADDED_KEY = -1, -2  # Segment ids of the padding to LANES. No o
 
 
 def unsupported_reason(mask: Mask, biases: Sequence[Any], key: jax.Array | None) -> str | None:
-    """Why the kernel does not support the arguments or the mesh, as a part of an error message, or None."""
+    """Why the kernel does not support the arguments or the mesh, as a part of an error message; None if it does."""
     if biases:
         return "takes no bias"
     if key is not None:

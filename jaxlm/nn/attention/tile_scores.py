@@ -59,7 +59,7 @@ def visible_keys(config: ScoreConfig, mask_integers: Any, tile: Tile) -> jax.Arr
 
 
 def qkv_gradients(
-    config: ScoreConfig, q_RK: jax.Array, k_EK: jax.Array, v_EK: jax.Array, dout_RK: jax.Array, kept: jax.Array,
+    config: ScoreConfig, q_RK: jax.Array, k_EK: jax.Array, v_EV: jax.Array, dout_RV: jax.Array, kept: jax.Array,
     dscores: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
     """The gradients of a tile: dq [R, K], and the contributions to dk [K, E] and dv [V, E], all float32.
@@ -72,7 +72,7 @@ def qkv_gradients(
         dscores: [R, E], the gradient of the scores.
     """
     scaled = (dscores * config.scale).astype(q_RK.dtype)
-    return dot(scaled, k_EK, (1, 0)), dot(q_RK, scaled, (0, 0)), dot(dout_RK, kept.astype(v_EK.dtype), (0, 0))
+    return dot(scaled, k_EK, (1, 0)), dot(q_RK, scaled, (0, 0)), dot(dout_RV, kept.astype(v_EV.dtype), (0, 0))
 
 
 def bias_gradients(bias_fn: BiasFn, bias_arrays: Any, integers: Any, tile: Tile, dscores: jax.Array) -> Any:

@@ -139,15 +139,15 @@ def append_and_read(kv: Any, new: tuple[jax.Array, jax.Array], context: Context)
     assert context.slots is not None
     B, T, G, _ = new[0].shape
     rows_B1 = jnp.arange(B)[:, None]
-    named = dict(zip(("key", "value"), new, strict=True))
+    new_kv = dict(zip(("key", "value"), new, strict=True))
     updated = {
         name: kv[name].at[rows_B1, context.slots].set(x.reshape(B, T, -1).astype(kv[name].dtype), mode="drop")
-        for name, x in named.items()
+        for name, x in new_kv.items()
     }
     if T == 1:
         return updated, cache.split_heads(updated, G)
     keys, values = (
         jnp.concatenate([kv[name].reshape(B, -1, *x.shape[2:]), x.astype(kv[name].dtype)], axis=1)
-        for name, x in named.items()
+        for name, x in new_kv.items()
     )
     return updated, (keys, values)
