@@ -35,8 +35,8 @@ from jaxlm.sharding import Sharding, active
 from jaxlm.spec import Array, Params, State
 
 MIN_CACHE_SLOTS = 16
-"""If a search needs more than twice this number of cache slots, and more than twice as many slots as the prompt has
-tokens, its cache starts smaller and grows in stages. :func:`_cache_sizes` lists the exceptions."""
+"""Minimum number of cache slots in the first stage of a search whose cache grows in several stages
+(:func:`_cache_sizes`)."""
 
 
 @struct.dataclass
@@ -67,8 +67,7 @@ class BeamConfig:
     """
 
     num_beams: int
-    """K, the number of live hypotheses per prompt, which the search extends, and the number of finished hypotheses per
-    prompt that it keeps."""
+    """K. For each prompt, the search extends K live hypotheses and keeps K finished hypotheses."""
     length_penalty: float = 1.0
     """The score is the sum of log-probabilities divided by ``length ** length_penalty``. The length includes the end
     token. 0 favors short hypotheses, 1 gives the mean, larger values favor long hypotheses. Wu et al. (2016, section 7)
@@ -154,7 +153,8 @@ def _cache_sizes(model: Model, state: State | None, prompt_length: int, slots: i
     """The number of cache slots in each stage of the search, in increasing order.
 
     Most texts end early, so a search starts with a small cache. Each stage has about twice the slots of the stage
-    before. There is only one stage in these cases:
+    before. There are several stages if ``slots`` is more than ``2 * prompt_length`` and more than twice
+    :data:`MIN_CACHE_SLOTS`, except in these cases:
 
     - The family has no key-value cache.
     - The caller passed a state of a model without encoder. It may already contain tokens.

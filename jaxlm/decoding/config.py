@@ -22,9 +22,9 @@ EarlyStopping = bool | Literal["never"]
 class GenerationConfig:
     """Settings of text generation. Hashable.
 
-    A field that is None is not set; only ``batch_size=None`` is a value. For a field that is not set, :meth:`resolve`
-    reads ``generation_config.json`` in the directory from which the model was loaded. If the directory has no such
-    file, ``resolve`` reads ``config.json``, and ignores values that equal the default of transformers. If the file does
+    A field that is None is not set (except ``batch_size``). For a field that is not set, :meth:`resolve` reads
+    ``generation_config.json`` in the directory from which the model was loaded. If the directory has no such file,
+    ``resolve`` reads ``config.json``, and ignores values that equal the default of transformers. If the file does
     not set the field, ``resolve`` uses its argument ``default``, or else the default below. ``batch_size`` and
     ``ignored_fields`` are never read from a file.
 
@@ -139,19 +139,20 @@ class GenerationConfig:
             128
         """
         file, file_fields = settings_file(model), _read_file_fields(model, self.ignored_fields)
-        configs = (self, _file_config(file_fields, file), default or GenerationConfig(), _DEFAULT)
+        file_config = _file_config(file_fields, file)
+        configs = (self, file_config, default or GenerationConfig(), _DEFAULT)
 
         def first_set(name: str) -> Any:
             return next((value for config in configs if (value := getattr(config, name)) is not None), None)
 
         length_config = next(config for config in configs if (config.max_new_tokens, config.max_length) != (None, None))
         num_beams = self.num_beams or file_fields.get("num_beams") or first_set("num_beams")
-        ids = num_ids(model, tokenizer)
-        if num_beams > ids:
-            raise ValueError(f"num_beams={num_beams} must be at most the {ids} ids of the vocabulary")
+        vocab_size = num_ids(model, tokenizer)
+        if num_beams > vocab_size:
+            raise ValueError(f"num_beams={num_beams} must be at most the {vocab_size} ids of the vocabulary")
         end_ids = first_set("end_ids")
-        if self.end_ids is None and configs[1].end_ids is not None:
-            end_ids = tuple(i for i in configs[1].end_ids if 0 <= i < ids) or end_ids
+        if self.end_ids is None and file_config.end_ids is not None:
+            end_ids = tuple(i for i in file_config.end_ids if 0 <= i < vocab_size) or end_ids
         if end_ids is None:
             end_ids = _model_end_ids(model, tokenizer)
         overrides = {name: value for name, value in (sampling or {}).items() if value is not None}
@@ -159,7 +160,7 @@ class GenerationConfig:
         if resolved_sampling is None:
             fallback = _DEFAULT.sampling if default is None or default.sampling is None else default.sampling
             assert fallback is not None
-            resolved_sampling = _resolve_sampling(file_fields, file, fallback, overrides, num_beams, ids)
+            resolved_sampling = _resolve_sampling(file_fields, file, fallback, overrides, num_beams, vocab_size)
         try:
             return GenerationConfig(
                 max_new_tokens=length_config.max_new_tokens,
@@ -185,8 +186,8 @@ _DEFAULT = GenerationConfig(128, GREEDY, 1, 1.0, (), early_stopping="never")
 def _model_end_ids(model: Model, tokenizer: Tokenizer) -> tuple[int, ...]:
     """The default of ``end_ids``: the end id of the tokenizer, and further ids from ``config.json``.
 
-    If ``eos_token_id`` in ``config.json`` is a list that contains this end id, the ids of the list that may be
-    generated are end ids too.
+    If ``eos_token_id`` in ``config.json`` is a list that contains the end id of the tokenizer, the other ids of the
+    list are end ids too, unless they cannot be generated (:func:`num_ids`).
     """
     listed = model.metadata.config.get("eos_token_id")
     if isinstance(listed, list) and tokenizer.end_id in listed:

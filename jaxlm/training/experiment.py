@@ -407,8 +407,8 @@ def make_run(directory: Path, experiment: Any, resume: Path | None, parent: Any 
 def export(directory: Path, model: Model, result: Result, tokenizer: Tokenizer | None = None) -> bool:
     """If the run finished, write ``model/`` (Hugging Face layout) and ``loss.png``. Returns whether the run finished.
 
-    Old files with samples and attention maps are deleted, because the tests after this training may write no new ones.
-    Such files exist if a finished run is resumed without further steps.
+    If a finished run is resumed without further steps, the directory has old files with samples and attention maps.
+    They are deleted, because the caller may not write all of these files again.
     """
     if result.interrupted is not None:
         return False
