@@ -74,9 +74,9 @@ class BeamConfig:
     use another formula."""
     early_stopping: EarlyStopping = "never"
     """When the search of a row ends. If no hypothesis is live, the search always ends. Otherwise it continues at least
-    until ``num_beams`` hypotheses are finished. True: it ends then. False (the default of Hugging Face): it ends when
-    no live hypothesis has a better score at its current length than the worst finished hypothesis. "never": it ends
-    when no continuation of a live hypothesis can have a better score than the worst finished hypothesis."""
+    until ``num_beams`` hypotheses are finished. True: it ends at that step. False (the default of Hugging Face): it
+    ends when no live hypothesis has a better score at its current length than the worst finished hypothesis. "never":
+    it ends when no continuation of a live hypothesis can have a better score than the worst finished hypothesis."""
 
     def __post_init__(self) -> None:
         check_field_types(self)
@@ -142,7 +142,8 @@ def beam_search(
         max_new_tokens=largest_limit, slots=slots, first_slots=sizes[0],
     )  # fmt: skip
     for size in sizes:
-        # During tracing the flags have no values, so every stage is traced. Its loop may then run zero iterations.
+        # During tracing the flags have no values, so every stage is traced. If the search has ended before a stage, the
+        # loop of the stage runs zero iterations.
         if isinstance(search.searching, jax.core.Tracer) or bool(jnp.any(search.searching)):
             search = _continue_search(model, params, search, settings, slots=size, prompt_length=length)
     check_finite(model, params, search.finished.finite, state)
@@ -157,7 +158,8 @@ def _cache_sizes(model: Model, state: State | None, prompt_length: int, slots: i
     :data:`MIN_CACHE_SLOTS`, except in these cases:
 
     - The family has no key-value cache.
-    - The caller passed a state of a model without encoder. It may already contain tokens.
+    - The caller passed a state of a model without encoder. Its cache may contain earlier tokens, and a smaller cache
+      might not have slots for them.
     - The caller passed a state whose cache does not have ``slots`` slots.
     """
     specs, _ = _split_source(model, model.state_specs(1, slots))

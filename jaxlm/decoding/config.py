@@ -125,7 +125,7 @@ class GenerationConfig:
             sampling: values for ``do_sample`` and for fields of :class:`Sampling`, which override the file. A field
                 with the value None counts as not set. This argument is used only if ``self.sampling`` is None. If the
                 mapping sets ``temperature``, its ``do_sample`` has no effect. ``do_sample=True`` does not set a
-                temperature: if no source sets one, decoding is greedy. As in transformers, 0 turns ``top_k`` and
+                temperature: if no source sets it, decoding is greedy. As in transformers, 0 turns ``top_k`` and
                 ``min_p`` off, and 1 turns ``top_p`` off.
 
         Raises:
@@ -304,8 +304,8 @@ def _file_config(file_fields: Mapping[str, Any], file: str) -> GenerationConfig:
     try:
         return GenerationConfig(
             max_new_tokens=max_new_tokens,
-            # A config with num_beams=1 must not set length_penalty and early_stopping, but a file may: they have no
-            # effect then. So num_beams=1 is left out here, and `resolve` reads it from the fields of the file.
+            # A config with num_beams=1 must not set length_penalty and early_stopping. A file may set them, but they
+            # have no effect. So num_beams=1 is left out here, and `resolve` reads it from the fields of the file.
             num_beams=None if num_beams == 1 else num_beams,
             length_penalty=file_fields.get("length_penalty"),
             stop=(stop,) if isinstance(stop, str) else stop,

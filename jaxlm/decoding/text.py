@@ -183,9 +183,9 @@ def decoder_start_id(model: Model, tokenizer: Tokenizer) -> int:
 def _generation_start_id(model: Model, tokenizer: Tokenizer, ignored_fields: Sequence[str]) -> int:
     """The id of the first token that the decoder reads in text generation.
 
-    ``decoder_start_token_id`` in ``generation_config.json`` overrides the id in ``config.json``, if it is not in
-    ``ignored_fields``. If the caller of ``load_pretrained`` passed an id that is not the id in ``config.json``, the
-    caller's id is used.
+    ``decoder_start_token_id`` in ``generation_config.json`` overrides the id in ``config.json``, unless
+    ``ignored_fields`` has this name. If the caller of ``load_pretrained`` passed an id that is not the id in
+    ``config.json``, the caller's id is used.
 
     Raises:
         ValueError: the id in ``generation_config.json`` is outside the vocabulary.

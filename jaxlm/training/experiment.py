@@ -69,10 +69,10 @@ class ExperimentTraining(TrainingConfig):
     """The training of an experiment: the settings of ``train``, and the settings that only the experiment uses."""
 
     sequence_length: int = 128
-    """Tokens per sequence. Experiments with the setting buckets do not use it."""
+    """Tokens per sequence. Experiments with a setting named buckets do not use it."""
     evaluation_batches: int = 20
-    """Maximum number of batches per evaluation. Experiments with the setting buckets do not use it: they evaluate on
-    the complete validation split."""
+    """Maximum number of batches per evaluation. Experiments with a setting named buckets do not use it: they evaluate
+    on the complete validation split."""
     tracker: TrackerName | None = None
     """Also log the metrics to this service: TensorBoard (in the run directory), Weights & Biases, or Trackio.
     Weights & Biases and Trackio show a resumed run as a new run. In Python, pass trackers to ``Run``."""

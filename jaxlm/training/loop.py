@@ -235,7 +235,7 @@ class Run:
         object.__setattr__(self, "resume_directory", Path(self.resume_directory or self.directory))
         if reserved := [key for key in RESERVED_KEYS if key in self.meta]:
             raise ValueError(
-                f"meta has the key {reserved[0]!r}, under which a checkpoint has values of the training loop: rename it"
+                f"meta has the key {reserved[0]!r}, which is reserved for values of the training loop: rename it"
             )
         json_files.require_json(dict(self.meta), "meta")
 

@@ -6,8 +6,8 @@
 The option ``--recipe FAMILY`` of the modules in ``experiments/`` selects a recipe by the name of its family.
 
 A recipe has the values of the paper. They are for the paper's model size, batch size and number of updates. If the
-paper does not state a value, or has a schedule that jaxlm does not have, ``source`` or ``transfer`` says so. There is
-one exception: they do not say whether a paper states Adam's usual values (``epsilon`` 1e-8, betas 0.9 and 0.999).
+paper does not state a value, or has a schedule that jaxlm does not have, ``source`` or ``transfer`` says so. Adam's
+usual values (``epsilon`` 1e-8, betas 0.9 and 0.999) are an exception: a recipe may have them without such a note.
 :func:`recipe` converts the number of warm-up steps to a fraction of the training and changes no other value.
 
 Learning rates often do not transfer to other sizes. Small models need larger learning rates: the best peak learning
