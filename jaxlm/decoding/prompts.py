@@ -219,12 +219,12 @@ def check_ids(
         raise ValueError(f"segment_ids {list(segment_ids_BT.shape)} must have the shape of {what} {list(ids_BT.shape)}")
     if _is_traced(ids_BT):
         return
-    host = processes.gather_to_host(ids_BT)
-    bad = np.argwhere((host < 0) | (host >= vocab_size))
+    host_ids = processes.gather_to_host(ids_BT)
+    bad = np.argwhere((host_ids < 0) | (host_ids >= vocab_size))
     if bad.size:
         row, position = bad[0]
         raise ValueError(
-            f"{what} have id {host[row, position]} in row {row} at position {position}, outside the vocabulary of "
+            f"{what} have id {host_ids[row, position]} in row {row} at position {position}, outside the vocabulary of "
             f"{vocab_size} ids (padding needs a valid id too, e.g. 0)"
         )
 

@@ -284,9 +284,9 @@ class _TextGenerator:
             raise ValueError(f"there are no {what}s: pass at least one")
         strings = [text for text in texts if isinstance(text, str)]
         rows = [text for text in texts if isinstance(text, np.ndarray)]
-        others = [type(text).__name__ for text in texts if not isinstance(text, str | np.ndarray)]
-        if others:
-            raise TypeError(f"a {what} is a {others[0]}: pass strings, or token ids as int32 NumPy arrays")
+        other_types = [type(text).__name__ for text in texts if not isinstance(text, str | np.ndarray)]
+        if other_types:
+            raise TypeError(f"a {what} is a {other_types[0]}: pass strings, or token ids as int32 NumPy arrays")
         if rows and strings:
             raise TypeError(
                 f"pass all {what}s as strings or all as ids, got {len(strings)} strings of {len(texts)} {what}s"

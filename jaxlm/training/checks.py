@@ -223,8 +223,8 @@ def check_output(directory: Path, *, resume: bool) -> None:
 
 def _is_unused(directory: Path) -> bool:
     """Whether :func:`check_output` counts an existing directory as empty."""
-    unfinished = ".config.json"  # the temporary name of config.json (integrity.replace_text)
-    entries = [path for path in directory.iterdir() if path.name != unfinished]
+    temporary = ".config.json"  # the temporary name of config.json (integrity.replace_text)
+    entries = [path for path in directory.iterdir() if path.name != temporary]
     if not all(path.is_dir() for path in entries):
         return False
     return all(entry.name == "model" and path.name in TOKENIZER_FILES for entry in entries for path in entry.iterdir())

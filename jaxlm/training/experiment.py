@@ -385,9 +385,10 @@ def make_run(directory: Path, experiment: Any, resume: Path | None, parent: Any 
         parent: as in :func:`prepare_run`. A resumed run also writes the ``config.json`` of the parent directory, and
             also renames the result files of the parent directory.
     """
-    config, name = config_lib.to_json(experiment), experiment.training.tracker
+    config, tracker_name = config_lib.to_json(experiment), experiment.training.tracker
     meta = {"experiment": config, "jaxlm": jaxlm.__version__, "jax": jax.__version__}
-    trackers = () if name is None or not processes.is_first() else (make_tracker(name, directory, config),)
+    has_tracker = tracker_name is not None and processes.is_first()
+    trackers = (make_tracker(tracker_name, directory, config),) if has_tracker else ()
     for tracker in trackers:
         atexit.register(tracker.close)  # even after an error: services write buffered values when they are closed
 
