@@ -2,8 +2,8 @@
 
 A model state is what a model keeps of the tokens that it has read: a key-value cache, a recurrent state or a memory.
 Decoding calls the methods ``apply``, ``logits``, ``state_specs``, ``init_state``, ``init_decode_state`` and
-``rollback`` of a model. The specs of a state name its axes (``batch``, ``slots``). By these names, decoding finds the
-axes along which it reorders and resizes the state.
+``rollback`` of a model. The specs of a state name its axes. Decoding reorders the rows of a state along the axis
+``batch``, and resizes a cache along the axis ``slots``.
 """
 
 from jaxlm.decoding.beam import BeamConfig, Beams, beam_search

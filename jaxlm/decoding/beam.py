@@ -36,8 +36,8 @@ from jaxlm.sharding import Sharding, active
 from jaxlm.spec import Array, Params, State
 
 MIN_CACHE_SLOTS = 16
-"""If a search needs more than twice this number of cache slots, and more than twice as many slots as the prompt has
-tokens, its cache starts smaller and grows in stages. :func:`_cache_sizes` lists the exceptions."""
+"""Minimum number of cache slots in the first stage of a search whose cache grows in several stages
+(:func:`_cache_sizes`)."""
 
 
 @struct.dataclass
@@ -68,17 +68,16 @@ class BeamConfig:
     """
 
     num_beams: int
-    """K, the number of live hypotheses per prompt, which the search extends, and the number of finished hypotheses per
-    prompt that it keeps."""
+    """K. For each prompt, the search extends K live hypotheses and keeps K finished hypotheses."""
     length_penalty: float = 1.0
     """The score is the sum of log-probabilities divided by ``length ** length_penalty``. The length includes the end
     token. 0 favors short hypotheses, 1 gives the mean, larger values favor long hypotheses. Wu et al. (2016, section 7)
     use another formula."""
     early_stopping: EarlyStopping = "never"
     """When the search of a row ends. If no hypothesis is live, the search always ends. Otherwise it continues at least
-    until ``num_beams`` hypotheses are finished. True: it ends then. False (the default of Hugging Face): it ends when
-    no live hypothesis has a better score at its current length than the worst finished hypothesis. "never": it ends
-    when no continuation of a live hypothesis can have a better score than the worst finished hypothesis."""
+    until ``num_beams`` hypotheses are finished. True: it ends at that step. False (the default of Hugging Face): it
+    ends when no live hypothesis has a better score at its current length than the worst finished hypothesis. "never":
+    it ends when no continuation of a live hypothesis can have a better score than the worst finished hypothesis."""
 
     def __post_init__(self) -> None:
         check_field_types(self)
@@ -144,7 +143,8 @@ def beam_search(
         max_new_tokens=largest_limit, slots=slots, first_slots=sizes[0],
     )  # fmt: skip
     for size in sizes:
-        # During tracing the flags have no values, so every stage is traced. Its loop may then run zero iterations.
+        # During tracing the flags have no values, so every stage is traced. If the search has ended before a stage, the
+        # loop of the stage runs zero iterations.
         if isinstance(search.searching, jax.core.Tracer) or bool(jnp.any(search.searching)):
             search = _continue_search(model, params, search, settings, slots=size, prompt_length=length)
     check_finite(model, params, search.finished.finite, state)
@@ -155,10 +155,12 @@ def _cache_sizes(model: Model, state: State | None, prompt_length: int, slots: i
     """The number of cache slots in each stage of the search, in increasing order.
 
     Most texts end early, so a search starts with a small cache. Each stage has about twice the slots of the stage
-    before. There is only one stage in these cases:
+    before. There are several stages if ``slots`` is more than ``2 * prompt_length`` and more than twice
+    :data:`MIN_CACHE_SLOTS`, except in these cases:
 
     - The family has no key-value cache.
-    - The caller passed a state of a model without encoder. It may already contain tokens.
+    - The caller passed a state of a model without encoder. Its cache may contain earlier tokens, and a smaller cache
+      might not have slots for them.
     - The caller passed a state whose cache does not have ``slots`` slots.
     """
     specs, _ = _split_source(model, model.state_specs(1, slots))

@@ -22,9 +22,9 @@ EarlyStopping = bool | Literal["never"]
 class GenerationConfig:
     """Settings of text generation. Hashable.
 
-    A field that is None is not set; only ``batch_size=None`` is a value. For a field that is not set, :meth:`resolve`
-    reads ``generation_config.json`` in the directory from which the model was loaded. If the directory has no such
-    file, ``resolve`` reads ``config.json``, and ignores values that equal the default of transformers. If the file does
+    A field that is None is not set (except ``batch_size``). For a field that is not set, :meth:`resolve` reads
+    ``generation_config.json`` in the directory from which the model was loaded. If the directory has no such file,
+    ``resolve`` reads ``config.json``, and ignores values that equal the default of transformers. If the file does
     not set the field, ``resolve`` uses its argument ``default``, or else the default below. ``batch_size`` and
     ``ignored_fields`` are never read from a file.
 
@@ -125,7 +125,7 @@ class GenerationConfig:
             sampling: values for ``do_sample`` and for fields of :class:`Sampling`, which override the file. A field
                 with the value None counts as not set. This argument is used only if ``self.sampling`` is None. If the
                 mapping sets ``temperature``, its ``do_sample`` has no effect. ``do_sample=True`` does not set a
-                temperature: if no source sets one, decoding is greedy. As in transformers, 0 turns ``top_k`` and
+                temperature: if no source sets it, decoding is greedy. As in transformers, 0 turns ``top_k`` and
                 ``min_p`` off, and 1 turns ``top_p`` off.
 
         Raises:
@@ -139,19 +139,20 @@ class GenerationConfig:
             128
         """
         file, file_fields = settings_file(model), _read_file_fields(model, self.ignored_fields)
-        configs = (self, _file_config(file_fields, file), default or GenerationConfig(), _DEFAULT)
+        file_config = _file_config(file_fields, file)
+        configs = (self, file_config, default or GenerationConfig(), _DEFAULT)
 
         def first_set(name: str) -> Any:
             return next((value for config in configs if (value := getattr(config, name)) is not None), None)
 
         length_config = next(config for config in configs if (config.max_new_tokens, config.max_length) != (None, None))
         num_beams = self.num_beams or file_fields.get("num_beams") or first_set("num_beams")
-        ids = num_ids(model, tokenizer)
-        if num_beams > ids:
-            raise ValueError(f"num_beams={num_beams} must be at most the {ids} ids of the vocabulary")
+        vocab_size = num_ids(model, tokenizer)
+        if num_beams > vocab_size:
+            raise ValueError(f"num_beams={num_beams} must be at most the {vocab_size} ids of the vocabulary")
         end_ids = first_set("end_ids")
-        if self.end_ids is None and configs[1].end_ids is not None:
-            end_ids = tuple(i for i in configs[1].end_ids if 0 <= i < ids) or end_ids
+        if self.end_ids is None and file_config.end_ids is not None:
+            end_ids = tuple(i for i in file_config.end_ids if 0 <= i < vocab_size) or end_ids
         if end_ids is None:
             end_ids = _model_end_ids(model, tokenizer)
         overrides = {name: value for name, value in (sampling or {}).items() if value is not None}
@@ -159,7 +160,7 @@ class GenerationConfig:
         if resolved_sampling is None:
             fallback = _DEFAULT.sampling if default is None or default.sampling is None else default.sampling
             assert fallback is not None
-            resolved_sampling = _resolve_sampling(file_fields, file, fallback, overrides, num_beams, ids)
+            resolved_sampling = _resolve_sampling(file_fields, file, fallback, overrides, num_beams, vocab_size)
         try:
             return GenerationConfig(
                 max_new_tokens=length_config.max_new_tokens,
@@ -185,8 +186,8 @@ _DEFAULT = GenerationConfig(128, GREEDY, 1, 1.0, (), early_stopping="never")
 def _model_end_ids(model: Model, tokenizer: Tokenizer) -> tuple[int, ...]:
     """The default of ``end_ids``: the end id of the tokenizer, and further ids from ``config.json``.
 
-    If ``eos_token_id`` in ``config.json`` is a list that contains this end id, the ids of the list that may be
-    generated are end ids too.
+    If ``eos_token_id`` in ``config.json`` is a list that contains the end id of the tokenizer, the other ids of the
+    list are end ids too, unless they cannot be generated (:func:`num_ids`).
     """
     listed = model.metadata.config.get("eos_token_id")
     if isinstance(listed, list) and tokenizer.end_id in listed:
@@ -303,8 +304,8 @@ def _file_config(file_fields: Mapping[str, Any], file: str) -> GenerationConfig:
     try:
         return GenerationConfig(
             max_new_tokens=max_new_tokens,
-            # A config with num_beams=1 must not set length_penalty and early_stopping, but a file may: they have no
-            # effect then. So num_beams=1 is left out here, and `resolve` reads it from the fields of the file.
+            # A config with num_beams=1 must not set length_penalty and early_stopping. A file may set them, but they
+            # have no effect. So num_beams=1 is left out here, and `resolve` reads it from the fields of the file.
             num_beams=None if num_beams == 1 else num_beams,
             length_penalty=file_fields.get("length_penalty"),
             stop=(stop,) if isinstance(stop, str) else stop,

@@ -107,12 +107,12 @@ def check_prompts(
     for end in as_end_ids(end_id):
         if not 0 <= end < num_ids:
             raise ValueError(f"end_id={end} can never be generated: ids are 0 to {num_ids - 1}; None means no end")
-    if segment_ids_BT is not None and not _traced(segment_ids_BT):
+    if segment_ids_BT is not None and not _is_traced(segment_ids_BT):
         _check_no_gaps(processes.gather_to_host(segment_ids_BT))
     return num_ids, slots
 
 
-def _check_state(specs: spec.Tree, state: State | None, batch: int) -> None:
+def _check_state(specs: spec.Tree, state: State, batch: int) -> None:
     """Raise ``ValueError`` if ``state`` does not have the arrays of ``specs``, or does not have ``batch`` rows.
 
     The number of axes of each array must agree with ``specs``. The sizes of axes other than ``batch`` may differ.
@@ -121,14 +121,14 @@ def _check_state(specs: spec.Tree, state: State | None, batch: int) -> None:
         raise ValueError(
             "this is not a state of the model:\n  " + "\n  ".join(spec.differences(specs, state, dtypes=False))
         )
-    for (path, want), leaf in zip(jax.tree_util.tree_flatten_with_path(specs)[0], jax.tree.leaves(state), strict=True):
-        axis = want.axes.index("batch")
-        if leaf.ndim != len(want.shape):
+    specs_with_path = jax.tree_util.tree_leaves_with_path(specs)
+    for (path, leaf_spec), leaf in zip(specs_with_path, jax.tree.leaves(state), strict=True):
+        if leaf.ndim != len(leaf_spec.shape):
             raise ValueError(
-                f"{spec.path_name(path)} of the state is {list(leaf.shape)}, but must have {len(want.shape)} axes: "
-                "make the state with model.init_state or by reading a prefix"
+                f"{spec.path_name(path)} of the state is {list(leaf.shape)}, but must have {len(leaf_spec.shape)} "
+                "axes: make the state with model.init_state or by reading a prefix"
             )
-        if leaf.shape[axis] != batch:
+        if leaf.shape[leaf_spec.axes.index("batch")] != batch:
             raise ValueError(
                 f"{spec.path_name(path)} of the state is {list(leaf.shape)}, but the prompts have {batch} rows: make "
                 f"a state with {batch} rows"
@@ -143,7 +143,7 @@ def check_free_slots(model: Model, state: State, num_new: int) -> None:
     if not model.has_cache:
         return
     slots, used = state["segment_ids"].shape[1], 0
-    if not _traced(state["length"]):
+    if not _is_traced(state["length"]):
         with jax.ensure_compile_time_eval():  # other arguments may be traced
             used = int(jnp.max(state["length"]))
     if slots - used < num_new:
@@ -156,13 +156,14 @@ def check_free_slots(model: Model, state: State, num_new: int) -> None:
 def check_memory_slots(model: Model, state: State, num_new: int) -> None:
     """Raise ``ValueError`` if ``state`` has a rolling memory that is too short for ``num_new`` more tokens.
 
-    Speculative decoding calls this function for the state of the target model. A rolling memory
-    (``jaxlm.nn.attention.memory``) that is full drops its oldest token for each new token. If a later token may attend
-    to a dropped token, one call with several tokens gives other results than several calls with one token.
-    The number of slots that ``Model.state_specs`` gives for all tokens is enough: such a memory drops no token to which
-    a later token may attend. If tokens attend only to a window, this number is at most the size of the window. The
-    array ``segment_ids`` of a memory has one entry per slot. Inside ``jit``, the number of used slots is unknown and
-    counts as 0.
+    Speculative decoding calls this function for the state of the target model. At the end of each call of the model, a
+    full rolling memory (``jaxlm.nn.attention.memory``) drops one old token for each new token. If a later token may
+    attend to a dropped token, one call with several tokens gives other results than several calls with one token.
+
+    The number of slots that ``Model.state_specs`` gives for all tokens is enough: a memory with this number of slots
+    drops no token to which a later token may attend. If tokens attend only to a window, this number is at most the size
+    of the window. The array ``segment_ids`` of a memory has one entry per slot. Inside ``jit``, the number of used
+    slots is unknown and counts as 0.
     """
     if model.has_cache:  # see check_free_slots
         return
@@ -170,7 +171,7 @@ def check_memory_slots(model: Model, state: State, num_new: int) -> None:
         if name.rpartition("/")[2] != "segment_ids" or segment_ids.ndim != 2:
             continue
         (batch, slots), used = segment_ids.shape, 0
-        if not _traced(segment_ids):
+        if not _is_traced(segment_ids):
             with jax.ensure_compile_time_eval():
                 used = int(jnp.max(jnp.sum(segment_ids > 0, axis=1)))
         needed = spec.flatten(model.state_specs(batch, used + num_new))[name].shape[1]
@@ -216,14 +217,14 @@ def check_ids(
         raise ValueError(f"{what} {list(ids_BT.shape)} are empty: give at least one row of at least one token")
     if segment_ids_BT is not None and segment_ids_BT.shape != ids_BT.shape:
         raise ValueError(f"segment_ids {list(segment_ids_BT.shape)} must have the shape of {what} {list(ids_BT.shape)}")
-    if _traced(ids_BT):
+    if _is_traced(ids_BT):
         return
-    host = processes.gather_to_host(ids_BT)
-    bad = np.argwhere((host < 0) | (host >= vocab_size))
+    host_ids = processes.gather_to_host(ids_BT)
+    bad = np.argwhere((host_ids < 0) | (host_ids >= vocab_size))
     if bad.size:
         row, position = bad[0]
         raise ValueError(
-            f"{what} have id {host[row, position]} in row {row} at position {position}, outside the vocabulary of "
+            f"{what} have id {host_ids[row, position]} in row {row} at position {position}, outside the vocabulary of "
             f"{vocab_size} ids (padding needs a valid id too, e.g. 0)"
         )
 
@@ -241,7 +242,7 @@ def _check_no_gaps(segment_ids_BT: np.ndarray) -> None:
             )
 
 
-def _traced(x: Any) -> bool:
+def _is_traced(x: Any) -> bool:
     return isinstance(x, jax.core.Tracer)
 
 
@@ -270,10 +271,11 @@ def with_float32_vectors(
 ) -> Any:
     """The parameters with ``cast`` applied to half-precision parameters of norms, and to other half-precision vectors.
 
-    On a TPU, XLA converts each vector with a separate operation, which takes as long as normalizing a few tokens. So a
-    loop that reads one token per step gets converted vectors. Vectors beside a ``weight`` (biases) are not converted,
-    and neither are vectors in stacked layers. The results do not change, because the families of jaxlm compute norms in
-    float32 and cast other vectors at their use. The parameters of other families are returned unchanged.
+    Call it before a loop that reads one token per step. Otherwise, XLA on a TPU converts each vector in every step,
+    with a separate operation that takes as long as normalizing a few tokens. Two kinds of parameters are not converted:
+    vectors beside a ``weight`` (biases), and vectors in stacked layers that are not parameters of norms. The results do
+    not change, because the families of jaxlm compute norms in float32 and cast other vectors at their use. The
+    parameters of other families are returned unchanged.
     """
     # An object with the methods of a model need not have a family.
     return _convert_vectors(params, cast) if getattr(model, "family", None) in FAMILIES else params

@@ -509,10 +509,8 @@ def _advance(
     model: Model, params: Params, progress: PartialGeneration, steps: int | jax.Array, *, sharding: Sharding | None
 ) -> PartialGeneration:
     """The result of :func:`advance`, without its check of the logits."""
-    last_step, params = (
-        jnp.minimum(progress.step + steps, progress.tokens.shape[1]),
-        with_float32_vectors(model, params),
-    )
+    last_step = jnp.minimum(progress.step + steps, progress.tokens.shape[1])
+    params = with_float32_vectors(model, params)
 
     def unfinished(progress: PartialGeneration) -> jax.Array:
         return (progress.step < last_step) & ~jnp.all(progress.ended)

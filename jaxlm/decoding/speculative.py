@@ -11,8 +11,8 @@ and the K proposals in one call. This call gives the target distributions p of t
 the last proposal. A proposal x that was drawn from the draft distribution q is accepted with probability
 ``min(1, p(x) / q(x))``. The first rejected proposal is replaced by a token that is drawn from the normalized
 ``max(p - q, 0)``. The proposals after it are discarded. If all proposals are accepted, one more token is drawn from p.
-So a round generates 1 to K + 1 tokens. At its end, ``Model.rollback`` removes the rejected and discarded proposals from
-both model states.
+So a round generates 1 to K + 1 tokens. At the end of the round, ``Model.rollback`` removes the rejected and discarded
+proposals from both model states.
 
 Shapes: B batch, T prompt length, N new tokens, K proposed tokens per round, V ids that may be generated.
 """
@@ -354,7 +354,7 @@ def _is_accepted(
     p_BKV: jax.Array,
     q_BKV: jax.Array,
 ) -> jax.Array:
-    """Whether each proposal passes the acceptance test, bool [B, K]. The first one that does not pass is rejected."""
+    """Whether each proposal passes the acceptance test, bool [B, K]. The first False rejects its proposal."""
     log_ratio_BK = _log_probs_of_tokens(p_BKV, proposed_BK) - _log_probs_of_tokens(q_BKV, proposed_BK)
     if keys_B is None:
         return log_ratio_BK >= 0.0  # True if the proposal is also the target model's most likely token

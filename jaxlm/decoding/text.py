@@ -37,7 +37,7 @@ REPLACEMENT = "\ufffd"
 """U+FFFD, the replacement character. Tokenizers decode bytes that are not valid UTF-8 as this character."""
 
 UNSET_CONFIG = GenerationConfig()
-"""The config with the default ``batch_size``. :meth:`GenerationConfig.resolve` sets the other fields."""
+"""A config that sets only ``batch_size`` (to its default). :meth:`GenerationConfig.resolve` sets the other fields."""
 
 
 def generate_text(
@@ -71,8 +71,9 @@ def generate_text(
 
     A model that needs the whole text (``Model.needs_whole_text``) cannot continue with a new prompt, so a text that
     exceeds the context is an error. If a text may exceed the context and there are no end ids and no stop strings, the
-    error is raised before any generation. If there are some, it is raised when a text has filled the context and has
-    not ended. Then all texts of the call are lost; :func:`stream_text` yields the text before it raises this error.
+    error is raised before any generation. If there are end ids or stop strings, the error is raised when a text has
+    filled the context and has not ended. Then all texts of the call are lost; :func:`stream_text` yields the text
+    before it raises this error.
 
     Args:
         texts: all prompts or sources, as strings or as token ids.
@@ -182,9 +183,9 @@ def decoder_start_id(model: Model, tokenizer: Tokenizer) -> int:
 def _generation_start_id(model: Model, tokenizer: Tokenizer, ignored_fields: Sequence[str]) -> int:
     """The id of the first token that the decoder reads in text generation.
 
-    ``decoder_start_token_id`` in ``generation_config.json`` overrides the id in ``config.json``, if it is not in
-    ``ignored_fields``. If the caller of ``load_pretrained`` passed an id that is not the id in ``config.json``, the
-    caller's id is used.
+    ``decoder_start_token_id`` in ``generation_config.json`` overrides the id in ``config.json``, unless
+    ``ignored_fields`` has this name. If the caller of ``load_pretrained`` passed an id that is not the id in
+    ``config.json``, the caller's id is used.
 
     Raises:
         ValueError: the id in ``generation_config.json`` is outside the vocabulary.
@@ -283,9 +284,9 @@ class _TextGenerator:
             raise ValueError(f"there are no {what}s: pass at least one")
         strings = [text for text in texts if isinstance(text, str)]
         rows = [text for text in texts if isinstance(text, np.ndarray)]
-        others = [type(text).__name__ for text in texts if not isinstance(text, str | np.ndarray)]
-        if others:
-            raise TypeError(f"a {what} is a {others[0]}: pass strings, or token ids as int32 NumPy arrays")
+        other_types = [type(text).__name__ for text in texts if not isinstance(text, str | np.ndarray)]
+        if other_types:
+            raise TypeError(f"a {what} is a {other_types[0]}: pass strings, or token ids as int32 NumPy arrays")
         if rows and strings:
             raise TypeError(
                 f"pass all {what}s as strings or all as ids, got {len(strings)} strings of {len(texts)} {what}s"
@@ -421,7 +422,7 @@ class _TextGenerator:
         """The texts of complete rows, each up to its first stop string."""
         rows = [np.concatenate([ids, new[:n]]) for ids, new, n in zip(prompts, new_BN, lengths_B, strict=True)]
         texts = [
-            self._new_text(prompt).read(self._decoded_ids(ids, prompt.size), is_complete=True)
+            self._make_decoder(prompt).read(self._decoded_ids(ids, prompt.size), is_complete=True)
             for ids, prompt in zip(rows, prompts, strict=True)
         ]
         return [_final_part(text, self.stop, is_complete=True)[0] for text in texts]
@@ -441,7 +442,7 @@ class _TextGenerator:
         prompts = self._prompts(batch)
         limits = self._limits(prompts)
         max_new_tokens = int(limits.max())
-        new_texts = [self._new_text(prompt) for prompt in prompts]
+        decoders = [self._make_decoder(prompt) for prompt in prompts]
         sources = None if self._start is None else batch
         with rename_rows_in_errors(self._input_name, text_indices):
             windows = WindowedGeneration(self._request, prompts, text_indices, max_new_tokens, sources)
@@ -457,7 +458,7 @@ class _TextGenerator:
                 ended[row] |= ids.size >= limit
                 ids = self._decoded_ids(ids[:limit], prompts[row].size)
                 is_complete = windows.is_finished or bool(ended[row])
-                text = new_texts[row].read(ids, is_complete=is_complete)
+                text = decoders[row].read(ids, is_complete=is_complete)
                 text, stopped = _final_part(text, self.stop, is_complete=is_complete)
                 texts.append(text)
                 has_stop.append(stopped)
@@ -474,7 +475,7 @@ class _TextGenerator:
             ids = ids[:-1]
         return ids if self._start is None else ids[prompt_length:]
 
-    def _new_text(self, prompt: np.ndarray) -> _IncrementalDecoder:
+    def _make_decoder(self, prompt: np.ndarray) -> _IncrementalDecoder:
         """The decoder for a continuation of ``prompt``, or for the output of an encoder-decoder."""
         return _IncrementalDecoder(self._decode, prompt if self._start is None else prompt[:0])
 
@@ -484,9 +485,10 @@ class _IncrementalDecoder:
 
     The tokens are decoded in parts of one or more tokens. A part ends at the first token after which its text does not
     end with U+FFFD, because U+FFFD at the end may stand for the first bytes of a character. So the text does not depend
-    on how the tokens are split into calls of :meth:`read`. Bytes that are not valid UTF-8 do not change the characters
-    before them. (Tokenizers with byte fallback decode all bytes between two other tokens as U+FFFD if one of these
-    bytes is not valid.)
+    on how the tokens are split into calls of :meth:`read`.
+
+    Bytes that are not valid UTF-8 do not change the characters before them. A single call of a tokenizer with byte
+    fallback would change them: if one byte is not valid, it decodes all adjacent byte tokens as U+FFFD.
 
     A character that begins in the prompt and ends after it belongs to the new text.
 

@@ -2,8 +2,9 @@
 
 ``jaxlm.training.experiment.command_line`` calls :func:`check_settings`, :func:`check_cpu_choices` and, if ``--output``
 or ``--resume`` is given, :func:`check_output` before any data is read. ``jaxlm.training.experiment.prepare_run`` runs
-directly before training. It calls all checks of this module except the first two. The config classes of the model, the
-training and the optimizer check the ranges of their own fields.
+directly before training. It calls all checks of this module except :func:`check_settings` and
+:func:`check_cpu_choices`. The config classes of the model, the training and the optimizer check the ranges of their own
+fields.
 """
 
 from __future__ import annotations
@@ -54,7 +55,8 @@ NONZERO_FRACTIONS = {"validation_fraction", "data.validation_fraction", "data.te
 
 
 PRETRAINED_PRESETS = {"minilm": "a directory with the files of a MiniLM"}
-"""Presets with settings for fine-tuning: name of the preset -> the value that ``--model.pretrained`` must have."""
+"""Presets with settings for fine-tuning: name of the preset -> description of the directory that
+``--model.pretrained`` must name."""
 
 
 def check_settings(experiment: Any, initial: Any, preset: str | None = None) -> None:
@@ -62,7 +64,7 @@ def check_settings(experiment: Any, initial: Any, preset: str | None = None) -> 
 
     Args:
         initial: the configuration before the command-line options changed it (``ExperimentOptions.initial``): the
-            preset, or the configuration of the resumed run.
+            default configuration, the preset, or the configuration of the resumed run.
         preset: the name of the preset; None if there is none.
 
     Raises:
@@ -94,11 +96,12 @@ def check_settings(experiment: Any, initial: Any, preset: str | None = None) -> 
 
 
 def check_cpu_choices() -> None:
-    """Check, on a CPU, that the file of ``JAXLM_CHOICES`` is valid, and that all processes have the same values.
+    """Check, on a CPU, that the file of ``JAXLM_CHOICES`` is valid, and that all processes have the same CPU choices.
 
     Raises:
-        FileNotFoundError, ValueError: as in ``jaxlm.nn.cpu_choices.active_calibration``, or the values of this process
-            differ from those of the first process. The processes of a run must compile the same program.
+        FileNotFoundError, ValueError: as in ``jaxlm.nn.cpu_choices.active_calibration``.
+        ValueError: the CPU choices of this process (``jaxlm.nn.cpu_choices.CpuChoices``) differ from those of the first
+            process. The two processes would then compile different programs.
     """
     if jax.default_backend() != "cpu":
         return
@@ -118,14 +121,14 @@ def _get(config: Any, name: str) -> Any:
     return config
 
 
-_SGD = ("sgd", "nt_asgd")
 _Get = Callable[[str], Any]
 
 
 def _reads_source(get: _Get) -> bool:
     """Whether the model of the experiment is an encoder-decoder.
 
-    The result is also True if this is not known, because the weights are pretrained or the family is unknown."""
+    The result is also True if the kind of model is not known here: the weights are pretrained, or no family or variant
+    has the name ``model.name``."""
     with contextlib.suppress(ValueError):
         return get("model.pretrained") is not None or get_model(get("model.name")).reads_source
     return True
@@ -149,7 +152,7 @@ NO_EFFECT_RULES: tuple[tuple[str, Callable[[_Get], bool], str], ...] = (
         "the optimizer does not use it",
     ),
     (
-        "optimizer.beta2 optimizer.epsilon", lambda get: get("optimizer.name") in ("adafactor", *_SGD),
+        "optimizer.beta2 optimizer.epsilon", lambda get: get("optimizer.name") in ("adafactor", "sgd", "nt_asgd"),
         "the optimizer does not use it",
     ),
     (
@@ -220,8 +223,8 @@ def check_output(directory: Path, *, resume: bool) -> None:
 
 def _is_unused(directory: Path) -> bool:
     """Whether :func:`check_output` counts an existing directory as empty."""
-    unfinished = ".config.json"  # the temporary name of config.json (integrity.replace_text)
-    entries = [path for path in directory.iterdir() if path.name != unfinished]
+    temporary = ".config.json"  # the temporary name of config.json (integrity.replace_text)
+    entries = [path for path in directory.iterdir() if path.name != temporary]
     if not all(path.is_dir() for path in entries):
         return False
     return all(entry.name == "model" and path.name in TOKENIZER_FILES for entry in entries for path in entry.iterdir())
@@ -230,12 +233,12 @@ def _is_unused(directory: Path) -> bool:
 def check_tokenizer(model: Model, tokenizer: Tokenizer) -> None:
     """Check that the vocabulary sizes of a tokenizer and a model match.
 
-    The model may have more ids than the tokenizer, because vocabularies are padded. For an encoder-decoder, the
-    smaller vocabulary (source or target) determines the number of ids.
+    The model may have more ids than the tokenizer, because vocabularies are padded. The number of ids of an
+    encoder-decoder is the size of the smaller of its two vocabularies (source and target).
 
     Raises:
-        ValueError: the tokenizer needs more ids than the model has (``num_required_ids``), or the number of its ids is
-            below 90 % of the number of the model's ids.
+        ValueError: the tokenizer needs more ids than the model has (``num_required_ids``), or the tokenizer has fewer
+            than 90 % of the number of ids of the model.
     """
     tokenizer_ids, model_ids = tokenizer.vocab_size, min(model.config.vocab_size, source_vocab_size(model))
     if num_required_ids(tokenizer) > model_ids or tokenizer_ids < 0.9 * model_ids:

@@ -30,10 +30,10 @@ def compare_runs(runs: Sequence[str | Path]) -> str:
     header = ["run", "family", "parameters", "steps", "minutes"]
     header += [f"{plots.readable_name(metric)} (best)" for metric in metrics] + scores
     cells = [header]
-    for name, run, result in zip(_run_names(paths), records, results, strict=True):
+    for name, run_records, result in zip(_run_names(paths), records, results, strict=True):
         texts = {score.name: f"{score.value_text} {score.interval_text}".strip() for score in result.get("scores", [])}
         score_cells = [texts.get(key, NO_VALUE) for key in scores]
-        cells.append([*_run_cells(name, run, result), *_metric_cells(run, metrics), *score_cells])
+        cells.append([*_run_cells(name, run_records, result), *_metric_cells(run_records, metrics), *score_cells])
     return aligned_table(cells)
 
 
@@ -58,8 +58,8 @@ def draw_comparison(runs: Sequence[str | Path], path: str | Path) -> None:
     panels = []
     for metric in report.validation_metrics(*records.values()):
         series = []
-        for index, (name, run) in enumerate(records.items()):
-            steps, values = report.metric_curve(run, metric)
+        for index, (name, run_records) in enumerate(records.items()):
+            steps, values = report.metric_curve(run_records, metric)
             if steps:
                 series.append(plots.Series(name, steps, values, color=index, markers=True))
         panels.append(plots.Panel(plots.readable_name(metric), tuple(series)))

@@ -69,10 +69,10 @@ class ExperimentTraining(TrainingConfig):
     """The training of an experiment: the settings of ``train``, and the settings that only the experiment uses."""
 
     sequence_length: int = 128
-    """Tokens per sequence. Experiments with the setting buckets do not use it."""
+    """Tokens per sequence. Experiments with a setting named buckets do not use it."""
     evaluation_batches: int = 20
-    """Maximum number of batches per evaluation. Experiments with the setting buckets do not use it: they evaluate on
-    the complete validation split."""
+    """Maximum number of batches per evaluation. Experiments with a setting named buckets do not use it: they evaluate
+    on the complete validation split."""
     tracker: TrackerName | None = None
     """Also log the metrics to this service: TensorBoard (in the run directory), Weights & Biases, or Trackio.
     Weights & Biases and Trackio show a resumed run as a new run. In Python, pass trackers to ``Run``."""
@@ -385,9 +385,10 @@ def make_run(directory: Path, experiment: Any, resume: Path | None, parent: Any 
         parent: as in :func:`prepare_run`. A resumed run also writes the ``config.json`` of the parent directory, and
             also renames the result files of the parent directory.
     """
-    config, name = config_lib.to_json(experiment), experiment.training.tracker
+    config, tracker_name = config_lib.to_json(experiment), experiment.training.tracker
     meta = {"experiment": config, "jaxlm": jaxlm.__version__, "jax": jax.__version__}
-    trackers = () if name is None or not processes.is_first() else (make_tracker(name, directory, config),)
+    has_tracker = tracker_name is not None and processes.is_first()
+    trackers = (make_tracker(tracker_name, directory, config),) if has_tracker else ()
     for tracker in trackers:
         atexit.register(tracker.close)  # even after an error: services write buffered values when they are closed
 
@@ -407,8 +408,8 @@ def make_run(directory: Path, experiment: Any, resume: Path | None, parent: Any 
 def export(directory: Path, model: Model, result: Result, tokenizer: Tokenizer | None = None) -> bool:
     """If the run finished, write ``model/`` (Hugging Face layout) and ``loss.png``. Returns whether the run finished.
 
-    Old files with samples and attention maps are deleted, because the tests after this training may write no new ones.
-    Such files exist if a finished run is resumed without further steps.
+    If a finished run is resumed without further steps, the directory has old files with samples and attention maps.
+    They are deleted, because the caller may not write all of these files again.
     """
     if result.interrupted is not None:
         return False

@@ -264,9 +264,10 @@ def _column_names(names: Sequence[str]) -> str:
 
 
 def _token(token: str) -> str:
-    """A token as visible HTML text. A line break becomes ⏎. If it then has only white space, each character becomes ␣.
+    """A token as visible HTML text. Each line break becomes ⏎.
 
-    An empty token becomes ␣. Without these replacements, such tokens would look like empty labels."""
+    If a token has only other white space, each of its characters becomes ␣. An empty token becomes one ␣. Without these
+    replacements, the labels of such tokens would look empty."""
     text = token.replace("\n", "⏎")
     return escape(text) if text.strip() else "␣" * max(len(text), 1)
 

@@ -53,8 +53,8 @@ class LayoutStep:
 
     def trace(self, state: Any, batch: Any) -> Any:
         """The traced step, like ``jax.jit(...).trace``. The layouts of the given arrays have no effect."""
-        of_state, of_batch, of_results = self._shardings or (None, None, None)
-        formats = auto_formats(state, of_state) if self.formats is None else self.formats
+        state_shardings, batch_shardings, result_shardings = self._shardings or (None, None, None)
+        formats = auto_formats(state, state_shardings) if self.formats is None else self.formats
 
         def without_layout(x: Any) -> jax.ShapeDtypeStruct:
             # Without ``shardings``, arrays that are committed to a device determine the device of the step.
@@ -63,7 +63,10 @@ class LayoutStep:
             return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
         jitted = jax.jit(
-            self._function, in_shardings=(formats, of_batch), out_shardings=(formats, of_results), donate_argnums=0
+            self._function,
+            in_shardings=(formats, batch_shardings),
+            out_shardings=(formats, result_shardings),
+            donate_argnums=0,
         )
         return jitted.trace(jax.tree.map(without_layout, state), batch)
 

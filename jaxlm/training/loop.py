@@ -180,10 +180,10 @@ class TrainingConfig:
 def _check_config(config: TrainingConfig, trainer: Trainer, data: Batches) -> None:
     """Raise ``ValueError`` if a field has neither its default value nor the value of ``trainer`` or ``data``."""
 
-    def check(name: str, actual: Any, described: str) -> None:
+    def check(name: str, actual: Any, explanation: str) -> None:
         value = getattr(config, name)
         if value not in (getattr(TrainingConfig, name), actual):
-            raise ValueError(f"the config has {name}={value}, but {described}")
+            raise ValueError(f"the config has {name}={value}, but {explanation}")
 
     for name in ("grad_accum_steps", "ema_decay", "spike_deviations"):
         actual = getattr(trainer, name)
@@ -214,8 +214,9 @@ class Run:
         on_start: ``on_start(step, trains)``, which the first process calls once, after the directory has been locked
             and the state has been initialized or restored. It is not called if the start fails. ``step`` is the step of
             the state. ``trains`` is True if further steps follow.
-        resume_directory: the directory that messages name for ``--resume``, for example the directory of a
-            cross-validation, whose folds are runs; None: ``directory``.
+        resume_directory: the directory that messages tell the user to pass to ``--resume``. It differs from
+            ``directory`` if the run is a part of a larger experiment, such as a fold of a cross-validation. None:
+            ``directory``.
 
     Raises:
         ValueError: a key of ``meta`` is reserved.
@@ -234,7 +235,7 @@ class Run:
         object.__setattr__(self, "resume_directory", Path(self.resume_directory or self.directory))
         if reserved := [key for key in RESERVED_KEYS if key in self.meta]:
             raise ValueError(
-                f"meta has the key {reserved[0]!r}, under which a checkpoint has values of the training loop: rename it"
+                f"meta has the key {reserved[0]!r}, which is reserved for values of the training loop: rename it"
             )
         json_files.require_json(dict(self.meta), "meta")
 
@@ -330,12 +331,13 @@ def train(
         CorruptCheckpointError: the newest checkpoint of a resumed run (with ``config.on_corrupt="previous"``: each of
             its checkpoints) is damaged.
         OSError: the disk is full, or the directory is not writable.
-        ValueError: the trainer or the data contradict a field of the config (:class:`TrainingConfig`). Or the
-            checkpoint of a resumed run is beyond ``config.steps``, or it has other data, another model,
-            other arrays (those of another optimizer, or of an average of the weights, ``ema_decay``), or another
-            ``best_metric`` or ``best_mode`` than this call. Or ``evaluate`` does not return ``config.best_metric``. Or
-            there are several processes without ``trainer.sharding``, or several processes that save checkpoints without
-            a shared directory.
+        ValueError: the trainer or the data contradict a field of the config (:class:`TrainingConfig`).
+        ValueError: the checkpoint of a resumed run is beyond ``config.steps``; its data, its model, the arrays of its
+            optimizer, ``best_metric`` or ``best_mode`` differ from those of this call; or either the checkpoint or this
+            call has an average of the weights (``ema_decay``), but not both.
+        ValueError: ``evaluate`` does not return ``config.best_metric``.
+        ValueError: there are several processes without ``trainer.sharding``, or several processes that save
+            checkpoints without a shared directory.
         TypeError: ``evaluate`` does not return a dict of numbers.
     """
     if trainer.sharding is None and jax.process_count() > 1:
@@ -543,7 +545,7 @@ class _Loop:
             tracker.log(step, numbers)
 
     def _result_is_interrupted(self) -> bool:
-        """Whether a signal during or after the last step makes the result an interrupted one.
+        """Whether the run counts as interrupted because of a signal during or after its last step.
 
         A run without checkpoints finishes instead, because otherwise its result would be lost.
         """
@@ -607,7 +609,7 @@ class _Loop:
         if not saves:
             hint = "The run cannot go back to a checkpoint, because checkpoint_every=None"
         elif latest is None:
-            hint = "There is no checkpoint yet"
+            hint = "There is no scheduled checkpoint yet"
         elif allowed == 0:
             hint += "; max_rollbacks=1 would go back to it and leave out the batches since then"
         elif self._rollbacks >= allowed:
@@ -739,7 +741,7 @@ class _Loop:
             reasons = [] if self._checkpoints.best in (None, self.step) else self._restore_best()
             assert self._validation is not None
             value = self._to_minimize(self._validation[metric])
-            if self._best is not None and not value <= self._best:  # True for NaN, too
+            if self._best is not None and not value <= self._best:  # `value` is worse than the best, or NaN
                 damaged = "; ".join([*self._checkpoints.damaged().values(), *reasons])
                 reason = f"were not saved, or are damaged: {damaged}" if damaged else "were not saved"
                 self._bar.say(f"an earlier evaluation had a better {metric}, but its weights {reason}")
@@ -816,9 +818,10 @@ class _MetricsReader:
     """
 
     def __init__(
-        self, write_record: Callable[..., None], bar: ProgressBar, config: TrainingConfig, trainer: Trainer, start: int
-    ) -> None:
-        self._write_record, self._bar, self._start = write_record, bar, start
+        self, write_record: Callable[..., None], bar: ProgressBar, config: TrainingConfig, trainer: Trainer,
+        start_step: int,
+    ) -> None:  # fmt: skip
+        self._write_record, self._bar, self._start_step = write_record, bar, start_step
         self._config, self._trainer = config, trainer
         self._unread: collections.deque[tuple[int, Metrics, int, int]] = collections.deque()
         self._last_loss = math.nan  # the loss of the last step that was not skipped
@@ -846,7 +849,7 @@ class _MetricsReader:
             DivergedError: training has diverged.
         """
         self._unread.append((step, metrics, examples, tokens))
-        while len(self._unread) > (METRICS_DELAY_STEPS if step > self._start + 1 else 0):
+        while len(self._unread) > (METRICS_DELAY_STEPS if step > self._start_step + 1 else 0):
             self._read(*self._unread.popleft())
 
     def flush(self) -> None:
@@ -874,7 +877,8 @@ class _MetricsReader:
             self._examples += examples
         self._last_read = now
         self.skipped_in_a_row = int(values["skipped_in_a_row"])
-        is_due = step % self._config.log_every == 0 or step <= self._start + EARLY_STEPS or step == self._config.steps
+        is_early, is_last = step <= self._start_step + EARLY_STEPS, step == self._config.steps
+        is_due = step % self._config.log_every == 0 or is_early or is_last
         if is_due or self.skipped_in_a_row:
             if self._trainer.learning_rate is not None:
                 updates_before = step - 1 - int(values["skipped"]) + (self.skipped_in_a_row > 0)

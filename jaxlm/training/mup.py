@@ -113,13 +113,13 @@ def mup(model: Model, base: Model) -> MuP:
     table_ratio = model.embedding_multiplier / base.embedding_multiplier
     factors = {name: _factors(name, leaf, base_leaves[name], table_ratio) for name, leaf in leaves.items()}
 
-    def scaled(path: tuple[Any, ...], leaf: ArraySpec) -> ArraySpec:
+    def with_scaled_init(path: tuple[Any, ...], leaf: ArraySpec) -> ArraySpec:
         name = spec.path_name(path)
         factor, init = factors[name][0], base_leaves[name].init
         return dataclasses.replace(leaf, init=init if factor == 1.0 else ScaledInit(init, factor))
 
     return MuP(
-        jax.tree_util.tree_map_with_path(scaled, model.specs),
+        jax.tree_util.tree_map_with_path(with_scaled_init, model.specs),
         jax.tree_util.tree_map_with_path(lambda path, leaf: factors[spec.path_name(path)][1], model.specs),
     )
 

@@ -99,10 +99,10 @@ class OptimizerConfig:
 def learning_rate(config: OptimizerConfig, steps: int) -> Callable[[Any], Any]:
     """The learning-rate schedule: a function from n, the number of previous updates, to the next learning rate.
 
-    Warm-up and hold steps are the first k updates. From n = k on, ``cosine`` and ``linear`` decrease from the peak to
-    ``final_fraction * peak`` at n = ``steps``, and ``inverse_square_root`` (Vaswani et al. 2017, section 5.3) is
-    ``peak * sqrt(k / n)``. The decay of ``inverse_square_root`` does not depend on ``steps``, so its ``hold_steps`` may
-    be larger than ``steps``.
+    The first k updates are the warm-up and hold steps. From n = k on, ``cosine`` and ``linear`` decrease from the peak
+    to ``final_fraction * peak`` at n = ``steps``, and ``inverse_square_root`` (Vaswani et al. 2017, section 5.3) is
+    ``peak * sqrt(k / n)``. The decay of ``inverse_square_root`` has no end, so its ``hold_steps`` may be larger than
+    ``steps``.
 
     Args:
         steps: number of updates of the whole training.
@@ -213,8 +213,8 @@ def _scale_by_optimizer(config: OptimizerConfig, specs: spec.Tree) -> optax.Grad
 
 
 _ADAFACTOR = optax.chain(
-    # The constants of section 9 of the paper, which T5 uses too: decay 1 - t^-0.8 of the second moment, update clipping
-    # at RMS 1, parameter scale of at least 1e-3.
+    # The constants of Shazeer & Stern 2018, section 9: decay 1 - t^-0.8 of the second moment, update clipping at RMS 1,
+    # parameter scale of at least 1e-3. T5 uses the same constants.
     optax.scale_by_factored_rms(decay_rate=0.8),
     optax.clip_by_block_rms(1.0),
     optax.scale_by_param_block_rms(1e-3),
@@ -300,15 +300,15 @@ def _for_each_matrix(
             return x
         return x.reshape(-1) if row_axes is None else x.reshape(math.prod(x.shape[:row_axes]), -1)
 
-    def map_matrices(function: Callable[..., Any], like: spec.Tree, *trees: spec.Tree) -> list[Any]:
-        """A list of ``function(path, *leaves)`` for each path of ``like``, with vmap over the stack axes.
+    def map_matrices(function: Callable[..., Any], tree: spec.Tree, *other_trees: spec.Tree) -> list[Any]:
+        """A list of ``function(path, *leaves)`` for each path of ``tree``, with vmap over the stack axes.
 
-        ``leaves`` are the leaves of ``like`` and ``trees`` at the path."""
-        leaves_of_like = jax.tree_util.tree_leaves_with_path(like)
-        structure: Any = jax.tree.structure(like)
-        others = [structure.flatten_up_to(tree) for tree in trees]
+        ``leaves`` are the leaf of ``tree`` at the path and the subtrees of ``other_trees`` at the path."""
+        leaves_with_path = jax.tree_util.tree_leaves_with_path(tree)
+        structure: Any = jax.tree.structure(tree)
+        subtrees = [structure.flatten_up_to(other) for other in other_trees]
         results = []
-        for (path, leaf), *rest in zip(leaves_of_like, *others, strict=True):
+        for (path, leaf), *rest in zip(leaves_with_path, *subtrees, strict=True):
             name, _ = spec.split_layer(spec.path_name(path))
             apply = functools.partial(function, name)
             for _ in range(num_stack_axes(leaves[name])):

@@ -34,7 +34,8 @@ class ProgressBar:
         self.console = console or Console(stderr=True, quiet=not processes.is_first())
         kind = sharding.device_kind()
         self._steps, self._device = steps, kind if devices == 1 else f"{devices} x {kind}"
-        # Step and time of the first update after the compilation or the last rollback.
+        # Step and time of the first update of this process, or of the first update after the last rollback. The
+        # remaining time is estimated from the steps since then.
         self._first_update: tuple[int, float] | None = None
         self._last_step = start
         self._last_print = time.perf_counter()

@@ -5,10 +5,10 @@
 
 The option ``--recipe FAMILY`` of the modules in ``experiments/`` selects a recipe by the name of its family.
 
-A recipe has the values of the paper, which are for the paper's model size, batch size and number of updates. If the
-paper does not state a value, or has a schedule that jaxlm does not have, ``source`` or ``transfer`` says so. They do
-not mention Adam's usual values (``epsilon`` 1e-8, betas 0.9 and 0.999), which some papers do not state. :func:`recipe`
-replaces the warm-up by the same fraction of the training and changes no other value.
+A recipe has the values of the paper. They are for the paper's model size, batch size and number of updates. If the
+paper does not state a value, or has a schedule that jaxlm does not have, ``source`` or ``transfer`` says so. Adam's
+usual values (``epsilon`` 1e-8, betas 0.9 and 0.999) are an exception: a recipe may have them without such a note.
+:func:`recipe` converts the number of warm-up steps to a fraction of the training and changes no other value.
 
 Learning rates often do not transfer to other sizes. Small models need larger learning rates: the best peak learning
 rate of a Transformer is roughly proportional to the inverse of its width. Small batches need smaller learning rates.
@@ -159,7 +159,8 @@ RECIPES: dict[str, Recipe] = {
         ),
         None, "128 texts",
         "Conneau et al. 2017 (VDCNN), section 4.2",
-        "10 to 15 epochs of up to 3.6 million texts; the paper does not describe the decay of the learning rate.",
+        "The paper trains for 10 to 15 epochs of up to 3.6 million texts and does not describe the decay of the "
+        "learning rate.",
     ),
     "resnet_lm": Recipe(
         OptimizerConfig(

@@ -123,7 +123,7 @@ class Trainer:
         grad_accum_steps: A, the number of micro-batches per batch. They are computed one after the other, which saves
             memory, and their gradients are summed. The sum is the gradient of the whole batch, with three exceptions:
             dropout, batch normalization and router losses are computed for each micro-batch. A must be 1 with
-            ``carry_size``, because the rows of a batch carry state.
+            ``carry_size``, because a micro-batch would have fewer rows than the carried state.
         ema_decay: decay of the exponential moving average of the trained parameters; None keeps no average.
         spike_deviations: a step is also skipped if its loss is more than this many standard deviations above the mean
             of the last :data:`SPIKE_WINDOW` losses of steps that were not skipped. The rule applies as soon as
@@ -438,7 +438,7 @@ class Trainer:
     def _accumulated_gradients(
         self, params: Params, frozen: Any, batch: Any, key: jax.Array, model_state: Any
     ) -> tuple[Any, Any]:
-        """As ``_gradients``, computed one micro-batch after the other.
+        """The results of ``_gradients`` for the whole batch, computed one micro-batch after the other.
 
         If the loss returns new values of parameters, the second result is their mean over the micro-batches.
         """
@@ -500,14 +500,14 @@ class Trainer:
         if self.shard_map:
             in_specs, out_specs = jax.tree.map(lambda leaf: leaf.spec, (in_shardings, out_shardings))
             step = jax.shard_map(
-                functools.partial(self._of_one_device().step, axis_name=sharding.mesh.axis_names),
+                functools.partial(self._per_device_trainer().step, axis_name=sharding.mesh.axis_names),
                 mesh=sharding.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False,
             )  # fmt: skip
         elif sharding.mesh.devices.flat[0].platform == "tpu":
             return LayoutStep(step, (*in_shardings, out_shardings[1]))
         return jax.jit(step, in_shardings=in_shardings, out_shardings=out_shardings, donate_argnums=0)
 
-    def _of_one_device(self) -> Trainer:
+    def _per_device_trainer(self) -> Trainer:
         """The trainer for the rows of one device, without sharding."""
         assert self.sharding is not None
         carry_size = self.carry_size
@@ -568,7 +568,7 @@ def _to_host_if_local(x: Any) -> Any:
 def _micro_batches(batch: Any, count: int) -> Any:
     """The batch [B, ...] as [A, B / A, ...].
 
-    Micro-batch a has the rows a, a + A, ... So each device keeps its rows if A divides the number of its rows.
+    Micro-batch a has the rows a, a + A, ... So each device keeps its rows if A divides the number of rows per device.
 
     Raises:
         ValueError: A does not divide B, or the mesh does not divide B / A.

@@ -196,7 +196,7 @@ def test_rollbacks_are_limited_and_keep_the_checkpoint(tmp_path):
     assert saved_steps(tmp_path) == [8]
     with pytest.raises(DivergedError, match="is of step 8; max_rollbacks=1 would go back to it"):
         run(tmp_path, loss, resume=True)
-    with pytest.raises(DivergedError, match="There is no checkpoint yet"):
+    with pytest.raises(DivergedError, match="There is no scheduled checkpoint yet"):
         run(tmp_path / "early", loss_with(nan=range(200)), max_rollbacks=2)
     # Without checkpoint_every, the checkpoints in the directory may be those of another run.
     with pytest.raises(DivergedError, match=r"data of these steps\. The run cannot .*, because checkpoint_every=None$"):

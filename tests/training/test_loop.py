@@ -470,7 +470,7 @@ def test_settings_that_only_experiments_use_are_not_settings_of_train():
 
 
 def test_reserved_keys_of_the_metadata_raise_an_error():
-    with pytest.raises(ValueError, match="meta has the key 'model', under which a checkpoint has .*: rename it"):
+    with pytest.raises(ValueError, match="meta has the key 'model', which is reserved for values .*: rename it"):
         Run("run", {"note": "test", "model": "gpt"})
 
 
