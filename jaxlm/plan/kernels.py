@@ -50,7 +50,7 @@ def dump_schedules() -> None:
     os.environ["LIBTPU_INIT_ARGS"] = f"{flags} {_FLAGS.format(directory.name)}".strip()
 
 
-_dump_directories: list[tempfile.TemporaryDirectory[str]] = []
+_dump_directories: list[tempfile.TemporaryDirectory[str]] = []  # keeps the directory until the process ends
 
 
 def schedule_of(kernel: str, since: int) -> Schedule | None:
