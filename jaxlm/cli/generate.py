@@ -38,7 +38,7 @@ class Generate(ModelCommand):
     """Maximum tokens to generate. Default: 500."""
     temperature: float | None = None
     """Sampling temperature. A value below 1 sharpens the distribution, a value above 1 flattens it; 0 is greedy.
-    Default: 0.8."""
+    Default: 0.8, but 0 with beam search."""
     top_k: int | None = None
     """Number of most probable tokens to sample from; 0: all tokens. Default: 0."""
     top_p: float | None = None

@@ -501,7 +501,8 @@ class _Match:
         initialized: paths of the parameters that the files do not contain.
         unused: names of the tensors of a pooler or a next-sentence head that the model does not have. If the override
             ``task`` or ``num_labels`` is given, also names of the tensors that belong only to another head. If ``task``
-            has changed, also names of the tensors of other parts that the model does not have, such as a decoder.
+            is not the task of the files, also names of the tensors of other parts that the model does not have, such as
+            a decoder.
     """
 
     locations: dict[str, Location]
@@ -528,7 +529,9 @@ def _match_tensors(description: ModelDescription, tensors: dict[str, _Tensor], d
         stored_table = format_of(description.model_in_files) if table.is_jaxlm_format else table
         locations_in_files = locations_of(description.model_in_files, stored_table, prefix)
     stored_path_of = {name: path for path, location in locations_in_files.items() for name in location.names}
-    initialized = _missing_paths(description, locations, locations_in_files, tensors) if locations_in_files else []
+    initialized: list[str] = []
+    if locations_in_files:
+        initialized = _paths_to_initialize(description, locations, locations_in_files, tensors)
     groups = {path.partition("/")[0] for path in locations}
     locations = {path: location for path, location in locations.items() if path not in initialized}
     expected = {  # for a missing tensor, the error message has the word "tensor" instead of a dtype
@@ -580,7 +583,7 @@ def _match_tensors(description: ModelDescription, tensors: dict[str, _Tensor], d
     return _Match(locations, tuple(initialized), tuple(unused))
 
 
-def _missing_paths(
+def _paths_to_initialize(
     description: ModelDescription,
     locations: dict[str, Location],
     locations_in_files: dict[str, Location],

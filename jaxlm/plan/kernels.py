@@ -14,6 +14,7 @@ import re
 import tempfile
 from pathlib import Path
 
+# A bundle has an address, an optional flag such as PF, one ">" per loop depth, and its instructions in braces.
 _BUNDLE = re.compile(r"^\s*(?:0x[0-9a-f]+|0)\s+(?:(LH|LB|LE|PB|PF|CT))?:\s*((?:> *)*)\{")
 _FLAGS = "--xla_jf_dump_to={} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=final_bundles"
 _DUMP_FLAG = re.compile(r"--xla_jf_dump_to=(\S+)")
