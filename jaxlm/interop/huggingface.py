@@ -524,14 +524,13 @@ def _match_tensors(description: ModelDescription, tensors: dict[str, _Tensor], d
     locations = locations_of(model, table, prefix)
     locations_in_files: dict[str, Location] = {}  # the locations of the saved model, without the overrides
     other_task = False
+    initialized: list[str] = []
     if description.model_in_files is not None:
         other_task = model.task != description.model_in_files.task
         stored_table = format_of(description.model_in_files) if table.is_jaxlm_format else table
         locations_in_files = locations_of(description.model_in_files, stored_table, prefix)
-    stored_path_of = {name: path for path, location in locations_in_files.items() for name in location.names}
-    initialized: list[str] = []
-    if locations_in_files:
         initialized = _paths_to_initialize(description, locations, locations_in_files, tensors)
+    stored_path_of = {name: path for path, location in locations_in_files.items() for name in location.names}
     groups = {path.partition("/")[0] for path in locations}
     locations = {path: location for path, location in locations.items() if path not in initialized}
     expected = {  # for a missing tensor, the error message has the word "tensor" instead of a dtype
