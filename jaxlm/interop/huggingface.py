@@ -415,7 +415,7 @@ def _read_index(directory: Path, description: ModelDescription) -> dict[str, str
     """
     single, sharded = (directory / WEIGHTS).exists(), (directory / INDEX).exists()
     if single and sharded:
-        raise ValueError(f"{directory} has both {WEIGHTS} and {INDEX}, which are two models: remove the old one")
+        raise ValueError(f"{directory} has both {WEIGHTS} and {INDEX}, so it has two models: remove the old one")
     if single:
         return None
     if not sharded:
@@ -602,8 +602,8 @@ def _paths_to_initialize(
     assert description.model_in_files is not None
     config, stored_config = description.model.config, description.model_in_files.config
     stored_path_of = {name: path for path, location in locations_in_files.items() for name in location.names}
-    # Some families (such as lstm, attention_rnn and resnet) name their layers layer_0, layer_1, ...; the others have
-    # the key ``layers``.
+    # Some families (such as lstm, attention_rnn and resnet) name their layers layer_0, layer_1, ...; the other families
+    # have the key ``layers``.
     groups_with_layers = {path.partition("/")[0] for path in locations if re.search(r"(^|/)layer(s|_\d+)/", path)}
     paths_of_head: dict[str, list[str]] = {}
     for path in locations:

@@ -1,4 +1,4 @@
-"""Tests of the family contract (docs/tour.md, section 3), for the families of this package and of others.
+"""Tests of the family contract (docs/tour.md, section 3), for the families of this package and of other packages.
 
 A test module imports all names of this module and sets ``FAMILIES`` to the names of its families:
 
