@@ -144,7 +144,7 @@ def test_fully_trained_modules_are_saved(tmp_path):
             r"attention_norm/bias \(.*\) is not trained in full, but .*same module \(transformer.layer.0.rel_attn\)",
         ),
         ("xlnet", {}, "^mask_embedding$", r"but mask_embedding of the same module \(transformer\) is: PEFT"),
-        ("xlnet", {"task": "none"}, "^mask_embedding$", r"but mask_embedding of the same module \(the whole model\) is"),
+        ("xlnet", {"task": "none"}, "^mask_embedding$", r"but mask_embedding of the same module \(the whole model\)"),
         (
             "bert",
             {},
@@ -207,7 +207,7 @@ def test_a_table_that_transformers_uses_twice_cannot_be_trained_in_full(name, ov
         save_adapter(tmp_path, model, lora, trained)
         load_adapter(tmp_path, model)
     else:
-        with pytest.raises(ValueError, match=f"this tensor twice .* and {second_name}.*, and PEFT trains only one copy"):
+        with pytest.raises(ValueError, match=f"tensor twice .* and {second_name}.*, and PEFT trains only one copy"):
             save_adapter(tmp_path, model, lora, trained)
 
 

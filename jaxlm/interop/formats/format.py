@@ -140,7 +140,7 @@ DECODER_HEADS = {
 
 
 def span_qa(table: Format, architecture: str) -> Format:
-    """``table`` for the question-answering class of its model type, whose tensor names begin with ``transformer.``."""
+    """A copy of ``table`` for the question-answering class ``architecture``, which has the prefix ``transformer.``."""
     return dataclasses.replace(
         table, architectures={architecture: {"task": "span_qa"}}, prefix="transformer.",
         default_fields={**table.default_fields, "task": "span_qa"},
