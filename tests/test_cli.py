@@ -380,7 +380,7 @@ def test_errors_name_the_unusable_text(model_directory, tmp_path, monkeypatch, c
     file.write_text("one\n\nthree\n", encoding="utf-8")
     assert f"line 2 of {file} is empty" in error_line(capsys, "score", directory, "--file", file)
     assert "give texts or --file, not both" in error_line(capsys, "score", directory, "text", "--file", file)
-    assert "only one of them" in error_line(capsys, "generate", directory, "text", "--prompt", "text")
+    assert "only one of --prompt" in error_line(capsys, "generate", directory, "text", "--prompt", "text")
     file.write_bytes("né".encode("latin-1"))
     assert "is not UTF-8 text: byte 0xe9" in error_line(capsys, "score", directory, "--file", file)
     for data, message in (

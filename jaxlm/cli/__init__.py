@@ -47,8 +47,8 @@ COMMANDS: dict[str, type[Command]] = {
 }
 """The class of each subcommand, by the name of the subcommand.
 
-To add a subcommand, write a frozen dataclass with a method ``run() -> int``. Its fields are the options, and its
-docstrings are the help texts.
+To add a subcommand, write a frozen dataclass with a method ``run() -> int``, and add it to this dict. Its fields are
+the options, and its docstrings are the help texts.
 """
 
 DESCRIPTION = """Language models in JAX. Commands for a trained model (a run directory, or a directory in Hugging Face

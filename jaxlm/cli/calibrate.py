@@ -1,4 +1,4 @@
-"""``jaxlm calibrate``: the fastest block sizes for this processor, measured and written to a file."""
+"""``jaxlm calibrate``: the fastest block sizes and limits for this processor, measured and written to a file."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ DEFAULT_FILE = Path("~/.config/jaxlm/choices.json")
 
 @dataclasses.dataclass(frozen=True)
 class Calibrate:
-    """Measure block sizes on this processor, and write the fastest ones to a file. This takes a few minutes.
+    """Measure block sizes and limits on this processor, and write the fastest to a file. This takes a few minutes.
 
     jaxlm uses the file only in processes whose environment variable JAXLM_CHOICES is its path. End other programs
     first. A value stays at its default if no other value is faster by more than 5 %.
@@ -59,7 +59,7 @@ class Calibrate:
 
 
 def describe(result: calibration.Result) -> str:
-    """The name of a value, its default, the chosen candidate, and a table of the times in ms (medians)."""
+    """A text: the name of a value, its default, the chosen candidate, and a table of the median times in ms."""
     rows = [["ms", *map(str, result.candidates)]]
     for label, times in result.seconds.items():
         rows.append([label, *(f"{1000 * seconds:.3g}" for seconds in np.median(times, axis=0))])

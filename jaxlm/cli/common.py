@@ -25,7 +25,8 @@ class ModelCommand:
     """The options of all commands that load a model."""
 
     directory: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
-    """A run directory (written by an experiment) or a model in Hugging Face layout with its tokenizer."""
+    """A run directory (written by an experiment), or a directory in Hugging Face layout with a model and its
+    tokenizer."""
     dtype: str | None = None
     """Compute dtype, for example bfloat16; None: the dtype of the model's config."""
 

@@ -76,7 +76,8 @@ class Evaluate(ModelCommand):
         for method, count in harness_model.requests.truncated.items():
             if count:
                 action = "scored in several windows" if method.startswith("rolling") else "truncated"
-                print(f"{count} requests were {action}: the model reads {harness_model.requests.max_length} tokens")
+                max_length = harness_model.requests.max_length
+                print(f"{count} requests were {action}: the model reads at most {max_length} tokens")
         if self.output is not None:
             text = json.dumps(results, indent=2, default=handle_non_serializable, ensure_ascii=False)
             self.output.write_text(text + "\n", encoding="utf-8")

@@ -17,9 +17,9 @@ from jaxlm.decoding.describe import describe
 class Generate(ModelCommand):
     """Generate text from prompts. Prints each prompt with its continuation.
 
-    With one prompt on the command line, the text is printed while it is generated (not with beam search or a draft
-    model: then it is printed when it is complete). With several prompts, or prompts from a file or standard input, each
-    text is printed on one line, with a line break as \\n and a backslash as \\\\.
+    With one prompt on the command line, the text is printed while it is generated. With beam search or a draft model,
+    it is printed when it is complete. With several prompts, or prompts from a file or standard input, each text is
+    printed on one line, with a line break as \\n and a backslash as \\\\.
 
     If max-new-tokens, a sampling option, num-beams or stop is not given, its value is read from generation_config.json
     of the model. If there is no such file, the value is read from config.json. If the file turns on sampling with
@@ -38,7 +38,7 @@ class Generate(ModelCommand):
     """Maximum tokens to generate. Default: 500."""
     temperature: float | None = None
     """Sampling temperature. A value below 1 sharpens the distribution, a value above 1 flattens it; 0 is greedy.
-    Default: 0.8."""
+    Default: 0.8, but 0 with beam search."""
     top_k: int | None = None
     """Number of most probable tokens to sample from; 0: all tokens. Default: 0."""
     top_p: float | None = None
@@ -64,7 +64,7 @@ class Generate(ModelCommand):
     def run(self) -> int:
         """Print each prompt with its continuation and return the exit status."""
         if (self.prompt is not None) + bool(self.texts) + (self.file is not None) > 1:
-            raise ValueError("give --prompt, texts or --file, only one of them")
+            raise ValueError("give only one of --prompt, texts and --file")
         if self.num_proposed is not None and self.draft is None:
             raise ValueError(f"--num-proposed {self.num_proposed} needs --draft, the directory of a draft model")
         arguments = self.texts if self.prompt is None else (self.prompt,)

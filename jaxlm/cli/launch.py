@@ -48,9 +48,9 @@ class Launch:
 
     def run(self) -> int:
         """Print the script or run the processes, and return the exit status."""
-        kind, _, number = self.topology.partition(":")
+        kind, _, size = self.topology.partition(":")
         if kind == "local":
-            return self._run_local(number)
+            return self._run_local(size)
         if self.restarts or self.lost_after != processes.LOST_AFTER:
             raise ValueError("--restarts and --lost-after apply only to --topology local:N: remove them for a script")
         if not self.dry_run:
@@ -60,7 +60,7 @@ class Launch:
         for option, value in (("zone", self.zone), ("host", self.host)):
             if value is not None and not re.fullmatch(r"[\w.@:-]+", value):
                 raise ValueError(f"--{option} {value!r} must have only letters, digits and . @ : _ -")
-        chips = math.prod(map(int, re.findall(r"\d+", number)))
+        chips = math.prod(map(int, re.findall(r"\d+", size)))
         if chips > MAX_CHIPS:
             raise ValueError(f"--topology {self.topology} has {chips:,} chips: the largest pod has {MAX_CHIPS:,}")
         command = None if self.command is None else _words(self.command)

@@ -89,7 +89,7 @@ class Plan:
         try:
             model.state_specs(1, 1, **({"source_length": 1} if model.reads_source else {}))
         except TypeError as error:
-            raise ValueError(f"--decode: {error}: remove it") from error
+            raise ValueError(f"{error}: remove --decode") from error
 
     def _model(self) -> jaxlm.Model:
         changes = assignments("set", self.set)

@@ -16,7 +16,7 @@ class Score(ModelCommand):
     """Score texts. Prints for each text, separated by tabs: log-likelihood (nats), number of scored tokens, perplexity.
 
     The perplexity is exp(-log-likelihood / number of tokens). A causal model does not score the first token of a text.
-    An encoder-decoder scores all tokens of the target and, if the tokenizer has one, the end token.
+    An encoder-decoder scores all tokens of the target, and the end token if the tokenizer has one.
     """
 
     texts: Texts = ()

@@ -136,7 +136,9 @@ def _native_format(model: Model) -> Format:
         names[path] = ".".join(keys)
     return Format(
         architectures={}, model_type=JAXLM_PREFIX + model.family, prefix="", hf_name_of_field={}, tensors=names,
-        renamed={"tagger.weight": "token_classifier.weight", "tagger.bias": "token_classifier.bias"},
+        renamed={  # names of jaxlm 0.1
+            "tagger.weight": "token_classifier.weight", "tagger.bias": "token_classifier.bias",
+        },
     )  # fmt: skip
 
 
@@ -181,7 +183,7 @@ def describe_model(config: dict[str, Any], path: Path, overrides: dict[str, Any]
             _check_task(name, overrides["task"])
         model_in_files = get_model(name, **{**fields, **implied}) if _HEAD_FIELDS & overrides.keys() else None
         if "task" in overrides and overrides["task"] != implied.get("task"):
-            implied = {}
+            implied = {}  # the class of the files implies these fields only for its own task
         model = get_model(name, **{**fields, **implied, **overrides})
     except (TypeError, ValueError, ZeroDivisionError) as error:
         raise ValueError(f"{path}{f' with {overrides}' if overrides else ''}: {error}") from error
@@ -231,8 +233,8 @@ def _find_format(config: dict[str, Any], overrides: dict[str, Any]) -> tuple[str
     for name, table in candidates:
         if architecture in list(table.architectures):
             return name, table, table.architectures[architecture]
-    # A base model can be loaded without the head only if its tensor names have a prefix, which the names of the head
-    # lack.
+    # A base model can be loaded without the head only if the format has a prefix: the tensor names of the base model
+    # have the prefix, and those of the head do not.
     with_base_model = [(name, table) for name, table in candidates if table.prefix]
     if with_base_model and "task" in overrides:  # the head is not supported, but the base model is supported
         return *with_base_model[-1], {"task": "none"}
@@ -316,9 +318,8 @@ def _token_ids(model: Model, table: Format, config: Mapping[str, Any], path: Pat
     A missing id has the default of the format (``Format.token_ids``), if this default is in the vocabulary.
     """
     implied = {field: token for field, token in table.token_ids.items() if token < model.config.vocab_size}
-    return {
-        role.removesuffix("_token_id"): ids for role, ids in {**implied, **special_token_fields(config, path)}.items()
-    }
+    fields = {**implied, **special_token_fields(config, path)}
+    return {field.removesuffix("_token_id"): ids for field, ids in fields.items()}
 
 
 def special_token_fields(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
@@ -472,15 +473,15 @@ def _describes(config: Mapping[str, Any], model_fields: dict[str, Any]) -> bool:
 def _new_token_fields(model: Model, table: Format) -> dict[str, Any]:
     """The special token ids for ``config.json`` of a model that was not loaded, or was loaded from another model type.
 
-    The padding, BOS and EOS ids of the loaded config are kept. If the loaded config omits an id, it gets the default of
+    The padding, BOS and EOS ids of the loaded config are kept. An id that the loaded config omits gets the default of
     the loaded model type. If no model was loaded, all ids get the defaults of the new model type. A default outside the
     vocabulary is not used: the id is then null or missing.
     """
     loaded = model.metadata.config
     fields: dict[str, Any] = dict.fromkeys(table.token_ids)
-    for other in formats.of(model.family):
-        if other.model_type == loaded.get("model_type", table.model_type):
-            fields |= {field: token for field, token in other.token_ids.items() if token < model.config.vocab_size}
+    for candidate in formats.of(model.family):
+        if candidate.model_type == loaded.get("model_type", table.model_type):
+            fields |= {field: token for field, token in candidate.token_ids.items() if token < model.config.vocab_size}
     names = ("pad_token_id", "bos_token_id", "eos_token_id")
     fields |= {field: loaded[field] for field in names if field in loaded}
     return {field: token for field, token in fields.items() if field not in table.required}
@@ -517,7 +518,7 @@ def _tokenizer_fields(
 
 
 def tokenizer_ids(model: Model, tokenizer: Tokenizer) -> dict[str, int | None]:
-    """The special token ids of a tokenizer by role.
+    """The special token ids of a tokenizer, by role, such as "eos".
 
     If the tokenizer has no EOS token, the EOS id is ``tokenizer.end_id`` for the tasks causal, seq2seq and permutation.
     """

@@ -130,6 +130,6 @@ def _hugging_face_tensors(weights: Mapping[str, Any]) -> dict[str, np.ndarray]:
             for pattern, replacement in _RENAMED:
                 new_name = re.sub(pattern, replacement, new_name)
             if new_name in tensors:
-                raise ValueError(f"two tensors of the weights are both {new_name}: remove one of them")
+                raise ValueError(f"two of the weights have the name {new_name} after renaming: remove one of them")
             tensors[new_name] = value
     return tensors

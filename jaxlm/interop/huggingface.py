@@ -80,19 +80,19 @@ def load_pretrained(
 ) -> tuple[Model, spec.Tree]:
     """The model and its parameters, loaded from a Hugging Face directory.
 
-    Without the overrides ``task`` and ``num_labels``, the files must contain all tensors of the model. They may contain
-    only these other tensors, which are not loaded:
+    Without the overrides ``task`` and ``num_labels``, the files must contain all tensors of the model. In addition,
+    they may contain only the following tensors, which are not loaded:
 
     - copies of tied tensors, which must be equal to the loaded tensor;
     - tensors that are not parameters, such as masks in old files;
     - a pooler or a next-sentence head that the model does not have, as in many published files of BERT and RoBERTa.
 
     With the override ``task`` or ``num_labels``, the head of the model may differ from the head in the files. Then a
-    head (or pooler) that the files lack is initialized as in ``model.init``, and the tensors of other heads are not
-    loaded. A head for labels is always initialized if the files are for another task or have another number of labels.
-    If ``task`` is not the task of the files, the head for the task of the files is not loaded. Other parts that the
-    model lacks, such as the decoder of T5 with ``task="none", num_decoder_layers=0``, are not loaded either. But in a
-    part that the model has, the files must not contain more layers, or more parameters of a layer, than the model.
+    head (or pooler) that the files lack is initialized as in ``model.init``. A head in the files that the model lacks
+    is not loaded. A head for labels is always initialized if the files are for another task or have another number of
+    labels. If ``task`` is not the task of the files, the model may also lack other parts of the files, such as the
+    decoder of T5 (``task="none", num_decoder_layers=0``). These parts are not loaded. But in a part that the model has,
+    the files must not contain more layers, or more parameters of a layer, than the model.
 
     ``model.metadata.initialized`` lists the initialized parameters. ``model.metadata.unused_tensors`` lists the tensors
     of poolers, heads and other parts that are not loaded. The logger "jaxlm" reports both.
@@ -137,11 +137,11 @@ def load_pretrained(
         match = _match_tensors(description, tensors, directory)
         dtypes = _dtypes(match.locations, tensors, param_dtype)
         initialized = spec.init({path: specs[path] for path in match.initialized}, jax.random.key(seed))
-        new_dtype = param_dtype or jnp.result_type(*dtypes.values())
+        initialized_dtype = param_dtype or jnp.result_type(*dtypes.values())
         leaves = []
         for path, leaf in specs.items():
             if path in initialized:
-                array = np.asarray(initialized.pop(path).astype(new_dtype))
+                array = np.asarray(initialized.pop(path).astype(initialized_dtype))
             else:
                 location = match.locations[path]
                 values = (tensors[name].read(location.rows) for name in location.names)
@@ -164,18 +164,19 @@ def save_pretrained(
 ) -> None:
     """Save a model in a directory that :func:`load_pretrained` can load.
 
-    ``transformers`` can also load the directory if it has a class for the model. The saved tensors have the dtype and
+    If ``transformers`` has a class for the model, it can load the directory, too. The saved tensors have the dtype and
     the exact bits of the parameters, but a tensor that contains several parameters has their common dtype. A tied head
     and vocabulary padding are not saved. If the model was loaded from a directory of the same format, the config fields
     that jaxlm does not set keep their loaded values.
 
     All files are first written to a temporary directory and then moved. ``checksums.json``, which contains the SHA-256
     of all saved files, is moved first. So if the process is killed before the last move, :func:`load_pretrained`
-    rejects the mixture of old and new files. Old settings that are not replaced are removed before the files are moved,
-    and old weights afterwards.
+    rejects the mixture of old and new files. An old ``generation_config.json`` and, with ``tokenizer``, old tokenizer
+    files are removed before the files are moved, unless new files replace them. Old weights that are not replaced are
+    removed afterwards.
 
-    Host memory holds at most the tensors of one file, the parameters that share tensors with each other, and the
-    tensors that are saved as copies.
+    Host memory holds at most the tensors of one file, one group of parameters that are saved in the same tensors, and
+    the tensors that are saved as copies.
 
     Args:
         directory: created if it does not exist. Only configs, weights, ``checksums.json`` and (with ``tokenizer``)
@@ -278,13 +279,13 @@ def _with_copies(
     tensors: Iterator[tuple[str, np.ndarray]], sources: dict[str, str]
 ) -> Iterator[tuple[str, np.ndarray]]:
     """The pairs of ``tensors``, and then a pair for each copy. ``sources`` maps names of copies to names of tensors."""
-    kept = {}
+    copied = {}
     for name, tensor in tensors:
         if name in sources.values():
-            kept[name] = tensor
+            copied[name] = tensor
         yield name, tensor
     for copy, name in sources.items():
-        yield copy, kept[name]
+        yield copy, copied[name]
 
 
 def named_tensors(model: Model, tree: spec.Tree) -> Iterator[tuple[str, np.ndarray]]:
@@ -355,7 +356,7 @@ def _read_description(directory: Path, overrides: dict[str, Any]) -> ModelDescri
     if (directory / GENERATION_CONFIG).exists():
         content = read_object(path_inside(directory, GENERATION_CONFIG))
         fields = special_token_fields(content, directory / GENERATION_CONFIG)
-        ids = {role.removesuffix("_token_id"): token for role, token in fields.items()}
+        ids = {field.removesuffix("_token_id"): token_id for field, token_id in fields.items()}
         metadata = dataclasses.replace(metadata, generation_config=content, token_ids={**metadata.token_ids, **ids})
     return dataclasses.replace(description, model=dataclasses.replace(description.model, metadata=metadata))
 
@@ -414,7 +415,7 @@ def _read_index(directory: Path, description: ModelDescription) -> dict[str, str
     """
     single, sharded = (directory / WEIGHTS).exists(), (directory / INDEX).exists()
     if single and sharded:
-        raise ValueError(f"{directory} has both {WEIGHTS} and {INDEX}, which are two models: remove the old one")
+        raise ValueError(f"{directory} has both {WEIGHTS} and {INDEX}, so it has two models: remove the old one")
     if single:
         return None
     if not sharded:
@@ -441,19 +442,19 @@ def _read_index(directory: Path, description: ModelDescription) -> dict[str, str
 
 
 def _split_into_shards(sizes: list[tuple[str, int]], max_bytes: int) -> list[list[str]]:
-    """The tensor names of each shard, in the order of ``sizes``, which contains pairs (tensor name, number of bytes).
+    """The tensor names of each shard. ``sizes`` contains pairs (tensor name, number of bytes), whose order is kept.
 
     A shard has at most ``max_bytes``. A larger tensor has its own shard.
     """
-    groups: list[list[str]] = []
+    shards: list[list[str]] = []
     free_bytes = 0
     for name, size in sizes:
-        if not groups or size > free_bytes:
-            groups.append([])
+        if not shards or size > free_bytes:
+            shards.append([])
             free_bytes = max_bytes
-        groups[-1].append(name)
+        shards[-1].append(name)
         free_bytes -= size
-    return groups
+    return shards
 
 
 # ------------------------------------------------------------------------------------------------------ tensors
@@ -500,7 +501,8 @@ class _Match:
         initialized: paths of the parameters that the files do not contain.
         unused: names of the tensors of a pooler or a next-sentence head that the model does not have. If the override
             ``task`` or ``num_labels`` is given, also names of the tensors that belong only to another head. If ``task``
-            has changed, also names of the tensors of other parts that the model does not have, such as a decoder.
+            is not the task of the files, also names of the tensors of other parts that the model does not have, such as
+            a decoder.
     """
 
     locations: dict[str, Location]
@@ -522,15 +524,16 @@ def _match_tensors(description: ModelDescription, tensors: dict[str, _Tensor], d
     locations = locations_of(model, table, prefix)
     locations_in_files: dict[str, Location] = {}  # the locations of the saved model, without the overrides
     other_task = False
+    initialized: list[str] = []
     if description.model_in_files is not None:
         other_task = model.task != description.model_in_files.task
         stored_table = format_of(description.model_in_files) if table.is_jaxlm_format else table
         locations_in_files = locations_of(description.model_in_files, stored_table, prefix)
+        initialized = _paths_to_initialize(description, locations, locations_in_files, tensors)
     stored_path_of = {name: path for path, location in locations_in_files.items() for name in location.names}
-    initialized = _missing_paths(description, locations, locations_in_files, tensors) if locations_in_files else []
     groups = {path.partition("/")[0] for path in locations}
     locations = {path: location for path, location in locations.items() if path not in initialized}
-    expected = {
+    expected = {  # for a missing tensor, the error message has the word "tensor" instead of a dtype
         name: _Tensor(None, name, location.tensor_shape, tensors[name].dtype if name in tensors else "tensor")
         for location in locations.values()
         for name in location.names
@@ -557,7 +560,8 @@ def _match_tensors(description: ModelDescription, tensors: dict[str, _Tensor], d
             return name in table.tied_tensors or (bool(prefix) and not name.startswith(prefix))
         group = path.partition("/")[0]
         # A group has all parameters whose paths begin with the same key, for example the parameters of a head. In
-        # families with the top-level keys layer_0, layer_1, ..., each layer is a group.
+        # families with the top-level keys layer_0, layer_1, ..., each layer is a group. A layer in the files that the
+        # model lacks is an error.
         is_removed = group not in groups and not re.fullmatch(r"layer_\d+", group)
         return path in initialized or (other_task and is_removed)
 
@@ -578,7 +582,7 @@ def _match_tensors(description: ModelDescription, tensors: dict[str, _Tensor], d
     return _Match(locations, tuple(initialized), tuple(unused))
 
 
-def _missing_paths(
+def _paths_to_initialize(
     description: ModelDescription,
     locations: dict[str, Location],
     locations_in_files: dict[str, Location],
@@ -598,8 +602,8 @@ def _missing_paths(
     assert description.model_in_files is not None
     config, stored_config = description.model.config, description.model_in_files.config
     stored_path_of = {name: path for path, location in locations_in_files.items() for name in location.names}
-    # Some families (such as lstm, attention_rnn and resnet) name their layers layer_0, layer_1, ...; the others have
-    # the key ``layers``.
+    # Some families (such as lstm, attention_rnn and resnet) name their layers layer_0, layer_1, ...; the other families
+    # have the key ``layers``.
     groups_with_layers = {path.partition("/")[0] for path in locations if re.search(r"(^|/)layer(s|_\d+)/", path)}
     paths_of_head: dict[str, list[str]] = {}
     for path in locations:

@@ -105,24 +105,24 @@ def locations_of(model: Model, table: Format, prefix: str | None = None) -> dict
     """
     prefix = table.prefix if prefix is None else prefix
     specs = spec.flatten(model.with_known_fields(vocab_multiple=1).specs)
-    names = {path: prefix + name for path, name in table.tensors.items()} | dict(table.unprefixed_tensors)
+    name_of = {path: prefix + name for path, name in table.tensors.items()} | dict(table.unprefixed_tensors)
     locations = {}
     for path, leaf in specs.items():
-        name, layer = spec.split_layer(path)
-        if name not in names:
-            raise ValueError(f"files of model_type={table.model_type!r} have no tensor for {name} of {model.family}")
+        key, layer = spec.split_layer(path)
+        if key not in name_of:
+            raise ValueError(f"files of model_type={table.model_type!r} have no tensor for {key} of {model.family}")
         layers = range(leaf.shape[0]) if leaf.is_stacked else [layer]
         num_stack_axes = int(leaf.is_stacked)
         experts: Iterable[int | None] = [None]
-        if "{expert}" in names[name]:
+        if "{expert}" in name_of[key]:
             assert leaf.axes[num_stack_axes] == spec.EXPERT, path
             experts, num_stack_axes = range(leaf.shape[num_stack_axes]), num_stack_axes + 1
-        matrix_names = tuple(names[name].format(layer=layer, expert=expert) for layer in layers for expert in experts)
+        names = tuple(name_of[key].format(layer=layer, expert=expert) for layer in layers for expert in experts)
         shape = leaf.shape[num_stack_axes:]
         axes = tuple((axis,) for axis in range(len(shape)))
-        layout = axes if table.is_jaxlm_format else table.layouts.get(name, _torch_layout(name, leaf, len(shape)))
-        locations[path] = Location(matrix_names, leaf.shape[:num_stack_axes], shape, layout)
-    order = {name: number for number, name in enumerate(names)}
+        layout = axes if table.is_jaxlm_format else table.layouts.get(key, _torch_layout(key, leaf, len(shape)))
+        locations[path] = Location(names, leaf.shape[:num_stack_axes], shape, layout)
+    order = {key: number for number, key in enumerate(name_of)}  # the order of parameters in the same tensor
     for paths in tensor_groups(locations).values():
         if len(paths) > 1:
             paths.sort(key=lambda path: order[spec.split_layer(path)[0]])

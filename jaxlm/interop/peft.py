@@ -235,8 +235,8 @@ def save_adapter(
     # PEFT fails if the file lacks a tensor of a module that PEFT adds to `modules_to_save`. So the task is saved only
     # if all parameters of these modules are trained in full.
     heads = _PEFT_HEADS.get(task or "", ())
-    in_heads = {path for path, weight in weights.items() if weight.names[0].split(".")[0] in heads}
-    if not in_heads.issubset(fully_trained):
+    paths_in_heads = {path for path, weight in weights.items() if weight.names[0].split(".")[0] in heads}
+    if not paths_in_heads.issubset(fully_trained):
         task, heads = None, ()
     modules_to_save = _modules_to_save(weights, fully_trained, heads)
     config = {
@@ -392,7 +392,7 @@ class _Weight:
         return self.location.to_parameter((*self.location.stack, *self.padded_shape), np.float32, tensors)
 
     def _require_own_tensor(self) -> None:
-        """Raise ``ValueError`` if the tensor has other parameters too, or the transformers class uses it twice."""
+        """Raise ``ValueError`` if the tensor has other parameters too, or is tied to a tensor outside its module."""
         if self.location.num_rows is not None:
             raise ValueError(
                 f"{self.path_without_layer} is a part of {self.names[0]} in the transformers class, so it cannot be "
@@ -404,7 +404,7 @@ class _Weight:
         second_name = next((name for name in self.tied_names if not name.startswith(f"{module}.")), None)
         if second_name is not None:
             raise ValueError(
-                f"{self.path_without_layer} is trained in full, but the transformers class uses this table twice "
+                f"{self.path_without_layer} is trained in full, but the transformers class uses this tensor twice "
                 f"({self.names[0]} and {second_name}), and PEFT trains only one copy. To save: use save_pretrained "
                 "with the merged parameters (lora.merge). To load: merge the adapter with PEFT (merge_and_unload), "
                 "and load the result"
@@ -531,10 +531,10 @@ def _exact_patterns(paths: Iterable[str]) -> tuple[str, ...]:
 def _modules_to_save(weights: dict[str, _Weight], fully_trained: list[str], heads: tuple[str, ...]) -> list[str]:
     """The names of the modules that are trained in full (PEFT's ``modules_to_save``).
 
-    If a module is inside another one, only the outer module is listed.
+    If one of these modules contains another of them, only the outer module is listed.
 
     Args:
-        heads: names of the modules that PEFT adds itself. They count as outer modules.
+        heads: names of the modules that PEFT adds itself. They count as modules that are trained in full.
 
     Raises:
         ValueError: only some parameters of a module are trained (PEFT saves only complete modules), or the name of
@@ -546,27 +546,27 @@ def _modules_to_save(weights: dict[str, _Weight], fully_trained: list[str], head
     for name, path in trained_names.items():
         outermost = next(module for module in _modules_of(name) if module in candidates)
         modules.setdefault(outermost, weights[path].path_without_layer)
-    other_modules: dict[str, str] = {}
+    unlisted_modules: dict[str, str] = {}  # module name -> path of one of its parameters
     trained_paths = set(fully_trained)
     for weight in weights.values():
         for name in (*weight.names, *weight.tied_names):
             module = next((module for module in _modules_of(name) if module in modules), None)
             if module is not None and weight.path not in trained_paths:
                 raise ValueError(
-                    f"{weight.path_without_layer} ({name}) is not trained in full, but {modules[module]} is, which "
-                    f"belongs to the same module ({module or 'the whole model'}): PEFT saves only complete modules, so "
+                    f"{weight.path_without_layer} ({name}) is not trained in full, but {modules[module]} of the same "
+                    f"module ({module or 'the whole model'}) is: PEFT saves only complete modules, so "
                     "LoRA.full_training_patterns must select all parameters of the module, or none"
                 )
             for module in _modules_of(name):
                 if module not in modules:
-                    other_modules.setdefault(module, weight.path_without_layer)
-    for other, path in other_modules.items():
-        module = next((end for end in (other[i:] for i in range(1, len(other))) if end in modules), None)
+                    unlisted_modules.setdefault(module, weight.path_without_layer)
+    for unlisted, path in unlisted_modules.items():
+        module = next((end for end in (unlisted[i:] for i in range(1, len(unlisted))) if end in modules), None)
         if module is not None:
             raise ValueError(
-                f"{modules[module]} ({module}) is trained in full, so PEFT would also copy {path} ({other}), because "
-                "PEFT compares only the ends of module names: LoRA.full_training_patterns must select both, or not "
-                f"select {modules[module]}"
+                f"{modules[module]} ({module}) is trained in full, so PEFT would also copy {path} ({unlisted}), "
+                "because PEFT compares only the ends of module names: LoRA.full_training_patterns must select both, or "
+                f"not select {modules[module]}"
             )
     return sorted(modules)
 

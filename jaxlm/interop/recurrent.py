@@ -130,8 +130,8 @@ def from_keras(weights: Sequence[Any], *, reset: GRUReset | None = None) -> Para
 def to_keras(params: Mapping[str, Any]) -> list[np.ndarray]:
     """The arrays for ``set_weights`` of a Keras ``LSTM`` or ``GRU``.
 
-    The Keras layer must have a bias. If ``params`` contains ``bias_hidden``, a GRU must have ``reset_after=True``,
-    otherwise ``reset_after=False``.
+    The Keras layer must have a bias. A GRU must have ``reset_after=True`` if ``params`` contains ``bias_hidden``, and
+    ``reset_after=False`` otherwise.
     """
     arrays = {name: np.asarray(x) for name, x in params.items()}
     if arrays["bias"].shape[0] == 3:

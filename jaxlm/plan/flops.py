@@ -128,7 +128,7 @@ def matmul_specs(model: Model, *, decoding: bool) -> dict[str, spec.ArraySpec]:
 
 
 def active_matmul_parameters(model: Model, *, decoding: bool = False) -> int:
-    """The number from :func:`matmul_parameters`, but of the experts, only those that one token selects count."""
+    """The number from :func:`matmul_parameters`, with only as many experts of each layer as one token selects."""
     leaves = matmul_specs(model, decoding=decoding).values()
     experts = sum(leaf.size for leaf in leaves if spec.EXPERT in leaf.axes)
     return sum(leaf.size for leaf in leaves) - experts + round(experts * active_fraction_of_experts(model))
@@ -254,7 +254,7 @@ def _padded_size(shape: Sequence[int]) -> int:
 def kernel_calls(jaxpr: Any) -> dict[Kernel, set[KernelCall]]:
     """The calls of the Pallas kernels in a jaxpr.
 
-    The value is a set, because several kernels can have the same name and the same shapes.
+    Each value is a set, because several kernels can have the same name and the same shapes of the results.
     """
     calls: dict[Kernel, set[KernelCall]] = {}
     for equation in jaxpr.eqns:

@@ -195,7 +195,7 @@ def shape_bytes(shape: str) -> int:
 
 
 def trip_count(program: Program, computation: list[Instruction], loop: Instruction) -> int | None:
-    """The number of iterations of a ``while`` loop, or None if it is unknown (see the module).
+    """The number of iterations of a ``while`` loop, or None if it is unknown (see the docstring of the module).
 
     Args:
         computation: the computation that contains the loop.
@@ -381,7 +381,7 @@ def _add_computation(program: Program, name: str, times: int, total: Costs) -> N
 def _size_of_costs(costs: Costs) -> tuple[float, int, int]:
     """A key that orders branches: cycles, number of operations, bytes of collectives.
 
-    Only the compiler for TPUs estimates cycles. For other compilers, the other numbers decide.
+    Without estimated cycles (all compilers except that for TPUs), the last two numbers decide.
     """
     return costs.cycles, len(costs.operations), sum(op.times * op.bytes for op in costs.collectives)
 

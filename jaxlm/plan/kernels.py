@@ -14,6 +14,7 @@ import re
 import tempfile
 from pathlib import Path
 
+# A bundle has an address, an optional flag such as PF, one ">" per loop depth, and its instructions in braces.
 _BUNDLE = re.compile(r"^\s*(?:0x[0-9a-f]+|0)\s+(?:(LH|LB|LE|PB|PF|CT))?:\s*((?:> *)*)\{")
 _FLAGS = "--xla_jf_dump_to={} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=final_bundles"
 _DUMP_FLAG = re.compile(r"--xla_jf_dump_to=(\S+)")
@@ -50,7 +51,7 @@ def dump_schedules() -> None:
     os.environ["LIBTPU_INIT_ARGS"] = f"{flags} {_FLAGS.format(directory.name)}".strip()
 
 
-_dump_directories: list[tempfile.TemporaryDirectory[str]] = []
+_dump_directories: list[tempfile.TemporaryDirectory[str]] = []  # keeps the directory until the process ends
 
 
 def schedule_of(kernel: str, since: int) -> Schedule | None:

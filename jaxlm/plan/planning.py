@@ -127,7 +127,7 @@ class Plan:
         flops: model FLOPs of a step, summed over all devices; ``flops_formula`` describes how they are counted.
         fits: True if the step fits into the memory of the device, or if the memory of the device is unknown. If False,
             ``reason`` gives the numbers.
-        memory: None if the compiler rejected the step because it does not fit. Then the plan has no
+        memory: None if the compiler rejected the step because it does not fit into memory. Then the plan has no
             estimates of the compiler.
         cycles: estimated cycles of all operations, including Pallas kernels; None if the compiler estimates no cycles
             or the cycles of a kernel are unknown.
@@ -218,8 +218,8 @@ def plan(
     """
     check_min(1, batch=batch, sequence=sequence, grad_accum_steps=grad_accum_steps)
     _check_settings(decode, optimizer, grad_accum_steps, param_dtype)
-    devices = topology.get_topology(topology_name)
-    sharding = Sharding(make_mesh(mesh, devices=devices.devices))
+    target = topology.get_topology(topology_name)
+    sharding = Sharding(make_mesh(mesh, devices=target.devices))
     sequence = min(model.max_positions or 512, 1024) if sequence is None else sequence
     if decode:
         step = program.decoding_step(model, sharding, batch, sequence, param_dtype=param_dtype)
@@ -234,9 +234,9 @@ def plan(
     plan_of_step = functools.partial(
         Plan, model=model.family, topology=topology_name, mesh=mesh, objective=step.objective,
         dtype=str(getattr(model.config, "dtype", "float32")), batch=batch, sequence=sequence, tokens=step.tokens,
-        devices=len(devices.devices), device_kind=devices.devices[0].device_kind, flops=step.flops.amount,
-        flops_formula=step.flops.formula, accuracy=ACCURACY[devices.devices[0].platform],
-        min_memory_seconds=_min_memory_seconds(model, step, parts["state"], devices.device) if decode else None,
+        devices=len(target.devices), device_kind=target.devices[0].device_kind, flops=step.flops.amount,
+        flops_formula=step.flops.formula, accuracy=ACCURACY[target.devices[0].platform],
+        min_memory_seconds=_min_memory_seconds(model, step, parts["state"], target.device) if decode else None,
     )  # fmt: skip
     try:
         compiled = traced.lower().compile(compiler_options=dict(compiler_options or {}))
@@ -248,12 +248,12 @@ def plan(
         return plan_of_step(fits=False, reason=_reason(str(error)), compile_seconds=time.perf_counter() - start)
     seconds = time.perf_counter() - start
     costs = hlo.costs(hlo.parse(compiled.as_text()))
-    memory = _memory(compiled.memory_analysis(), parts, devices.device, trains=not decode)
+    memory = _memory(compiled.memory_analysis(), parts, target.device, trains=not decode)
     fits = memory.limit is None or memory.total <= memory.limit
-    kernel_stats = _kernels(costs, calls, start_time_ns, devices.device)
-    collectives = _collective_stats(costs, devices.device)
+    kernel_stats = _kernels(costs, calls, start_time_ns, target.device)
+    collectives = _collective_stats(costs, target.device)
     return plan_of_step(
-        **_estimates(costs.cycles, kernel_stats, collectives, step.flops.amount, devices),
+        **_estimates(costs.cycles, kernel_stats, collectives, step.flops.amount, target),
         fits=fits,
         reason="" if fits else f"needs {memory.total / 2**30:.2f} of {(memory.limit or 0) / 2**30:.2f} GiB per device",
         memory=memory,
@@ -326,9 +326,9 @@ def _memory(analysis: Any, parts: dict[str, int], device: Device | None, *, trai
 
 def _estimates(
     cycles_without_kernels: int, kernel_stats: list[KernelStats], collectives: list[CollectiveStats],
-    model_flops: float, devices: topology.Topology,
+    model_flops: float, target: topology.Topology,
 ) -> dict[str, Any]:  # fmt: skip
-    device, count = devices.device, len(devices.devices)
+    device, count = target.device, len(target.devices)
     seconds = mfu = with_communication = None
     known = [kernel.cycles for kernel in kernel_stats if kernel.cycles is not None]
     is_known = cycles_without_kernels > 0 and len(known) == len(kernel_stats)
@@ -359,7 +359,7 @@ def _collective_stats(costs: hlo.Costs, device: Device | None) -> list[Collectiv
 
 def _sent_bytes(op: hlo.Collective) -> float:
     """The number of bytes that a device sends in one execution."""
-    group = op.group_size or 2
+    group = op.group_size or 2  # if the size is unknown, the smallest group gives a lower bound
     ring = (group - 1) / group  # the fraction of an array that a device sends in one pass around a ring
     return {"all-reduce": 2 * ring, "collective-permute": 1.0 if group > 1 else 0.0}.get(op.kind, ring) * op.bytes
 
@@ -380,21 +380,21 @@ def _kernels(
 ) -> list[KernelStats]:
     kernel_stats: list[KernelStats] = []
     base_names = [re.sub(r"(\.\d+)*$", "", operation.instruction.name) for operation in costs.kernels]
-    # libtpu compiles equal kernels once, so there is a dump only for the name of one of them.
+    # libtpu compiles equal kernels once, so only one of them has a dump. The others share its schedule.
     keys = [(name, operation.instruction.shape) for name, operation in zip(base_names, costs.kernels, strict=True)]
-    found = [kernels.schedule_of(operation.instruction.name, start_time_ns) for operation in costs.kernels]
-    shared = {key: schedule for key, schedule in zip(keys, found, strict=True) if schedule is not None}
-    for operation, base_name, key, own_schedule in zip(costs.kernels, base_names, keys, found, strict=True):
-        name, schedule = operation.instruction.name, own_schedule or shared.get(key)
-        known = calls.get((base_name, hlo.array_shapes(operation.instruction.shape)), set())
-        grids = {call.grid for call in known}
-        grid = grids.pop() if len(grids) == 1 else None  # unknown if such kernels have different grids
+    schedules = [kernels.schedule_of(operation.instruction.name, start_time_ns) for operation in costs.kernels]
+    schedule_of_key = {key: schedule for key, schedule in zip(keys, schedules, strict=True) if schedule is not None}
+    for operation, base_name, key, own_schedule in zip(costs.kernels, base_names, keys, schedules, strict=True):
+        name, schedule = operation.instruction.name, own_schedule or schedule_of_key.get(key)
+        same_kernel = calls.get((base_name, hlo.array_shapes(operation.instruction.shape)), set())
+        grids = {call.grid for call in same_kernel}
+        grid = grids.pop() if len(grids) == 1 else None  # unknown if kernels of this name and shape have several grids
         cycles = None
         if schedule is not None and grid is not None:
             cycles = kernels.cycles(schedule, grid)
             if device is not None and device.clock is not None:
-                copied = max(call.bytes for call in known)
-                cycles = max(cycles, round(copied / device.bandwidth * device.clock))
+                copied_bytes = max(call.bytes for call in same_kernel)
+                cycles = max(cycles, round(copied_bytes / device.bandwidth * device.clock))
             cycles *= operation.times
         kernel_stats.append(KernelStats(name, operation.times, grid, schedule, cycles))
     return kernel_stats

@@ -97,9 +97,9 @@ def abstract_batch(model: Model, batch: int, sequence: int, sharding: Sharding) 
     if task == "span_qa":
         return Batch(tokens, array(2), array(dtype=jnp.float32))
     if task == "permutation":
-        predicted = max(1, sequence // 6)  # about one token in six: Yang et al. 2019 predict 85 of 512
-        inputs = {"token_types": tokens, "order": tokens, "targets": array(predicted)}
-        return Batch(tokens, array(predicted), array(predicted, dtype=jnp.float32), inputs=inputs)
+        num_predicted = max(1, sequence // 6)  # about one token in six: Yang et al. 2019 predict 85 of 512
+        inputs = {"token_types": tokens, "order": tokens, "targets": array(num_predicted)}
+        return Batch(tokens, array(num_predicted), array(num_predicted, dtype=jnp.float32), inputs=inputs)
     if model.reads_source:
         target = span_corruption.text_length(sequence)[1]
         sharding.named_sharding(("batch", "seq"), (batch, target), f"the target of a source of {sequence} tokens")
@@ -128,24 +128,25 @@ def training_step(
     # The numbers of steps of the schedule do not change the plan. One warm-up step replaces all warm-up and hold steps,
     # because the schedule "inverse_square_root" needs at least one such step.
     has_warmup = optimizer.warmup_steps > 0 or optimizer.hold_steps > 0
-    schedule = dataclasses.replace(optimizer, warmup_steps=int(has_warmup), hold_steps=0)
-    update = make_optimizer(schedule, model.specs, steps=1000)
+    config = dataclasses.replace(optimizer, warmup_steps=int(has_warmup), hold_steps=0)
+    transformation = make_optimizer(config, model.specs, steps=1000)
     carry_size = carry_size_of(model, batch)
-    data = abstract_batch(model, batch, sequence, sharding)
+    batch_shapes = abstract_batch(model, batch, sequence, sharding)
     trainer = Trainer(
-        model, update, objective(task).loss, grad_accum_steps=grad_accum_steps, carry_size=carry_size, sharding=sharding
+        model, transformation, objective(task).loss, grad_accum_steps=grad_accum_steps, carry_size=carry_size,
+        sharding=sharding,
     )  # fmt: skip
     state = trainer.abstract()
     flops = flops_lib.training_flops(model, batch, sequence)
     if flops is None:
-        unsharded = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (data, state.model_state))
+        unsharded = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (batch_shapes, state.model_state))
         flops = flops_lib.counted_training_flops(model, trainer.loss, *unsharded)
-    parts = {"parameters": state.params, "optimizer": state.optimizer, "batch": data}
+    parts = {"parameters": state.params, "optimizer": state.optimizer, "batch": batch_shapes}
     if carry_size is not None:
         parts["carried state"] = state.model_state
-    tokens = sum(math.prod(x.shape) for x in (data.tokens, data.inputs.get("source")) if x is not None)
+    tokens = sum(math.prod(x.shape) for x in (batch_shapes.tokens, batch_shapes.inputs.get("source")) if x is not None)
     name = f"train, {task}" + (", with carried state" if carry_size is not None else "") + _layout_note(model)
-    return Step(trainer.jit_step(), (state, data), parts, flops, tokens, name)
+    return Step(trainer.jit_step(), (state, batch_shapes), parts, flops, tokens, name)
 
 
 def _layout_note(model: Model) -> str:

@@ -16,7 +16,7 @@ def show(plans: Sequence[Plan], console: Console) -> None:
     """Print plans as a table with one row per quantity and one column per plan, then the details of each plan.
 
     The details are: why the step does not fit, the most expensive operations, the kernels, and notes. The last line
-    says how exact such plans are.
+    says how exact plans for this platform were (one line per platform).
 
     Args:
         plans: at least one plan. All must be plans of the same model and the same kind of step, because the heading

@@ -1,4 +1,4 @@
-"""Tests of the family contract (docs/tour.md, section 3), for the families of this package and of others.
+"""Tests of the family contract (docs/tour.md, section 3), for the families of this package and of other packages.
 
 A test module imports all names of this module and sets ``FAMILIES`` to the names of its families:
 
@@ -114,7 +114,7 @@ def pytest_generate_tests(metafunc):
 def setup(name, batch=2, length=24, **overrides):
     """The tiny model, initial parameters with noise, and random tokens [batch, length].
 
-    ``overrides`` are values of config fields. Those of fields that the config does not have are ignored.
+    ``overrides`` are values of config fields. Fields that the config does not have are ignored.
     """
     model = tiny_model(name).with_known_fields(**overrides)
     return model, add_noise(initial_params(model)), random_tokens(model, batch, length)
@@ -424,8 +424,10 @@ def test_a_segment_id_that_occurs_again_starts_a_document(name):
     """If a segment id occurs again after another id, a new document begins, also in a later call with a state."""
     model, params, tokens = setup(name, batch=1, length=12)
     again, unique = (np.repeat([ids], 3, axis=1).astype(np.int32) for ids in ([1, 2, 1, 2], [1, 2, 3, 4]))
+    # Models that downsample do not support packing. In an encoder-decoder, a segment id selects a document of the
+    # source, so the id may occur again.
     if downsamples(model) or model.reads_source:
-        return  # no support for packing, or the segment id selects the document of the source, so it may occur again
+        return
     expected = hidden_of(model, params, tokens, segment_ids=unique)
     assert relative_error(hidden_of(model, params, tokens, segment_ids=again), expected) < TOLERANCE
     if not decodes(model):
@@ -684,8 +686,8 @@ def training_setup(name, batch=16):
 
 
 def optimizer_of(model):
-    # The true gradients of key biases are 0, so the computed ones are rounding errors. With a large epsilon, Adam does
-    # not amplify these errors.
+    # The true gradients of key biases are 0, so the computed gradients are rounding errors. With a large epsilon, Adam
+    # does not amplify these errors.
     return make_optimizer(OptimizerConfig(warmup_steps=1, learning_rate=1e-2, epsilon=1e-3), model.specs, 40)
 
 
@@ -779,8 +781,8 @@ def test_the_length_of_a_state_need_not_be_divisible_by_the_sequence_axis(name):
 def test_same_seed_same_parameters_on_a_mesh(name):
     model, _, _ = training_setup(name)
     sharding = Sharding(make_mesh("data=2,fsdp=2,tensor=2"))
-    split = jax.jit(model.init, out_shardings=sharding.tree(model.specs))(jax.random.key(0))
-    assert_trees_equal(split, initialized_params(model))
+    sharded_params = jax.jit(model.init, out_shardings=sharding.tree(model.specs))(jax.random.key(0))
+    assert_trees_equal(sharded_params, initialized_params(model))
 
 
 @representatives

@@ -39,8 +39,8 @@ def variant_params(names: Any = TINY) -> list[Any]:
 
     Names of variants of other packages get no mark.
     """
-    others = set(TINY) - set(FIRST_VARIANTS)
-    return [pytest.param(name, marks=pytest.mark.thorough) if name in others else name for name in names]
+    thorough = set(TINY) - set(FIRST_VARIANTS)
+    return [pytest.param(name, marks=pytest.mark.thorough) if name in thorough else name for name in names]
 
 
 def tiny_model(name: str, **overrides: Any) -> Model:
@@ -125,7 +125,7 @@ def initial_params(model: Model, seed: int = 0) -> Any:
 def initial_values(specs: spec.Tree, seed: int = 0) -> Any:
     """``spec.init(specs, jax.random.key(seed))`` up to rounding, as new arrays.
 
-    NumPy draws the values, because JAX compiles the initialization of each tree, which takes longer than most tests.
+    NumPy draws the values. JAX would compile the initialization of each tree, and this takes longer than most tests.
     """
     named_specs, treedef = jax.tree_util.tree_flatten_with_path(specs)
     return jax.tree.map(jax.device_put, jax.tree.unflatten(treedef, _drawn_values(tuple(named_specs), seed)))
@@ -139,11 +139,11 @@ def initialized_params(model: Model, seed: int = 0) -> Any:
 
 @functools.lru_cache(maxsize=64)
 def _initialized_values(named_specs: tuple[Any, ...], treedef: Any, seed: int) -> Any:
-    return jax.device_get(_init_of(named_specs, treedef)(jax.random.key(seed)))
+    return jax.device_get(_jitted_init(named_specs, treedef)(jax.random.key(seed)))
 
 
 @functools.lru_cache(maxsize=64)
-def _init_of(named_specs: tuple[Any, ...], treedef: Any) -> Any:
+def _jitted_init(named_specs: tuple[Any, ...], treedef: Any) -> Any:
     specs = jax.tree.unflatten(treedef, [array for _, array in named_specs])
     return jax.jit(functools.partial(spec.init, specs))
 
@@ -166,7 +166,7 @@ def _drawn_values(named_specs: tuple[Any, ...], seed: int) -> list[np.ndarray]:
 
 
 def _draw(init: Any, key: tuple[Any, Any], shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """The values of an initializer. NumPy draws float32 Gaussian and uniform values, JAX draws other random values."""
+    """The values of an initializer. NumPy draws float32 Gaussian and uniform values, JAX all other random values."""
     if isinstance(init, spec.Constant):
         return np.full(shape, init.value, dtype)
     if dtype == np.float32 and isinstance(init, (spec.Normal, spec.Uniform)):

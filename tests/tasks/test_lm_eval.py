@@ -201,7 +201,7 @@ def test_the_registered_model_and_the_command_return_the_same_results(
     printed = capsys.readouterr().out
     assert status == 0
     assert all(task in printed for task in TASKS)
-    assert "requests were truncated: the model reads 40 tokens" in printed
+    assert "requests were truncated: the model reads at most 40 tokens" in printed
     content = json.loads(output.read_text(encoding="utf-8"))
     for task in TASKS:
         for name, value in results["results"][task].items():

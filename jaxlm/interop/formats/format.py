@@ -140,7 +140,7 @@ DECODER_HEADS = {
 
 
 def span_qa(table: Format, architecture: str) -> Format:
-    """The format of a question-answering class, whose tensor names have the prefix ``transformer.``, not ``model.``."""
+    """A copy of ``table`` for the question-answering class ``architecture``, which has the prefix ``transformer.``."""
     return dataclasses.replace(
         table, architectures={architecture: {"task": "span_qa"}}, prefix="transformer.",
         default_fields={**table.default_fields, "task": "span_qa"},

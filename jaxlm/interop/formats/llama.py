@@ -181,8 +181,8 @@ def _write_gemma3(cfg: Config) -> dict[str, Any]:
         raise ValueError(f"model_type='gemma3_text' needs a positive attention_scale, got {cfg.attention_scale}")
     if "window" in kinds and cfg.window_rotary_base is None:
         raise ValueError(
-            "model_type='gemma3_text' needs window_rotary_base: set it to rotary_base (rotary_scaling, if any, then no "
-            "longer applies to the layers with a window)"
+            "model_type='gemma3_text' needs window_rotary_base: set it to rotary_base (rotary_scaling then has no "
+            "effect on the layers with a window)"
         )
     fields: dict[str, Any] = {
         "head_dim": width,

@@ -23,8 +23,8 @@ _HF_SCALING_FIELDS = {
 def read_rotary(config: Mapping[str, Any], fraction: float | None) -> dict[str, Any]:
     """The jaxlm config fields ``rotary_base``, ``rotary_fraction`` and ``rotary_scaling``, from ``config.json``.
 
-    The fields are read from the JSON object ``rope_parameters`` (transformers 5). If it is missing or empty, they are
-    read from ``rope_scaling``. Fields that the object does not set are not in the result.
+    The fields are read from the JSON object ``rope_parameters`` (transformers 5). If this object is missing or empty,
+    they are read from ``rope_scaling``. Fields that the object does not set are not in the result.
 
     Args:
         config: the contents of ``config.json``.
@@ -33,7 +33,8 @@ def read_rotary(config: Mapping[str, Any], fraction: float | None) -> dict[str, 
 
     Raises:
         ValueError: the kind of scaling, one of its fields or the fraction is not supported; a required field is
-            missing; the fields ``rope_type`` and ``type`` differ; or the value is not a JSON object.
+            missing; the fields ``rope_type`` and ``type`` differ; or ``rope_parameters`` or ``rope_scaling`` is not a
+            JSON object.
     """
     fields: dict[str, Any] = {}
     name = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
@@ -74,7 +75,7 @@ def read_rotary(config: Mapping[str, Any], fraction: float | None) -> dict[str, 
             f"rope_type={kind!r} is not supported in {name}: choose from default, {', '.join(get_args(ScalingKind))}"
         )
     field_of = {hf_field: field for field, (hf_field, kinds) in _HF_SCALING_FIELDS.items() if kind in kinds}
-    hf_scaling = {name: value for name, value in hf_scaling.items() if value is not None}
+    hf_scaling = {field: value for field, value in hf_scaling.items() if value is not None}
     for field, value in hf_scaling.items():
         if field not in field_of or isinstance(value, str):
             raise ValueError(

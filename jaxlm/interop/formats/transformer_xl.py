@@ -40,7 +40,7 @@ def _write_fields(cfg: Config) -> dict[str, Any]:
     }
 
 
-_CLUSTERS = range(1, 9)
+_CLUSTERS = range(1, 9)  # of rare tokens; a model with more clusters is saved in jaxlm's own format
 _PROJECTIONS = [
     "token_projection",
     "head/projection",
