@@ -47,9 +47,9 @@ def _layer_norm(epsilon: float, x: jax.Array, scale: jax.Array, bias: jax.Array)
 
 
 def _normalize(function: Callable[..., jax.Array], epsilon: float, x: jax.Array, *params: jax.Array) -> jax.Array:
-    """``function(epsilon, x, *params)``, computed by a kernel if there are few rows on a TPU."""
+    """``function(epsilon, x, *params)``, computed by a kernel for one token per row on a TPU."""
     require_arrays(x=x)
-    if choices.norm_kernel(x.shape, x.dtype, params[0].ndim):
+    if choices.norm_kernel(x.shape, x.dtype):
         return norm_pallas.run(functools.partial(function, epsilon), x, *params)
     return _with_recomputation(function, epsilon, x, *params)
 

@@ -3,7 +3,7 @@
 XLA normalizes rows with three operations: one for the sums, one for mean and variance, and one for the result. With few
 rows, the start of an operation takes longer than its arithmetic. The kernel is a single operation.
 
-Shapes: B batch, T time, R = B * T rows, W width, G groups that are normalized separately.
+Shapes: B batch, W width.
 """
 
 from __future__ import annotations
@@ -19,33 +19,31 @@ from jaxlm.nn.custom_gradient import custom_vjp
 from jaxlm.nn.lazy_pallas import pl
 
 
-def run(normalize: Callable[..., jax.Array], x: jax.Array, *params: jax.Array) -> jax.Array:
-    """``normalize(x, *params)``, in the shape and dtype of ``x`` [B, T, W] or [B, T, G, W].
+def run(normalize: Callable[..., jax.Array], x_B1W: jax.Array, *params_W: jax.Array) -> jax.Array:
+    """``normalize(x, *params)``, in the shape and dtype of ``x``.
 
     Args:
-        normalize: the normalization of rows [R, W] or [R, G, W] over their last axis.
-        params: arrays [W] or [G, W].
+        normalize: the normalization of rows [B, W] over their last axis.
     """
-    group_axes = ("heads",) * (x.ndim - 3)
+    axes = [("batch", None, None), *[(None,)] * len(params_W)]
 
-    def forward(x: jax.Array, *params: jax.Array) -> tuple[jax.Array, Any]:
-        def device_norm(x: jax.Array, *params: jax.Array) -> jax.Array:
-            rows = x.reshape(-1, *x.shape[2:])
+    def device_norm(x_B1W: jax.Array, *params_W: jax.Array) -> jax.Array:
+        rows_BW = x_B1W[:, 0]
 
-            def kernel(*references: Any) -> None:
-                *inputs, out = references
-                out[...] = normalize(*(array[...] for array in inputs))
+        def kernel(*references: Any) -> None:
+            *inputs, out = references
+            out[...] = normalize(*(array[...] for array in inputs))
 
-            out = pl.pallas_call(
-                kernel, name="norm", interpret=lazy_pallas.INTERPRET,
-                out_shape=jax.ShapeDtypeStruct(rows.shape, x.dtype),
-            )(rows, *params)  # fmt: skip
-            return out.reshape(x.shape)
+        out_BW = pl.pallas_call(
+            kernel, name="norm", interpret=lazy_pallas.INTERPRET,
+            out_shape=jax.ShapeDtypeStruct(rows_BW.shape, rows_BW.dtype),
+        )(rows_BW, *params_W)  # fmt: skip
+        return out_BW[:, None]
 
-        axes = [("batch", None, *group_axes, None), *[(*group_axes, None)] * len(params)]
-        return sharding.map_shards(device_norm, axes, axes[0])(x, *params), (x, *params)
+    def forward(x_B1W: jax.Array, *params_W: jax.Array) -> tuple[jax.Array, Any]:
+        return sharding.map_shards(device_norm, axes, axes[0])(x_B1W, *params_W), (x_B1W, *params_W)
 
-    def backward(saved: Any, dout: jax.Array) -> Any:
-        return jax.vjp(normalize, *saved)[1](dout)
+    def backward(saved: Any, dout_B1W: jax.Array) -> Any:
+        return jax.vjp(normalize, *saved)[1](dout_B1W)
 
-    return custom_vjp.from_rules(forward, backward)(x, *params)
+    return custom_vjp.from_rules(forward, backward)(x_B1W, *params_W)
