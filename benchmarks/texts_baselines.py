@@ -127,7 +127,7 @@ class TorchClassifier(_Torch):
 
 
 class _Pipeline(_Texts, TorchImplementation):
-    """Base class of ``transformers.pipeline``. It reads the texts in the order of the file."""
+    """Base class of the implementations that call ``transformers.pipeline`` for the texts in the order of the file."""
 
     def __init__(self, task: str, directory: str, file: str, batch: int) -> None:
         super().__init__(file, batch)

@@ -109,7 +109,7 @@ def write_pages(app: Sphinx) -> None:
 
 
 class RepositoryLinks(SphinxTransform):
-    """Let relative links and pictures refer to the documents of their targets."""
+    """Make relative links refer to the documents of their targets, and pictures outside docs/ to their files."""
 
     default_priority = 5
 

@@ -455,8 +455,9 @@ class _Watch:
             return
         self._received_signals.append(signal.Signals(number))
         # The signal handler of the training loop calls request_end and then removes itself. While the main thread waits
-        # in C++, Python cannot call this handler. So for a first signal, this thread makes the same request, if the
-        # handler is installed or has already made it. Otherwise, this thread sets a deadline for the main thread.
+        # in C++, Python cannot call this handler. So for a first signal, this thread makes the request, too, if the
+        # handler is installed, or has already run (a second request has no effect). Otherwise, this thread sets a
+        # deadline for the main thread.
         handled = signal.getsignal(number) not in (signal.default_int_handler, _terminate) or self._end_requested
         if len(self._received_signals) == 1 and handled:
             self.request_end()

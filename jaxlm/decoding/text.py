@@ -133,7 +133,8 @@ def stream_text(
 
     After the first token, and then after each call of the jitted loop, the iterator yields the part of the text that is
     new and that later tokens cannot change. If the text ends with an incomplete character or with a possible beginning
-    of a stop string, the iterator yields this end only when later tokens show that it belongs to the text.
+    of a stop string, the iterator yields this end when later tokens show that it belongs to the text, or when the text
+    is complete.
 
     Args:
         chunk: number of tokens in each call of the jitted loop.
@@ -437,7 +438,8 @@ class _TextGenerator:
         Args:
             batch: token ids of each prompt or source.
             text_indices: [B] index of each text.
-            chunk: number of tokens between two results. None: one chunk has all remaining tokens of a window.
+            chunk: number of tokens between two results. None: all remaining tokens of a window
+                (``jaxlm.decoding.windows``: a part of the text that fits into the model).
         """
         prompts = self._prompts(batch)
         limits = self._limits(prompts)

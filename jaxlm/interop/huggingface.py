@@ -176,7 +176,7 @@ def save_pretrained(
     removed afterwards.
 
     Host memory holds at most the tensors of one file, one group of parameters that are saved in the same tensors, and
-    the tensors that are saved as copies.
+    the tensors of which the format has a copy in every layer (Transformer-XL).
 
     Args:
         directory: created if it does not exist. Only configs, weights, ``checksums.json`` and (with ``tokenizer``)

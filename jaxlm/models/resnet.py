@@ -119,7 +119,8 @@ def apply(
     tokens, is_real_BT, is_one_text_B = pad_to_length(tokens, segment_ids, cfg.max_positions)
     x = jnp.where(is_real_BT[:, :, None], embed(params["token_embedding"], tokens, dtype, size=cfg.vocab_size), 0.0)
     x = jnp.where(is_one_text_B[:, None, None], x, jnp.nan)
-    axes = "batch", None, "activation_embed"  # the mesh axis of ``seq`` need not divide the lengths of the blocks
+    # Time is not split over the mesh: the mesh axis of ``seq`` might not divide the halved lengths of later blocks.
+    axes = "batch", None, "activation_embed"
     x = constrain(x, axes)
     x = convolution(params["input"], x, padding="same")
     statistics = {}

@@ -195,7 +195,7 @@ def _attention(
             biases.append(type_bias(type_q, types_2HK, *stream.token_types, scale=scale))
         content_q = absorb("key", content_q)
         if use_absorbed:
-            # With a memory, there is only one stream in the decoding layout.
+            # With a memory, ``make_streams`` returns a single stream exactly in the decoding layout.
             options = {"scale": scale, "biases": biases, "in_decoding_layout": len(streams) == 1}
             outputs.append(memory.attend_to_inputs(content_q, inputs_BSD, stream.mask, **options))
         else:

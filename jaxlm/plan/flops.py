@@ -193,7 +193,8 @@ def _count_equation(equation: Any) -> float:
         return 2.0 * equation.outvars[0].aval.size * math.prod(shape[axis] for axis in contracted)
     if name == "ragged_dot_general":
         # Each row of the left array is multiplied by one of the matrices of the right array. If the ragged axis is
-        # contracted, the groups of rows are separate products, and each row belongs to one of them.
+        # contracted, each group of rows is multiplied separately, so each entry of the left array is used once for each
+        # column of the output.
         (contracted, _), _ = params["ragged_dot_dimension_numbers"].dot_dimension_numbers
         lhs, output = equation.invars[0].aval, equation.outvars[0].aval
         if params["ragged_dot_dimension_numbers"].lhs_ragged_dimensions[0] in contracted:

@@ -139,8 +139,8 @@ class Plan:
             ``seconds`` or the peak rate is unknown.
         mfu_with_communication: the MFU if the step takes ``seconds + communication_seconds``; None if one of them or
             the peak rate is unknown.
-        min_memory_seconds: lower bound of the time of a decoding step: the seconds to read the state, and the
-            parameters that a decoding step multiplies, once. Tables that are only looked up, and the encoder, are not
+        min_memory_seconds: lower bound of the time of a decoding step: the seconds to read the state and the
+            parameters of its matmuls, each once. Tables that are only looked up, and the encoder, are not
             included. Of a mixture of experts, only the experts that one token selects are included. None for training
             or an unknown device.
         most_expensive: the operations with the most cycles, at most ``NUM_TOP_OPERATIONS``. Pallas kernels are not
@@ -293,7 +293,7 @@ def _check_settings(decode: bool, optimizer: OptimizerConfig, grad_accum_steps: 
 
 
 def _min_memory_seconds(model: Model, step: program.Step, state_bytes: int, device: Device | None) -> float | None:
-    """The seconds to read the state, and the parameters that a decoding step multiplies, once.
+    """The seconds to read the state and the parameters of the matmuls of a decoding step, each once.
 
     Tables that are only looked up, and the encoder, are not included. None if the bandwidth is unknown.
     """

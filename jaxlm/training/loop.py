@@ -956,8 +956,8 @@ class _Signals:
         """Whether to end now. All processes get the same result. The loop must call it after every step."""
         if self._single_process:
             return self.caught is not None
-        # must_end_now returns True in only one call. If this step ends with a rollback, the loop loses this value, so
-        # it is stored here. The run then ends after the next step.
+        # must_end_now returns True in only one call. The loop ignores this value if the step ends with a rollback. So
+        # it is stored here, and the run ends after the next step.
         self._all_must_end = self._all_must_end or processes.must_end_now()
         if self._all_must_end and self.caught is None:
             self.caught = signal.SIGTERM.name

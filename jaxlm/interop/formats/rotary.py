@@ -105,8 +105,9 @@ def write_rotary(scaling: RotaryScaling | None, max_positions: int | None) -> di
     if scaling.kind == "dynamic" and scaling.original_positions != max_positions:
         raise ValueError(
             f"dynamic rotary scaling from {scaling.original_positions} to max_positions={max_positions} cannot be "
-            "written to a Hugging Face file, because transformers computes the base from the length of each text: set "
-            f"max_positions={scaling.original_positions}, or use linear or yarn scaling"
+            "written to a Hugging Face file: jaxlm computes one base from max_positions, but transformers computes a "
+            f"base from the length of each text. Set max_positions={scaling.original_positions}, or use linear or yarn "
+            "scaling"
         )
     hf_scaling = {
         name: getattr(scaling, field) for field, (name, kinds) in _HF_SCALING_FIELDS.items() if scaling.kind in kinds

@@ -64,9 +64,10 @@ def distance_bias(
     """
     # Row 0 of the padded table is not used for any score, but ``Tile.shifted_product`` needs it. Row 1 is for the
     # largest distance, from the last query to the first key.
-    first, rows = max_distance - (query_offset + queries), queries + keys
-    low, high = (min(max(row, 0), table.shape[0] - 1) for row in (first, first + rows - 1))
-    before, after = (min(max(missing, 0), rows - 1) for missing in (low - first, first + rows - 1 - high))
+    first_row, num_rows = max_distance - (query_offset + queries), queries + keys  # rows of ``table``, maybe outside
+    last_row = first_row + num_rows - 1
+    low, high = (min(max(row, 0), table.shape[0] - 1) for row in (first_row, last_row))
+    before, after = (min(max(missing, 0), num_rows - 1) for missing in (low - first_row, last_row - high))
     floats = _table_arrays(table, q_BTHK)
     used_rows = floats["table"][..., low : high + 1]
     floats["table"] = jnp.pad(used_rows, (*[(0, 0)] * (used_rows.ndim - 1), (before, after)), mode="edge")

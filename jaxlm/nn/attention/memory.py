@@ -38,8 +38,8 @@ def memory_specs(
     """Specs of an empty memory for ``slots`` tokens per row.
 
     The memory contains ``hidden`` [B, M, width] for each layer, and ``segment_ids`` [B, M] with 0 for an empty slot.
-    ``hidden`` are the inputs of a layer. In ``jaxlm.models.attention_rnn_lm``, they are the projected keys and the
-    values (not projected) of previous outputs, concatenated.
+    ``hidden`` are the inputs of a layer. In ``jaxlm.models.attention_rnn_lm``, ``hidden`` contains two concatenated
+    vectors for each previous output: its projected key and its value.
 
     Args:
         layers: number of layers; None: the specs of one layer, with ``hidden`` directly in the dict.
@@ -143,7 +143,7 @@ def _make_decoding_context(state: State, segments_B1: jax.Array, window: int | N
     segments_BS = cache.append(state["segment_ids"], segments_B1, state["length"])
     query_documents, key_documents = cache.document_ids(segments_BS, segments_B1, slots_B1)
     index_1S = jnp.arange(segments_BS.shape[1], dtype=jnp.int32)[None]
-    # The usual layout has dropped the tokens before the last M.
+    # A token attends to the M slots before it. In the usual layout, older tokens would have been dropped.
     is_in_memory_BS = index_1S >= slots_B1 - state["capacity"][:, None]
     mask = Mask(
         causal=True,
@@ -174,10 +174,10 @@ def append_and_read(layer_memory: Any, new_BTD: jax.Array, context: MemoryContex
 
 
 def append(memory_BM: jax.Array, new_BT: jax.Array, context: MemoryContext) -> jax.Array:
-    """The next memory, from an array of the memory and its entries for the new tokens. No gradient flows into these.
+    """The next memory, from an array of the memory and its entries for the new tokens.
 
-    In the usual layout, the result has M of the entries of ``memory`` and ``new``. In the decoding layout, it has the
-    new entry in the slot of the new token.
+    In the usual layout, the result has M of the entries of ``memory`` and ``new``, and no gradient flows into these
+    arrays. In the decoding layout, the result has the new entry in the slot of the new token.
 
     Args:
         memory_BM: [B, M, ...]; in the decoding layout [B, S, ...].

@@ -10,9 +10,9 @@ transpose the arrays, and the projections would use half of the matrix unit. A b
 is a multiple of 128, or all heads (:func:`_heads_of_block`). The kernels compute these heads one after the other.
 
 The backward pass recomputes the scores. A tile has whole rows, so the backward pass also computes the sums over rows,
-and reads no log-sum-exps and no row sums from HBM. With a causal mask that compares indices, and at most
-``MAX_CAUSAL_BLOCK`` queries, a block is split into tiles of at most ``CAUSAL_TILE`` queries, and a tile has no keys
-after its last query. All other masked scores are computed.
+and reads no log-sum-exps and no row sums from HBM. A block is split into tiles of at most ``CAUSAL_TILE``
+queries if a causal mask compares indices, and if there are as many keys as queries, at most ``MAX_CAUSAL_BLOCK``. Such
+a tile has no keys after its last query. All other masked scores are computed.
 
 Shapes as in ``jaxlm.nn.attention.api``, with V width of values, R queries of a tile, X and Y the last axes of a bias's
 array.
