@@ -20,7 +20,7 @@ from jaxlm import spec
 from jaxlm.config import check_field_types, check_min
 from jaxlm.decoding.config import EarlyStopping
 from jaxlm.decoding.finite import check_finite, rows_finite
-from jaxlm.decoding.loop import decoding_loop
+from jaxlm.decoding.loop import decoding_loop, loop_params
 from jaxlm.decoding.prompts import (
     EndId,
     as_end_ids,
@@ -28,7 +28,6 @@ from jaxlm.decoding.prompts import (
     is_end,
     read_prompts,
     read_tokens,
-    with_float32_vectors,
 )
 from jaxlm.models import Model
 from jaxlm.nn.attention import cache
@@ -268,7 +267,7 @@ def _continue_search(
     B, K, N = search.live_tokens.shape
     specs, _ = _split_source(model, model.state_specs(B * K, slots))
     search = dataclasses.replace(search, state=cache.resize(specs, search.state, slots))
-    params = with_float32_vectors(model, params)
+    params = loop_params(model, params)
 
     def unfinished(search: _Search) -> jax.Array:
         return (search.step < min(N, slots - prompt_length + 1)) & jnp.any(search.searching)

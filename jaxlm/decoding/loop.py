@@ -1,23 +1,78 @@
-"""The loop that decodes token by token, and the layout of the model state in this loop."""
+"""The loop that decodes token by token, and the parameters and the model state in this loop."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from jaxlm import spec
 from jaxlm.models import Model
+from jaxlm.models.registry import FAMILIES
 from jaxlm.nn.attention import memory
-from jaxlm.spec import State
+from jaxlm.nn.convolution import weight_norm
+from jaxlm.spec import ArraySpec, State
 
 MAX_ADDED_TOKENS = 128
 """Maximum number of tokens that a memory in the decoding layout reads before it is converted. More tokens need more
 space, and the conversion takes about as long as a few tokens."""
 
 Progress = TypeVar("Progress")
+
+
+def loop_params(model: Model, params: Any) -> Any:
+    """The parameters for a loop that reads one token per step. What depends only on parameters is computed once.
+
+    The results of the model do not change. The parameters of families outside this package are returned unchanged.
+
+    - Weights with weight normalization (``jaxlm.nn.convolution.weight_norm``) are normalized, in the compute dtype.
+    - Half-precision parameters of norms and other half-precision vectors become float32. Otherwise, XLA on a TPU
+      converts each vector in every step, with a separate operation that takes as long as normalizing a few tokens. Two
+      kinds of parameters are not converted: vectors beside a ``weight`` (biases), and vectors in stacked layers that
+      are not parameters of norms. The families compute norms in float32 and cast other vectors at their use.
+
+    Args:
+        params: arrays, or their specs.
+    """
+    # An object with the methods of a model need not have a family.
+    return _convert(params, model.config.dtype) if getattr(model, "family", None) in FAMILIES else params
+
+
+def _convert(tree: Any, dtype: DTypeLike) -> Any:
+    if isinstance(tree, tuple):
+        return tuple(_convert(x, dtype) for x in tree)
+    if not isinstance(tree, Mapping):
+        return tree
+    if "direction" in tree and "gain" in tree:
+        tree = _with_weight(dict(tree), dtype)
+    is_norm, has_weight = "scale" in tree or "scale_minus_one" in tree, "weight" in tree
+
+    def convert(name: str, x: Any) -> Any:
+        if isinstance(x, tuple | Mapping):
+            return _convert(x, dtype)
+        is_vector = (is_norm and name in ("scale", "scale_minus_one", "bias")) or (len(x.shape) == 1 and not has_weight)
+        is_half = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize < 4
+        return _cast(x, jnp.float32) if is_vector and is_half else x
+
+    return {name: convert(name, x) for name, x in tree.items()}
+
+
+def _with_weight(params: dict[str, Any], dtype: DTypeLike) -> dict[str, Any]:
+    """``params`` with the normalized ``weight`` in ``dtype`` instead of ``direction`` and ``gain``."""
+    direction, gain = params["direction"], params["gain"]
+    if isinstance(direction, ArraySpec):
+        others = {name: leaf for name, leaf in params.items() if name not in ("direction", "gain")}
+        return {"weight": _cast(direction, dtype), **others}
+    normalized = weight_norm(params, num_input_axes=len(direction.shape) - len(gain.shape))
+    return {**normalized, "weight": normalized["weight"].astype(dtype)}
+
+
+def _cast(x: Any, dtype: DTypeLike) -> Any:
+    return dataclasses.replace(x, dtype=dtype) if isinstance(x, ArraySpec) else x.astype(dtype)
 
 
 def loop_state_specs(model: Model, specs: spec.Tree, max_steps: int) -> Any:

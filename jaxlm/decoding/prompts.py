@@ -6,7 +6,7 @@ for prompt tokens and 0 for padding. Shapes: B batch, T prompt length with paddi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -18,7 +18,6 @@ from jaxlm.config import check_min, check_value
 from jaxlm.decoding.describe import require_next_token_head
 from jaxlm.models import Model
 from jaxlm.models.heads import last_token_hidden
-from jaxlm.models.registry import FAMILIES
 from jaxlm.sharding import Sharding, active
 from jaxlm.spec import Array, Params, State
 
@@ -264,37 +263,6 @@ def read_prompts(
         state = model.init_state(prompts_BT.shape[0], slots)
     hidden_BTD, state = model.apply(params, prompts_BT, state=state, segment_ids=segment_ids_BT)
     return state, model.logits(params, last_token_hidden(hidden_BTD, segment_ids_BT))[:, 0]
-
-
-def with_float32_vectors(
-    model: Model, params: Any, cast: Callable[[Any], Any] = lambda x: x.astype(jnp.float32)
-) -> Any:
-    """The parameters with ``cast`` applied to half-precision parameters of norms, and to other half-precision vectors.
-
-    Call it before a loop that reads one token per step. Otherwise, XLA on a TPU converts each vector in every step,
-    with a separate operation that takes as long as normalizing a few tokens. Two kinds of parameters are not converted:
-    vectors beside a ``weight`` (biases), and vectors in stacked layers that are not parameters of norms. The results do
-    not change, because the families of jaxlm compute norms in float32 and cast other vectors at their use. The
-    parameters of other families are returned unchanged.
-    """
-    # An object with the methods of a model need not have a family.
-    return _convert_vectors(params, cast) if getattr(model, "family", None) in FAMILIES else params
-
-
-def _convert_vectors(tree: Any, cast: Callable[[Any], Any]) -> Any:
-    if isinstance(tree, tuple):
-        return tuple(_convert_vectors(x, cast) for x in tree)
-    if not isinstance(tree, Mapping):
-        return tree
-    is_norm, has_weight = "scale" in tree or "scale_minus_one" in tree, "weight" in tree
-
-    def convert(name: str, x: Any) -> Any:
-        if isinstance(x, tuple | Mapping):
-            return _convert_vectors(x, cast)
-        is_vector = (is_norm and name in ("scale", "scale_minus_one", "bias")) or (x.ndim == 1 and not has_weight)
-        return cast(x) if is_vector and jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize < 4 else x
-
-    return {name: convert(name, x) for name, x in tree.items()}
 
 
 def read_tokens(

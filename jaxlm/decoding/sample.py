@@ -24,7 +24,7 @@ from flax import struct
 from jaxlm import spec
 from jaxlm.config import check_field_types
 from jaxlm.decoding.finite import check_finite, rows_finite
-from jaxlm.decoding.loop import decoding_loop
+from jaxlm.decoding.loop import decoding_loop, loop_params
 from jaxlm.decoding.prompts import (
     EndId,
     as_end_ids,
@@ -33,7 +33,6 @@ from jaxlm.decoding.prompts import (
     is_end,
     read_prompts,
     read_tokens,
-    with_float32_vectors,
 )
 from jaxlm.models import Model
 from jaxlm.nn.embedding import argmax, widen_ids
@@ -510,7 +509,7 @@ def _advance(
 ) -> PartialGeneration:
     """The result of :func:`advance`, without its check of the logits."""
     last_step = jnp.minimum(progress.step + steps, progress.tokens.shape[1])
-    params = with_float32_vectors(model, params)
+    params = loop_params(model, params)
 
     def unfinished(progress: PartialGeneration) -> jax.Array:
         return (progress.step < last_step) & ~jnp.all(progress.ended)

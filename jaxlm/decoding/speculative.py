@@ -29,6 +29,7 @@ from flax import struct
 
 from jaxlm.config import check_min
 from jaxlm.decoding.finite import check_finite, rows_finite
+from jaxlm.decoding.loop import loop_params
 from jaxlm.decoding.prompts import (
     EndId,
     check_free_slots,
@@ -36,7 +37,6 @@ from jaxlm.decoding.prompts import (
     is_end,
     read_prompts,
     read_tokens,
-    with_float32_vectors,
 )
 from jaxlm.decoding.sample import (
     GREEDY,
@@ -240,7 +240,7 @@ def _generate(
         draft_finite=jnp.ones(B, bool),
     )
     ended_B = is_end(newest_B, settings.end_ids) | (N == 1)
-    target_params, draft_params = (with_float32_vectors(*pair) for pair in models.pairs)
+    target_params, draft_params = (loop_params(*pair) for pair in models.pairs)
     models = dataclasses.replace(models, target_params=target_params, draft_params=draft_params)
     progress = _Progress((target_state, draft_state), newest_B, ended_B, keys_B, result)
     run_round = functools.partial(_round, models, settings)

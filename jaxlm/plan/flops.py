@@ -114,9 +114,13 @@ def matmul_parameters(model: Model, *, decoding: bool = False) -> int:
     return sum(leaf.size for leaf in matmul_specs(model, decoding=decoding).values())
 
 
-def matmul_specs(model: Model, *, decoding: bool) -> dict[str, spec.ArraySpec]:
-    """The specs of the parameters that :func:`matmul_parameters` counts, by path."""
-    leaves, looked_up = spec.flatten(model.specs), set(_LOOKED_UP_EMBEDDINGS)
+def matmul_specs(model: Model, *, decoding: bool, specs: Any = None) -> dict[str, spec.ArraySpec]:
+    """The specs of the parameters that :func:`matmul_parameters` counts, by path.
+
+    Args:
+        specs: the specs of all parameters; None: ``model.specs``.
+    """
+    leaves, looked_up = spec.flatten(model.specs if specs is None else specs), set(_LOOKED_UP_EMBEDDINGS)
     tied = getattr(model.config, "tie_embeddings", "head" not in model.specs)
     if not tied or model.task not in ("causal", "masked", "permutation", "seq2seq"):
         looked_up |= {name for name in leaves if _TOKEN_TABLES.fullmatch(name)}

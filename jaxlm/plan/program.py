@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from jaxlm import spec
-from jaxlm.decoding.loop import loop_state_specs
-from jaxlm.decoding.prompts import check_sharding, read_tokens, with_float32_vectors
+from jaxlm.decoding.loop import loop_params, loop_state_specs
+from jaxlm.decoding.prompts import check_sharding, read_tokens
 from jaxlm.models import Model
 from jaxlm.nn.embedding import argmax
 from jaxlm.objectives import objective, span_corruption
@@ -66,12 +66,12 @@ def bytes_read_by_a_token(model: Model, params: Params) -> float:
     token selects.
 
     Args:
-        params: ``jax.ShapeDtypeStruct`` with shardings, in the tree structure of :attr:`Model.specs`.
+        params: ``jax.ShapeDtypeStruct`` with shardings, in the tree structure of ``loop_params(model, model.specs)``.
     """
     fraction, leaves = flops_lib.active_fraction_of_experts(model), spec.flatten(params)
+    specs = flops_lib.matmul_specs(model, decoding=True, specs=loop_params(model, model.specs))
     return sum(
-        device_bytes(leaves[name]) * (fraction if spec.EXPERT in leaf.axes else 1.0)
-        for name, leaf in flops_lib.matmul_specs(model, decoding=True).items()
+        device_bytes(leaves[name]) * (fraction if spec.EXPERT in leaf.axes else 1.0) for name, leaf in specs.items()
     )
 
 
@@ -179,8 +179,7 @@ def decoding_step(
     def cast(leaf: spec.ArraySpec) -> spec.ArraySpec:
         return dataclasses.replace(leaf, dtype=dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
 
-    params = sharding.abstract(jax.tree.map(cast, model.specs))
-    params = with_float32_vectors(model, params, lambda x: x.update(dtype=jnp.dtype("float32")))
+    params = sharding.abstract(loop_params(model, jax.tree.map(cast, model.specs)))
     state = sharding.abstract(specs)
     rows = sharding.named_sharding(("batch",), (batch,), "a batch")
     tokens = jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=rows)

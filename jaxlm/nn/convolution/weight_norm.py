@@ -40,8 +40,11 @@ def weight_norm_specs(specs: dict[str, ArraySpec], *, num_input_axes: int) -> di
 def weight_norm(params: Params, *, num_input_axes: int) -> dict[str, Any]:
     """The parameters for ``linear`` or ``convolution``, with the normalized weight in float32.
 
-    For each output, ``weight = gain * direction / norm(direction)`` (Salimans and Kingma 2016, eq. 2).
+    For each output, ``weight = gain * direction / norm(direction)`` (Salimans and Kingma 2016, eq. 2). Parameters with
+    a ``weight`` are returned unchanged, because they are already normalized.
     """
+    if "weight" in params:
+        return dict(params)
     direction = params["direction"].astype(jnp.float32)
     norm = jnp.sqrt(jnp.sum(jnp.square(direction), axis=tuple(range(num_input_axes))))
     scale = jnp.broadcast_to(params["gain"].astype(jnp.float32) / norm, direction.shape)
