@@ -272,8 +272,8 @@ def _continue_search(
     def unfinished(search: _Search) -> jax.Array:
         return (search.step < min(N, slots - prompt_length + 1)) & jnp.any(search.searching)
 
-    def extend(search: _Search, specs: spec.Tree) -> _Search:
-        state = spec.take_rows_clipped(specs, search.state, search.parents)
+    def extend(search: _Search, loop_specs: spec.Tree) -> _Search:
+        state = spec.take_rows_clipped(loop_specs, search.state, search.parents)
         newest = search.live_tokens[:, :, search.step - 1].reshape(B * K)
         state, logits = read_tokens(model, params, {**state, **search.source}, newest)
         row_state, _ = _split_source(model, state)

@@ -13,6 +13,7 @@ from jax.typing import DTypeLike
 from jaxlm import spec
 from jaxlm.models import Model
 from jaxlm.models.registry import FAMILIES
+from jaxlm.nn import choices
 from jaxlm.nn.attention import memory
 from jaxlm.nn.convolution import weight_norm
 from jaxlm.spec import ArraySpec, State
@@ -81,7 +82,7 @@ def loop_state_specs(model: Model, specs: spec.Tree, max_steps: int) -> Any:
     Args:
         specs: the specs of the state outside the loop.
     """
-    if not _has_decoding_layout(model):
+    if not _uses_decoding_layout(model):
         return specs
     return memory.decoding_specs(specs, _num_added_slots(specs["segment_ids"].shape[1], max_steps))
 
@@ -97,22 +98,22 @@ def decoding_loop(
 ) -> Progress:
     """The result of ``while unfinished(progress): progress = read_next(progress, specs)``.
 
-    Transformer-XL and XLNet have a memory with a decoding layout (``jaxlm.nn.attention.memory``). The state has this
-    layout inside the loop, so that a step does not copy the memory. ``read_next`` gets the specs of the state in the
-    loop.
+    On an accelerator, the memory of Transformer-XL and XLNet has the decoding layout inside the loop
+    (``jaxlm.nn.attention.memory``), so that a step does not copy the memory. ``read_next`` gets the specs of the state
+    in the loop.
 
     Args:
         specs: specs with the axes of the state outside the loop. The sizes of the axes may differ.
         progress: a dataclass with the model state in the field ``state``.
         max_steps: maximum number of steps.
     """
-    if not _has_decoding_layout(model):
+    if not _uses_decoding_layout(model):
         return jax.lax.while_loop(unfinished, lambda progress: read_next(progress, specs), progress)
     state: State = progress.state  # type: ignore[attr-defined]
     num_added = _num_added_slots(state["segment_ids"].shape[1], max_steps)
     loop_specs = memory.decoding_specs(specs, num_added)
 
-    def read_tokens(progress: Any) -> Any:
+    def run_block(progress: Any) -> Any:
         state = memory.to_decoding_layout(specs, progress.state, num_added)
         progress, _ = jax.lax.while_loop(
             lambda carry: (carry[1] < num_added) & unfinished(carry[0]),
@@ -121,12 +122,13 @@ def decoding_loop(
         )
         return dataclasses.replace(progress, state=memory.from_decoding_layout(specs, progress.state, num_added))
 
-    return jax.lax.while_loop(unfinished, read_tokens, progress)
+    return jax.lax.while_loop(unfinished, run_block, progress)
 
 
-def _has_decoding_layout(model: Model) -> bool:
+def _uses_decoding_layout(model: Model) -> bool:
     # An object with the methods of a model need not have a module.
-    return hasattr(getattr(model, "module", None), "to_decoding_layout")
+    has_memory = getattr(getattr(model, "module", None), "HAS_MEMORY_STATE", False)
+    return has_memory and choices.memory_decoding_layout()
 
 
 def _num_added_slots(slots: int, max_steps: int) -> int:

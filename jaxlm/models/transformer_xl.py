@@ -289,8 +289,7 @@ def state_specs(cfg: Config, batch: int, length: int) -> dict[str, ArraySpec]:
     )
 
 
-to_decoding_layout = memory.to_decoding_layout
-from_decoding_layout = memory.from_decoding_layout
+HAS_MEMORY_STATE = True
 
 
 def carried_state_length(cfg: Config) -> int:

@@ -7,7 +7,7 @@ content stream (and the memory) provides keys and values. So a block processes t
 attention runs once per stream (``jaxlm.nn.attention.two_streams``).
 
 The code follows that of Yang et al. The published ``VARIANTS`` have the tanh approximation of GELU, with which their
-weights were trained. Hugging Face's ``config.json`` for them, and so a model loaded with it, has the exact GELU.
+weights were trained. Hugging Face's ``config.json`` of these weights has the exact GELU, so a loaded model has it, too.
 
 Shapes: B batch, T time, P positions of the query stream, Q = T + P queries (Q = T without a query stream), M memory
 slots, S = M + T keys, D model width, H heads, K = D / H head width, F MLP hidden width, R distances, V vocabulary.
@@ -339,8 +339,7 @@ def state_specs(cfg: Config, batch: int, length: int) -> dict[str, ArraySpec]:
     return {**memory.memory_specs(*shape, jnp.dtype(cfg.dtype), stacked=cfg.scan_layers), "token_types": token_types}
 
 
-to_decoding_layout = memory.to_decoding_layout
-from_decoding_layout = memory.from_decoding_layout
+HAS_MEMORY_STATE = True
 
 VARIANTS = {
     "xlnet-base-cased": Config(num_layers=12, num_heads=12, embed_dim=768, mlp_dim=3072, activation="gelu_tanh"),

@@ -246,6 +246,16 @@ def absorbed_attention(q_BTHK: jax.Array, context_BSD: jax.Array, *, dropout: fl
     return 4 * T <= K and B * S >= MIN_ABSORBED_CONTEXT
 
 
+def memory_decoding_layout() -> bool:
+    """Whether the loops of decoding use the decoding layout of a memory (``jaxlm.nn.attention.memory``).
+
+    By the TPU compiler's estimate for a v5e, a token of Transformer-XL (base) takes 1.00 instead of 2.48 ms, and a
+    token of XLNet-base 0.54 instead of 2.34 ms (8 rows, 512 slots). On an AMD EPYC (Zen 5), generation takes 0.93 to
+    1.20 times as long, so the layout is not used on a CPU.
+    """
+    return sharding.platform() != "cpu"
+
+
 def fused_qkv() -> bool:
     """Whether one matmul computes queries, keys and values.
 
@@ -544,45 +554,52 @@ MIN_UNEMBED_KERNEL_BYTES = 90 * 2**20
 table to VMEM during earlier operations, so its matmul waits less for the table."""
 
 
-def unembed_kernel(hidden_shape: tuple[int, ...], table_VD: jax.Array) -> bool:
+MAX_UNEMBED_KERNEL_WIDTH = 2**13
+"""Maximum width of the table for the kernel that computes logits. A block of the table must fit into VMEM."""
+
+
+def unembed_kernel(table_VD: jax.Array, hidden_BTD: jax.Array) -> bool:
     """Whether the TPU kernel of ``jaxlm.nn.unembed_pallas`` computes the logits.
 
     With 8 rows, the head of RWKV-7 0.1B (65,536 x 768) takes 188 k instead of 275 k cycles, and the head of
-    Transformer-XL (267,735 x 410) takes 513 k instead of 689 k (TPU compiler's estimate for a v5e).
+    Transformer-XL (267,735 x 410) takes 518 k instead of 689 k (TPU compiler's estimate for a v5e).
     """
-    table_bytes = table_VD.size * table_VD.dtype.itemsize / sharding.num_shards(("vocab",))
+    shards = sharding.num_shards(("vocab",))
     return (
         _is_new_tpu()
-        and table_VD.dtype == jnp.bfloat16
-        and table_bytes >= MIN_UNEMBED_KERNEL_BYTES
-        and table_VD.shape[0] % sharding.num_shards(("vocab",)) == 0
-        and _has_few_rows(hidden_shape)
+        and table_VD.dtype == hidden_BTD.dtype == jnp.bfloat16
+        and table_VD.size * 2 / shards >= MIN_UNEMBED_KERNEL_BYTES
+        and table_VD.shape[0] % shards == 0
+        and table_VD.shape[1] <= MAX_UNEMBED_KERNEL_WIDTH
+        and _has_few_rows(hidden_BTD)
     )
 
 
-def norm_kernel(shape: tuple[int, ...], dtype: DTypeLike) -> bool:
-    """Whether the TPU kernel of ``jaxlm.nn.norm_pallas`` computes a norm.
+def norm_kernel(x: jax.Array) -> bool:
+    """Whether the TPU kernel of ``jaxlm.nn.norm_pallas`` computes a norm of ``x`` with vectors as parameters.
 
     The kernel is used for one token per row. XLA computes such a norm with three operations of about 1.8 k cycles each.
     With the kernel, a token takes 913 k instead of 1,168 k cycles in RWKV-7 0.1B, 884 k instead of 928 k in GPT-2, and
     1,261 k instead of 1,370 k in SmolLM2-135M (8 rows, TPU compiler's estimate for a v5e). With the kernel for norms of
     groups, a token of Mamba-2 130M would take 124 k cycles longer, because XLA no longer fuses the operations before
     the norm with its sums.
-
-    Args:
-        shape, dtype: of the input.
     """
-    is_one_token = len(shape) == 3 and shape[1] == 1
+    is_one_token = x.ndim == 3 and x.shape[1] == 1
     # The TPU compiler rejects a kernel with float16.
-    return _is_new_tpu() and is_one_token and dtype != jnp.float16 and _has_few_rows(shape)
+    return _is_new_tpu() and is_one_token and x.dtype != jnp.float16 and _has_few_rows(x)
 
 
-def _has_few_rows(shape: tuple[int, ...]) -> bool:
-    """Whether hidden states [B, T, ...] have at most ``MAX_KERNEL_ROWS`` rows on a device, and only B is split."""
+def _has_few_rows(x: jax.Array) -> bool:
+    """Whether hidden states [B, T, ...] have at most ``MAX_KERNEL_ROWS`` rows on a device, and only B is split.
+
+    False on a mesh with Explicit axes, and in ``shard_map`` if JAX tracks over which mesh axes ``x`` varies: there,
+    ``pallas_call`` raises an error.
+    """
     shards = sharding.num_shards(("batch",))
-    rows = math.prod(shape[:2]) // shards
+    rows = math.prod(x.shape[:2]) // shards
     is_split_otherwise = any(sharding.num_shards((axis,)) > 1 for axis in ("seq", "activation_embed"))
-    return 0 < rows <= MAX_KERNEL_ROWS and shape[0] % shards == 0 and not is_split_otherwise
+    is_tracked = sharding.is_explicit() or bool(jax.typeof(x).manual_axis_type.varying)
+    return 0 < rows <= MAX_KERNEL_ROWS and x.shape[0] % shards == 0 and not is_split_otherwise and not is_tracked
 
 
 def argmax_by_maximum() -> bool:

@@ -56,13 +56,13 @@ def unembed(table_VD: jax.Array, hidden_BTD: jax.Array, vocab_size: int, *, soft
         soft_cap: bound c of the logits: each logit becomes ``c * tanh(logit / c)``. None: no bound.
     """
     require_arrays(table_VD=table_VD, hidden_BTD=hidden_BTD)
-    table_VD = table_VD.astype(hidden_BTD.dtype)
-    if choices.unembed_kernel(hidden_BTD.shape, table_VD):
+    use_kernel, table_VD = choices.unembed_kernel(table_VD, hidden_BTD), table_VD.astype(hidden_BTD.dtype)
+    if use_kernel:
         logits_BTV = unembed_pallas.logits(table_VD, hidden_BTD)
     elif hidden_BTD.dtype == jnp.float32:
         logits_BTV = _product_with_table(table_VD, hidden_BTD)
     else:
-        logits_BTV = jnp.einsum("BTD,VD->BTV", hidden_BTD, table_VD, preferred_element_type=jnp.float32)
+        logits_BTV = unembed_pallas.reference(table_VD, hidden_BTD)
     logits_BTV = activation.soft_cap(logits_BTV, soft_cap)
     if table_VD.shape[0] == vocab_size:
         return logits_BTV

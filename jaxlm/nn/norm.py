@@ -49,7 +49,7 @@ def _layer_norm(epsilon: float, x: jax.Array, scale: jax.Array, bias: jax.Array)
 def _normalize(function: Callable[..., jax.Array], epsilon: float, x: jax.Array, *params: jax.Array) -> jax.Array:
     """``function(epsilon, x, *params)``, computed by a kernel for one token per row on a TPU."""
     require_arrays(x=x)
-    if choices.norm_kernel(x.shape, x.dtype):
+    if all(parameter.ndim == 1 for parameter in params) and choices.norm_kernel(x):
         return norm_pallas.run(functools.partial(function, epsilon), x, *params)
     return _with_recomputation(function, epsilon, x, *params)
 

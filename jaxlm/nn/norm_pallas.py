@@ -15,17 +15,20 @@ import jax
 
 from jaxlm import sharding
 from jaxlm.nn import lazy_pallas
-from jaxlm.nn.custom_gradient import custom_vjp
 from jaxlm.nn.lazy_pallas import pl
 
 
 def run(normalize: Callable[..., jax.Array], x_B1W: jax.Array, *params_W: jax.Array) -> jax.Array:
-    """``normalize(x, *params)``, in the shape and dtype of ``x``.
+    """``normalize(x, *params)``, in the shape and dtype of ``x``. The derivatives are those of ``normalize``.
 
     Args:
-        normalize: the normalization of rows [B, W] over their last axis.
+        normalize: the normalization of rows [B, W] over their last axis, with parameters [W] or [1, W].
     """
     axes = [("batch", None, None), *[(None,)] * len(params_W)]
+
+    @jax.custom_jvp
+    def norm(x_B1W: jax.Array, *params_W: jax.Array) -> jax.Array:
+        return sharding.map_shards(device_norm, axes, axes[0])(x_B1W, *params_W)
 
     def device_norm(x_B1W: jax.Array, *params_W: jax.Array) -> jax.Array:
         rows_BW = x_B1W[:, 0]
@@ -34,16 +37,16 @@ def run(normalize: Callable[..., jax.Array], x_B1W: jax.Array, *params_W: jax.Ar
             *inputs, out = references
             out[...] = normalize(*(array[...] for array in inputs))
 
+        # With ``vmap``, a block of vectors [W] would have no axis of rows, which the TPU compiler rejects.
+        params_1W = (parameter[None] for parameter in params_W)
         out_BW = pl.pallas_call(
             kernel, name="norm", interpret=lazy_pallas.INTERPRET,
             out_shape=jax.ShapeDtypeStruct(rows_BW.shape, rows_BW.dtype),
-        )(rows_BW, *params_W)  # fmt: skip
+        )(rows_BW, *params_1W)  # fmt: skip
         return out_BW[:, None]
 
-    def forward(x_B1W: jax.Array, *params_W: jax.Array) -> tuple[jax.Array, Any]:
-        return sharding.map_shards(device_norm, axes, axes[0])(x_B1W, *params_W), (x_B1W, *params_W)
+    @norm.defjvp
+    def jvp(primals: Any, tangents: Any) -> Any:
+        return jax.jvp(normalize, primals, tangents)
 
-    def backward(saved: Any, dout_B1W: jax.Array) -> Any:
-        return jax.vjp(normalize, *saved)[1](dout_B1W)
-
-    return custom_vjp.from_rules(forward, backward)(x_B1W, *params_W)
+    return norm(x_B1W, *params_W)

@@ -17,7 +17,6 @@ import jax.numpy as jnp
 from jaxlm import sharding
 from jaxlm.devices import LANES
 from jaxlm.nn import lazy_pallas
-from jaxlm.nn.custom_gradient import custom_vjp
 from jaxlm.nn.lazy_pallas import pl, pltpu
 from jaxlm.nn.linear import dot
 
@@ -25,19 +24,26 @@ MAX_BLOCK_BYTES = 2**21
 """Maximum number of bytes of a block of the table. VMEM contains two blocks."""
 
 
+@jax.custom_jvp
 def logits(table_VD: jax.Array, hidden_BTD: jax.Array) -> jax.Array:
-    """``hidden @ table.T``, [B, T, V] float32."""
+    """``hidden @ table.T``, [B, T, V] float32. The derivatives are those of :func:`reference`."""
     axes = [("vocab", "activation_embed"), ("batch", None, "activation_embed")]
     return sharding.map_shards(_device_logits, axes, ("batch", None, "vocab"))(table_VD, hidden_BTD)
 
 
-def _reference(table_VD: jax.Array, hidden_BTD: jax.Array) -> jax.Array:
+@logits.defjvp
+def _jvp(primals: Any, tangents: Any) -> Any:
+    return jax.jvp(reference, primals, tangents)
+
+
+def reference(table_VD: jax.Array, hidden_BTD: jax.Array) -> jax.Array:
+    """The result of :func:`logits`, computed with XLA."""
     return jnp.einsum("BTD,VD->BTV", hidden_BTD, table_VD, preferred_element_type=jnp.float32)
 
 
-def _forward(table_VD: jax.Array, hidden_BTD: jax.Array) -> tuple[jax.Array, Any]:
+def _device_logits(table_VD: jax.Array, hidden_BTD: jax.Array) -> jax.Array:
+    """The logits of the rows and words of one device."""
     (B, T, D), V = hidden_BTD.shape, table_VD.shape[0]
-    rows_RD = hidden_BTD.reshape(B * T, D)
     padded_width = D + -D % LANES
     E = min(max(MAX_BLOCK_BYTES // (padded_width * table_VD.dtype.itemsize) // LANES, 1) * LANES, V)
 
@@ -46,16 +52,9 @@ def _forward(table_VD: jax.Array, hidden_BTD: jax.Array) -> tuple[jax.Array, Any
 
     logits_RV = pl.pallas_call(
         kernel, name="unembed", grid=(-(-V // E),), interpret=lazy_pallas.INTERPRET,
-        in_specs=[pl.BlockSpec((E, D), lambda i: (i, 0)), pl.BlockSpec(rows_RD.shape, lambda i: (0, 0))],
+        in_specs=[pl.BlockSpec((E, D), lambda i: (i, 0)), pl.BlockSpec((B * T, D), lambda i: (0, 0))],
         out_specs=pl.BlockSpec((B * T, E), lambda i: (0, i)),
         out_shape=jax.ShapeDtypeStruct((B * T, V), jnp.float32),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
-    )(table_VD, rows_RD)  # fmt: skip
-    return logits_RV.reshape(B, T, V), (table_VD, hidden_BTD)
-
-
-def _backward(saved: Any, dlogits_BTV: jax.Array) -> Any:
-    return jax.vjp(_reference, *saved)[1](dlogits_BTV)
-
-
-_device_logits = custom_vjp.from_rules(_forward, _backward)
+    )(table_VD, hidden_BTD.reshape(B * T, D))  # fmt: skip
+    return logits_RV.reshape(B, T, V)

@@ -92,7 +92,7 @@ LAYOUT_CASES = {
 @pytest.mark.parametrize("absorbed", [False, True])
 @pytest.mark.parametrize("case", LAYOUT_CASES)
 def test_both_layouts_of_the_memory_give_equal_hidden_states_and_states(monkeypatch, case, absorbed):
-    """Also after the memory has dropped tokens. The second row reads padding from the third call on."""
+    """Also after the memory has dropped tokens. The second row reads padding in the second and third call."""
     name, fields, slots = LAYOUT_CASES[case]
     monkeypatch.setattr(choices, "MIN_ABSORBED_CONTEXT", 0 if absorbed else 10**9)
     model = get_model(name, **fields)
@@ -104,7 +104,7 @@ def test_both_layouts_of_the_memory_give_equal_hidden_states_and_states(monkeypa
     decoding = memory.to_decoding_layout(specs, usual, num_steps)
     apply = jax.jit(model.apply)
     for step in range(num_steps):
-        segments = np.array([[1], [int(step < 2)], [1]], np.int32)
+        segments = np.array([[1], [int(step in (0, 3))], [1]], np.int32)
         token = tokens[:, 9 + step : 10 + step]
         want, usual = apply(params, token, state=usual, segment_ids=segments)
         got, decoding = apply(params, token, state=decoding, segment_ids=segments)

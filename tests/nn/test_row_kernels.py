@@ -98,16 +98,73 @@ def test_the_kernels_run_on_a_mesh(mesh, kernels):
 
 
 def test_the_kernels_are_only_for_few_rows_that_the_mesh_splits_evenly(kernels):
-    table = jnp.zeros((8, 16), jnp.bfloat16)
-    assert choices.norm_kernel((64, 1, 16), jnp.bfloat16)
-    assert not choices.norm_kernel((65, 1, 16), jnp.bfloat16)
-    assert choices.unembed_kernel((8, 8, 16), table)
-    assert not choices.unembed_kernel((8, 9, 16), table)
-    assert not choices.norm_kernel((8, 2, 16), jnp.bfloat16)  # two tokens per row
-    assert not choices.norm_kernel((8, 1, 16), jnp.float16)
-    assert not choices.norm_kernel((8, 1, 4, 16), jnp.bfloat16)  # groups
-    assert not choices.unembed_kernel((8, 1, 16), table.astype(jnp.float32))
+    def use_norm(*shape, dtype=jnp.bfloat16):
+        return choices.norm_kernel(jnp.zeros(shape, dtype))
+
+    def use_unembed(rows, words=8, dtype=jnp.bfloat16):
+        return choices.unembed_kernel(jnp.zeros((words, 16), dtype), jnp.zeros((*rows, 16), jnp.bfloat16))
+
+    assert use_norm(64, 1, 16)
+    assert not use_norm(65, 1, 16)
+    assert not use_norm(8, 2, 16)  # two tokens per row
+    assert not use_norm(8, 1, 16, dtype=jnp.float16)
+    assert not use_norm(8, 1, 4, 16)  # groups
+    assert use_unembed((8, 8))
+    assert not use_unembed((8, 9))
+    assert not use_unembed((8, 1), dtype=jnp.float32)  # a bfloat16 copy of the table would be made first
     with Sharding(make_mesh("data=2,tensor=4")).scope():
-        assert choices.norm_kernel((128, 1, 16), jnp.bfloat16)  # 64 rows on each device
-        assert not choices.norm_kernel((3, 1, 16), jnp.bfloat16)
-        assert not choices.unembed_kernel((8, 1, 16), table[:6])
+        assert use_norm(128, 1, 16)  # 64 rows on each device
+        assert not use_norm(3, 1, 16)
+        assert not use_unembed((8, 1), words=6)
+
+
+def test_the_kernels_are_not_used_where_a_pallas_call_raises(kernels):
+    """On a mesh with Explicit axes, and in ``shard_map`` with its default check of varying axes."""
+    x, params, table = normal(8, 1, 16), {"scale": normal(16, seed=1)}, normal(8, 16, dtype=jnp.bfloat16)
+    want = rms_norm(params, x, 1e-5)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        rows = jax.device_put(x, jax.NamedSharding(mesh, jax.P("data")))
+        got = jax.jit(lambda x: rms_norm(params, x, 1e-5))(rows)
+        assert not choices.unembed_kernel(table, rows.astype(jnp.bfloat16))
+    np.testing.assert_allclose(got, want, rtol=1e-6)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    mapped = jax.shard_map(
+        lambda x: rms_norm(params, x, 1e-5), mesh=mesh, in_specs=jax.P("data"), out_specs=jax.P("data")
+    )
+    np.testing.assert_allclose(jax.jit(mapped)(x), want, rtol=1e-6)
+
+
+def test_derivatives_of_both_modes_and_orders(kernels):
+    x, params = normal(3, 1, 8), {"scale": normal(8, seed=1), "bias": normal(8, seed=2)}
+
+    def loss(params, x):
+        return jnp.sum(jnp.sin(layer_norm(params, x, 1e-5)))
+
+    def reference_loss(params, x):
+        return jnp.sum(jnp.sin(layer_norm(params, x[:, None], 1e-5)))  # groups: no kernel
+
+    def jacobian_of_gradient(function, argnums):
+        return jax.jacrev(jax.grad(function, argnums), argnums)
+
+    for derivative in (jax.jacfwd, jax.hessian, jacobian_of_gradient):
+        got, want = (derivative(function, argnums=1)(params, x) for function in (loss, reference_loss))
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+    table, hidden = normal(24, 16, dtype=jnp.bfloat16), normal(2, 1, 16, dtype=jnp.bfloat16, seed=1)
+
+    def table_loss(table):
+        return jnp.sum(jnp.sin(unembed(table, hidden, 24)))
+
+    def reference_table_loss(table):
+        return jnp.sum(jnp.sin(unembed_pallas.reference(table, hidden)))
+
+    ones = jnp.ones_like(table)
+    got, want = (jax.jvp(jax.grad(loss), (table,), (ones,))[1] for loss in (table_loss, reference_table_loss))
+    assert_trees_close(jnp.float32(got), jnp.float32(want), 1e-2)
+
+
+def test_vmap_over_parameters(kernels):
+    x, params = normal(2, 3, 1, 8), {"scale": normal(2, 8, seed=1), "bias": normal(2, 8, seed=2)}
+    got = jax.vmap(lambda params, x: layer_norm(params, x, 1e-5))(params, x)
+    want = jax.vmap(lambda params, x: layer_norm(params, x[:, None], 1e-5))(params, x)[:, :, 0]
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)

@@ -172,7 +172,7 @@ def _kernel(
         top, total, mixed: [T, P, 1], [T, P, 1] and [T, P, C * V] float32, kept from block to block.
     """
     del layer
-    q, bias, selected, k, v = (*inputs, inputs[-1])[:5]
+    q, bias, selected, k, v = (*inputs, inputs[-1])[:5]  # without values, the keys are the values
     row, block = pl.program_id(0), pl.program_id(2)
     queries, size = q.shape[0], k.shape[0]
 

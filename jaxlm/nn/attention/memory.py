@@ -153,7 +153,8 @@ def _make_decoding_context(state: State, segments_B1: jax.Array, window: int | N
         query_segments=query_documents,
         key_segments=jnp.where(is_in_memory_BS, key_documents, 0),
     )
-    state = {**state, "segment_ids": segments_BS, "length": state["length"] + 1}
+    # The next token overwrites padding.
+    state = {**state, "segment_ids": segments_BS, "length": state["length"] + (segments_B1[:, 0] > 0)}
     return MemoryContext(slots_B1, index_1S, mask, None, slots_B1), state
 
 
@@ -177,14 +178,15 @@ def append(memory_BM: jax.Array, new_BT: jax.Array, context: MemoryContext) -> j
     """The next memory, from an array of the memory and its entries for the new tokens.
 
     In the usual layout, the result has M of the entries of ``memory`` and ``new``, and no gradient flows into these
-    arrays. In the decoding layout, the result has the new entry in the slot of the new token.
+    arrays. In the decoding layout, the result has the new entry in the slot of the new token, and no gradient flows
+    into ``memory``.
 
     Args:
         memory_BM: [B, M, ...]; in the decoding layout [B, S, ...].
         new_BT: [B, T, ...].
     """
     if context.slots is not None:
-        return cache.append(memory_BM, new_BT, context.slots[:, 0])
+        return cache.append(jax.lax.stop_gradient(memory_BM), new_BT, context.slots[:, 0])
     return _append(memory_BM, new_BT, context.kept_indices)
 
 
@@ -235,16 +237,27 @@ def to_decoding_layout(specs: spec.Tree, state: State, num_added: int) -> Any:
 
     Args:
         specs: specs with the axes of ``state``. In each array, the axis of slots follows the axis ``batch``.
+
+    Raises:
+        ValueError: an array has no axis of slots.
     """
     is_token_BM = state["segment_ids"] > 0
     order_BM = jnp.argsort(~is_token_BM, axis=1, stable=True)  # tokens first
+
+    slots = is_token_BM.shape[1]
+    for name, leaf in spec.flatten(state).items():
+        if slots not in leaf.shape[1:]:
+            raise ValueError(
+                f"the state has the array {name} {list(leaf.shape)} without an axis of {slots} memory slots: a family "
+                "with such a state must not set HAS_MEMORY_STATE"
+            )
 
     def convert(leaf: jax.Array, batch_axis: int) -> jax.Array:
         widths = [(0, num_added if axis == batch_axis + 1 else 0) for axis in range(leaf.ndim)]
         return jnp.pad(_take_slots(leaf, order_BM, batch_axis), widths)
 
     length_B = jnp.sum(is_token_BM, axis=1, dtype=jnp.int32)
-    capacity_B = jnp.full_like(length_B, is_token_BM.shape[1])
+    capacity_B = jnp.full_like(length_B, slots)
     return {**spec.map_axis(specs, "batch", convert, state), "length": length_B, "capacity": capacity_B}
 
 

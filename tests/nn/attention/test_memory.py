@@ -114,7 +114,7 @@ def test_the_decoding_layout_keeps_the_same_tokens_as_the_usual_layout(slots):
     used = np.arange(slots + num_added) < np.asarray(state["length"])[:, None]
     assert np.array_equal(np.asarray(state["segment_ids"]) > 0, used)  # tokens first
     for call in range(num_added):
-        token, segments = jnp.full((3, 1), 1000.0 + call), jnp.asarray([[3], [int(call < 2)], [4]])
+        token, segments = jnp.full((3, 1), 1000.0 + call), jnp.asarray([[3], [int(call in (0, 3))], [4]])
         _, usual = read(token, usual, segments)
         context, state = read(token, state, segments)
         # A token attends to itself and to the last M tokens of its document.
@@ -129,8 +129,11 @@ def test_the_decoding_layout_keeps_the_same_tokens_as_the_usual_layout(slots):
     assert np.array_equal(back["segment_ids"], usual["segment_ids"])
 
 
-def test_the_decoding_layout_refuses_several_tokens():
+def test_the_decoding_layout_refuses_several_tokens_and_arrays_without_slots():
     specs = memory.memory_specs(1, 2, 3, 1, jnp.float32)
     state = memory.to_decoding_layout(specs, spec.init(specs), 4)
     with pytest.raises(ValueError, match="one token per call with a causal mask, got 2 tokens and causal=True"):
         memory.make_context(jnp.zeros((2, 2), int), state, None)
+    other_state = {**spec.init(specs), "calls": jnp.zeros(2, jnp.int32)}
+    with pytest.raises(ValueError, match=r"the array calls \[2\] without an axis of 3 memory slots"):
+        memory.to_decoding_layout(specs, other_state, 4)
