@@ -8,7 +8,7 @@ Shapes: B batch, W width.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -19,16 +19,15 @@ from jaxlm.nn.lazy_pallas import pl
 
 
 def run(normalize: Callable[..., jax.Array], x_B1W: jax.Array, *params_W: jax.Array) -> jax.Array:
-    """``normalize(x, *params)``, in the shape and dtype of ``x``. The derivatives are those of ``normalize``.
+    """``normalize(x, *params)``, in the shape and dtype of ``x``.
+
+    Derivatives and ``vmap`` are those of ``normalize``: the TPU compiler would reject the kernel with an axis for
+    ``vmap``, because its blocks of vectors would have no axis of rows.
 
     Args:
-        normalize: the normalization of rows [B, W] over their last axis, with parameters [W] or [1, W].
+        normalize: the normalization of rows [B, W] over their last axis.
     """
     axes = [("batch", None, None), *[(None,)] * len(params_W)]
-
-    @jax.custom_jvp
-    def norm(x_B1W: jax.Array, *params_W: jax.Array) -> jax.Array:
-        return sharding.map_shards(device_norm, axes, axes[0])(x_B1W, *params_W)
 
     def device_norm(x_B1W: jax.Array, *params_W: jax.Array) -> jax.Array:
         rows_BW = x_B1W[:, 0]
@@ -37,13 +36,24 @@ def run(normalize: Callable[..., jax.Array], x_B1W: jax.Array, *params_W: jax.Ar
             *inputs, out = references
             out[...] = normalize(*(array[...] for array in inputs))
 
-        # With ``vmap``, a block of vectors [W] would have no axis of rows, which the TPU compiler rejects.
-        params_1W = (parameter[None] for parameter in params_W)
         out_BW = pl.pallas_call(
             kernel, name="norm", interpret=lazy_pallas.INTERPRET,
             out_shape=jax.ShapeDtypeStruct(rows_BW.shape, rows_BW.dtype),
-        )(rows_BW, *params_1W)  # fmt: skip
+        )(rows_BW, *params_W)  # fmt: skip
         return out_BW[:, None]
+
+    @jax.custom_batching.custom_vmap
+    def norm_without_derivative(*arrays: jax.Array) -> jax.Array:
+        return sharding.map_shards(device_norm, axes, axes[0])(*arrays)
+
+    @norm_without_derivative.def_vmap
+    def vmap(axis_size: int, is_mapped: Sequence[bool], *arrays: jax.Array) -> tuple[jax.Array, bool]:
+        in_axes = tuple(0 if mapped else None for mapped in is_mapped)
+        return jax.vmap(normalize, in_axes, axis_size=axis_size)(*arrays), True
+
+    @jax.custom_jvp
+    def norm(*arrays: jax.Array) -> jax.Array:
+        return norm_without_derivative(*arrays)
 
     @norm.defjvp
     def jvp(primals: Any, tangents: Any) -> Any:
