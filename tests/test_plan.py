@@ -783,6 +783,20 @@ def test_every_family_is_planned(name):
 
 
 @live
+@pytest.mark.parametrize("name", ["transformer-xl-tiny", "xlnet-tiny"])
+def test_decoding_of_a_memory_on_a_tpu_has_the_decoding_layout_and_the_kernels_for_few_rows(name):
+    model = get_model(name, dtype="bfloat16")
+    sharding = Sharding(make_mesh("data=4", devices=topology.get_topology("v5e:2x2").devices))
+    state = program.decoding_step(model, sharding, 8, 32, param_dtype="bfloat16").parts["state"]
+    assert state["segment_ids"].shape == (8, 32 + 32)
+    assert state["capacity"].shape == (8,)
+    result = plan(model, "v5e:2x2", "data=4", batch=8, sequence=32, decode=True, param_dtype="bfloat16")
+    kernels = {kernel.name.partition(".")[0] for kernel in result.kernels}
+    # XLNet reads two streams, so its norms have two rows per text, and the kernel is not used.
+    assert kernels >= ({"decode_attention", "norm"} if name == "transformer-xl-tiny" else {"decode_attention"})
+
+
+@live
 def test_experts_on_their_own_devices_are_planned():
     """With one expert per device, libtpu cannot compile the gradient of ``lax.ragged_dot``."""
     model = tiny_model("mixtral-tiny", num_layers=1)

@@ -173,7 +173,8 @@ def decoding_step(
     """
     check_sharding(sharding)
     sizes = {"source_length": sequence} if model.reads_source else {}
-    specs = loop_state_specs(model, model.state_specs(batch, sequence, **sizes), max_steps=sequence)
+    with sharding.scope():  # the layout of the state depends on the platform
+        specs = loop_state_specs(model, model.state_specs(batch, sequence, **sizes), max_steps=sequence)
     dtype = jnp.dtype(param_dtype)
 
     def cast(leaf: spec.ArraySpec) -> spec.ArraySpec:
