@@ -223,7 +223,7 @@ def section(name: str, title: str, measurements: Sequence[Measurement], pictures
 def _summary(baselines: Sequence[Measurement], slower: Sequence[Measurement]) -> str:
     if not baselines:
         return "No baseline was measured."
-    text = f"jaxlm is faster in {len(baselines) - len(slower)} of {len(baselines)} comparisons."
+    text = f"jaxlm is faster in {len(baselines) - len(slower)} of {len(baselines)} comparisons with baselines."
     if not slower:
         return text
     names = [f"{row.label}: {row.ratio:.2f} times as fast as {row.implementation}" for row in slower]

@@ -105,8 +105,8 @@ _RECALL = Experiment(
         "key. The vocabulary has 8,192 ids. The published runs have 100,000 rows for up to 64 epochs, lengths from 64 "
         "to 512 and widths from 64 to 512. Here each step draws new rows, at most 256,000 in a run, and fewer lengths "
         "and widths are measured. In models with the config field `init_stddev`, the initial weights have a standard "
-        "deviation of 0.1. As in the published runs, the output head is the token table, in models with the config "
-        "field `tie_embeddings`."
+        "deviation of 0.1. In models with the config field `tie_embeddings`, the output head is the token table, as in "
+        "the published runs."
     ),
     cases={f"{length} tokens, {pairs} pairs": _recall_case(length, pairs) for length, pairs in _RECALL_SIZES},
     plan=Plan(steps=4000, widths=(64, 128), layers=2, learning_rates=(3e-3, 1e-3), stop_at=0.99),

@@ -294,7 +294,7 @@ def write(
         '- published: the number in the source, as an accuracy. "no number": the source has only the statement.\n'
         "- ours: the smallest and the largest accuracy (mean over the seeds) of the rows of the claim.\n"
         "- interval: the 95 % intervals (Student's t) of these two accuracies.\n"
-        "- agrees: whether all rows keep the limit in parentheses. We chose the limits. A claim with ≤ also agrees\n"
+        "- agrees: whether all rows satisfy the limit in parentheses. We chose the limits. A claim with ≤ also agrees\n"
         '  if a model has not learned the training lengths; see "validation" in the second table.\n'
         "- command: the arguments after `python -m experiments.laboratory` that run the measured rows of the claim.\n"
         "- minutes: the duration of all runs of these rows, including those that select the learning rate.\n\n"

@@ -185,7 +185,7 @@ def test_page_selects_rates_and_judges_claims(tmp_path):
     text = path.read_text()
     assert (
         "| Attention solves the task at all lengths and widths | Arora et al. 2024 (Zoology), figure 2 | 1.00 | 0.91 | "
-        "± 0.02 | no (test ≥ 0.95); 1 of 8 rows measured | "
+        "± 0.02 | no (test ≥ 0.95); 1 of 12 rows measured | "
         "`recall --model gpt --case '64 tokens, 4 pairs' --width 64` | 4.0 |"  # four runs of a minute
     ) in text
     assert "| 64 tokens, 4 pairs | gpt | 64 | 1,000 | 0.910 ± 0.025 | 0.910 ± 0.025 | 0.001 | 3 | 1.0 |" in text
