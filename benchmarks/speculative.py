@@ -149,7 +149,7 @@ def _decoders(
         "max_new_tokens": options.tokens,
         "sampling": Sampling(temperature=options.temperature),
         "key": jax.random.key(0),
-        "allowed_ids": tokenizer.vocab_size,
+        "num_allowed_ids": tokenizer.vocab_size,
     }
 
     def plain() -> Any:

@@ -92,7 +92,7 @@ def beam_search(
     max_new_tokens: int | Array,
     beams: BeamConfig,
     end_id: EndId = None,
-    allowed_ids: int | None = None,
+    num_allowed_ids: int | None = None,
     state: State | None = None,
 ) -> Beams:
     """The best continuations of each prompt that a beam search finds.
@@ -104,7 +104,7 @@ def beam_search(
     that are not finished are the next live hypotheses. Hugging Face's ``generate`` has the same rules.
 
     Args:
-        prompts, segment_ids, end_id, allowed_ids, state: as in :func:`jaxlm.decoding.generate`.
+        prompts, segment_ids, end_id, num_allowed_ids, state: as in :func:`jaxlm.decoding.generate`.
         max_new_tokens: maximum number of new tokens. Either one number for all rows, or [B] with one number per row.
         beams: the settings of the search.
 
@@ -128,7 +128,7 @@ def beam_search(
     largest_limit = int(limits.max())
     num_ids, slots = check_prompts(
         model, prompts, segment_ids,
-        max_new_tokens=largest_limit, end_id=end_id, allowed_ids=allowed_ids, state=state,
+        max_new_tokens=largest_limit, end_id=end_id, num_allowed_ids=num_allowed_ids, state=state,
     )  # fmt: skip
     limits_B = jnp.broadcast_to(jnp.asarray(limits, jnp.int32), prompts.shape[:1])
     settings = _Settings(

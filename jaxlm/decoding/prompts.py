@@ -66,7 +66,7 @@ def check_prompts(
     *,
     max_new_tokens: int,
     end_id: EndId,
-    allowed_ids: int | None,
+    num_allowed_ids: int | None,
     state: State | None = None,
 ) -> tuple[int, int]:
     """The number of ids that may be generated, and the number of cache slots that the tokens need.
@@ -83,7 +83,7 @@ def check_prompts(
     check_sharding(active())
     check_ids(model, prompts_BT, segment_ids_BT, "prompts")
     check_value(int, max_new_tokens, "max_new_tokens")
-    check_value(int | None, allowed_ids, "allowed_ids")
+    check_value(int | None, num_allowed_ids, "num_allowed_ids")
     check_min(1, max_new_tokens=max_new_tokens)
     batch, length = prompts_BT.shape
     slots = length + max_new_tokens - 1  # the model does not read the last new token
@@ -100,9 +100,9 @@ def check_prompts(
         _check_state(specs, state, batch)
         check_free_slots(model, state, slots)
     vocab_size = model.config.vocab_size
-    num_ids = vocab_size if allowed_ids is None else allowed_ids
+    num_ids = vocab_size if num_allowed_ids is None else num_allowed_ids
     if not 1 <= num_ids <= vocab_size:
-        raise ValueError(f"allowed_ids={allowed_ids} must be between 1 and vocab_size={vocab_size}")
+        raise ValueError(f"num_allowed_ids={num_allowed_ids} must be between 1 and vocab_size={vocab_size}")
     for end in as_end_ids(end_id):
         if not 0 <= end < num_ids:
             raise ValueError(f"end_id={end} can never be generated: ids are 0 to {num_ids - 1}; None means no end")

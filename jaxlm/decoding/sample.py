@@ -5,7 +5,7 @@ runs both in one ``jit``. To stream tokens, call :func:`prefill` once and :func:
 equal to those of :func:`generate`.
 
 Shapes: B batch, T prompt length, N new tokens, V number of ids. The logits that the model returns have all ids of its
-vocabulary. ``seen``, and the logits from which tokens are drawn, have only the ids below ``allowed_ids``, if it is
+vocabulary. ``seen``, and the logits from which tokens are drawn, have only the ids below ``num_allowed_ids``, if it is
 given.
 """
 
@@ -216,7 +216,7 @@ def generate(
     sampling: Sampling = GREEDY,
     key: jax.Array | None = None,
     end_id: EndId = None,
-    allowed_ids: int | None = None,
+    num_allowed_ids: int | None = None,
     state: State | None = None,
 ) -> Generation:
     """Up to ``max_new_tokens`` new tokens for each prompt, in one ``jit``. A row ends at its first ``end_id``.
@@ -236,7 +236,7 @@ def generate(
             depend neither on the other rows nor on the index of the row. If a key is not a threefry key but, for
             example, an rbg key, a threefry key is drawn from it and replaces it.
         end_id: the token id or token ids that end a row. None: every row gets ``max_new_tokens`` tokens.
-        allowed_ids: only ids below this number are generated. Set it to the vocabulary size of the tokenizer if the
+        num_allowed_ids: only ids below this number are generated. Set it to the vocabulary size of the tokenizer if the
             model has a larger vocabulary. None: all ids of the model's vocabulary.
         state: the initial model state, with B rows. For an encoder-decoder, it is required: the state with the encoded
             source (``model.init_decode_state``); each prompt then begins with the decoder's start id. For other
@@ -247,10 +247,10 @@ def generate(
         TypeError: the family has no model state, or the prompts or segment ids are not an array.
         ValueError: the model has no head that predicts the next token; an encoder-decoder has no ``state``; ``state``
             does not fit the model or the number of rows, or has too few free cache slots; a prompt is empty or has
-            padding inside; an id is outside the vocabulary; ``end_id`` cannot be generated; ``allowed_ids``, ``top_k``
-            or ``max_new_tokens`` is outside its range or not an integer; a key is missing or invalid, or there is a
-            wrong number of keys; shapes are wrong; there are more tokens than the model has positions (padding
-            included); or the function is called in a ``Sharding.scope`` whose mesh splits the axis ``seq``.
+            padding inside; an id is outside the vocabulary; ``end_id`` cannot be generated; ``num_allowed_ids``,
+            ``top_k`` or ``max_new_tokens`` is outside its range or not an integer; a key is missing or invalid, or
+            there is a wrong number of keys; shapes are wrong; there are more tokens than the model has positions
+            (padding included); or the function is called in a ``Sharding.scope`` whose mesh splits the axis ``seq``.
         NotFiniteError: logits are not finite. The message names the rows, and the parameters that are not finite or
             another possible cause.
 
@@ -263,7 +263,7 @@ def generate(
         (2, 4)
     """
     settings = check_and_make_settings(
-        model, prompts, segment_ids, max_new_tokens, sampling, key, end_id, allowed_ids, state
+        model, prompts, segment_ids, max_new_tokens, sampling, key, end_id, num_allowed_ids, state
     )
     generation = _generate(model, params, prompts, segment_ids, key, state, settings)
     check_finite(model, params, generation.finite, state)
@@ -280,7 +280,7 @@ def prefill(
     sampling: Sampling = GREEDY,
     key: jax.Array | None = None,
     end_id: EndId = None,
-    allowed_ids: int | None = None,
+    num_allowed_ids: int | None = None,
     state: State | None = None,
 ) -> PartialGeneration:
     """The generation after the prompts have been read and the first token of each row has been drawn.
@@ -288,7 +288,7 @@ def prefill(
     The arguments and errors of :func:`generate` apply here too.
     """
     settings = check_and_make_settings(
-        model, prompts, segment_ids, max_new_tokens, sampling, key, end_id, allowed_ids, state
+        model, prompts, segment_ids, max_new_tokens, sampling, key, end_id, num_allowed_ids, state
     )
     return prefill_with_settings(model, params, prompts, segment_ids, settings, key=key, state=state)
 
@@ -371,13 +371,13 @@ def check_and_make_settings(
     sampling: Sampling,
     key: jax.Array | None,
     end_id: EndId,
-    allowed_ids: int | None,
+    num_allowed_ids: int | None,
     state: State | None,
 ) -> Settings:
     """The :class:`Settings` for arguments of :func:`generate`. The function checks these arguments."""
     num_ids, slots = check_prompts(
         model, prompts, segment_ids,
-        max_new_tokens=max_new_tokens, end_id=end_id, allowed_ids=allowed_ids, state=state,
+        max_new_tokens=max_new_tokens, end_id=end_id, num_allowed_ids=num_allowed_ids, state=state,
     )  # fmt: skip
     check_top_k(sampling, num_ids)
     if key is None and sampling.temperature > 0.0:

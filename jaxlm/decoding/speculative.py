@@ -116,7 +116,7 @@ def speculative_generate(
     sampling: Sampling = GREEDY,
     key: jax.Array | None = None,
     end_id: EndId = None,
-    allowed_ids: int | None = None,
+    num_allowed_ids: int | None = None,
     states: tuple[Any, Any] | None = None,
 ) -> SpeculativeGeneration:
     """Up to ``max_new_tokens`` new tokens for each prompt, with the distribution of the target model.
@@ -134,7 +134,7 @@ def speculative_generate(
     Raises:
         TypeError, ValueError: the errors of :func:`jaxlm.decoding.generate`, for each model. Each model needs
             ``num_proposed`` more positions than in ``generate``.
-        ValueError: the models have different vocabulary sizes, and ``allowed_ids`` is None; ``sampling`` has
+        ValueError: the models have different vocabulary sizes, and ``num_allowed_ids`` is None; ``sampling`` has
             a repetition penalty; the target model has a ``capacity_factor``; or the state of the target model has a
             rolling memory that is too short for all tokens.
         NotFiniteError: logits of the target model or of the draft model are not finite.
@@ -149,10 +149,10 @@ def speculative_generate(
         (1, 6)
     """
     sizes = models.target.config.vocab_size, models.draft.config.vocab_size
-    if allowed_ids is None and sizes[0] != sizes[1]:
+    if num_allowed_ids is None and sizes[0] != sizes[1]:
         raise ValueError(
             f"the target model has {sizes[0]} token ids and the draft model {sizes[1]}: use models with the same "
-            "tokenizer, and set allowed_ids to the vocabulary size of the tokenizer"
+            "tokenizer, and set num_allowed_ids to the vocabulary size of the tokenizer"
         )
     if sampling.repetition_penalty != 1.0:
         raise ValueError(
@@ -174,7 +174,7 @@ def speculative_generate(
                 f"at least the length of the prompts + {max_new_tokens + models.num_proposed - 1} (max_new_tokens + "
                 "num_proposed - 1). The state of another model may be None"
             )
-    options = (max_new_tokens, sampling, key, end_id, allowed_ids)
+    options = (max_new_tokens, sampling, key, end_id, num_allowed_ids)
     settings = check_and_make_settings(models.target, prompts, segment_ids, *options, target_state)
     check_and_make_settings(models.draft, prompts, segment_ids, *options, draft_state)
     # The last round may read num_proposed tokens that do not become part of the text.

@@ -384,7 +384,7 @@ class _TextGenerator:
         with rename_rows_in_errors(self._input_name, text_indices):
             beams = beam_search(
                 self._model, request.params, tokens_BT, segment_ids_BT, max_new_tokens=limits, beams=self._beams,
-                end_id=request.end_ids, allowed_ids=request.num_ids, state=state,
+                end_id=request.end_ids, num_allowed_ids=request.num_ids, state=state,
             )  # fmt: skip
         return self._final_texts(prompts, np.asarray(beams.tokens[:, 0]), np.asarray(beams.lengths[:, 0]))
 
@@ -414,7 +414,7 @@ class _TextGenerator:
             generation = speculative_generate(
                 models, tokens_BT, segment_ids_BT, max_new_tokens=max_new_tokens, sampling=request.sampling,
                 key=None if request.key is None else fold_in_rows(request.key, text_indices),
-                end_id=request.end_ids, allowed_ids=request.num_ids, states=(target_state, draft_state),
+                end_id=request.end_ids, num_allowed_ids=request.num_ids, states=(target_state, draft_state),
             ).generation  # fmt: skip
         lengths_B = np.minimum(np.asarray(generation.lengths), limits)
         return self._final_texts(prompts, np.asarray(generation.tokens), lengths_B)

@@ -186,7 +186,7 @@ def test_a_given_state_keeps_its_tokens(gpt: Pair) -> None:
 def test_fewer_hypotheses_than_beams(tiny_pair: Pair) -> None:
     """The unused beams have length 0 and a score of -inf."""
     out = beam_search(
-        *tiny_pair, np.array([[1]]), max_new_tokens=1, allowed_ids=3, end_id=2, beams=BeamConfig(num_beams=7)
+        *tiny_pair, np.array([[1]]), max_new_tokens=1, num_allowed_ids=3, end_id=2, beams=BeamConfig(num_beams=7)
     )
     assert out.lengths.tolist() == [[1, 1, 1, 0, 0, 0, 0]]
     assert sorted(out.tokens[0, :3, 0].tolist()) == [0, 1, 2]

@@ -14,7 +14,7 @@ from tests.decoding.conftest import Recurrent, context_sensitive_params
 
 MODEL = Recurrent()
 PROMPTS = np.array([[5, 6, 7], [11, 9, 3], [3, 20, 4]], np.int32)
-OPTIONS = {"max_new_tokens": 6, "beams": BeamConfig(3), "allowed_ids": 9}
+OPTIONS = {"max_new_tokens": 6, "beams": BeamConfig(3), "num_allowed_ids": 9}
 
 
 def test_error_names_the_row_and_the_parameter() -> None:

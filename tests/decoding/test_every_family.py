@@ -79,7 +79,7 @@ def test_wide_beam_search_equals_brute_force(name: str) -> None:
         PROMPTS,
         SEGMENTS,
         max_new_tokens=NUM_NEW,
-        allowed_ids=IDS,
+        num_allowed_ids=IDS,
         state=initial_state(model, params),
         beams=BeamConfig(num_beams=beams, length_penalty=0.0),
     )
@@ -97,7 +97,8 @@ def test_wide_beam_search_equals_brute_force(name: str) -> None:
 def test_greedy_search_takes_the_most_likely_token_of_a_full_forward_pass(name: str) -> None:
     model, params = model_and_params(name)
     out = generate(
-        model, params, PROMPTS, SEGMENTS, max_new_tokens=NUM_NEW, allowed_ids=IDS, state=initial_state(model, params)
+        model, params, PROMPTS, SEGMENTS, max_new_tokens=NUM_NEW, num_allowed_ids=IDS,
+        state=initial_state(model, params),
     )  # fmt: skip
     for row in range(2):
         same_texts = np.tile(np.asarray(out.tokens[row]), (len(CONTINUATIONS), 1))  # same shape as above

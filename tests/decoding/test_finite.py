@@ -60,7 +60,7 @@ def test_error_names_rows_and_parameters(params: Any) -> None:
             "max_new_tokens": NUM_NEW,
             "sampling": sampling,
             "key": key,
-            "allowed_ids": 9,
+            "num_allowed_ids": 9,
         }  # id 9 occurs only in the prompt of row 1
         with pytest.raises(NotFiniteError, match=message) as caught:
             generate(MODEL, bad, PROMPTS, **options)

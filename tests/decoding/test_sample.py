@@ -267,7 +267,7 @@ def test_only_allowed_ids_are_generated() -> None:
     options = {"max_new_tokens": 2, "sampling": Sampling(3.0), "key": jax.random.key(0)}
     everything = generate(model, params, np.full((400, 2), 99), **options).tokens
     assert 90 < int(everything.max()) < 100, "the padded rows of the table are no ids"
-    few = generate(model, params, np.full((400, 2), 99), allowed_ids=7, **options).tokens
+    few = generate(model, params, np.full((400, 2), 99), num_allowed_ids=7, **options).tokens
     assert int(few.max()) == 6
 
 
@@ -424,13 +424,13 @@ VALID_ARGUMENTS = {"prompts": np.array([[5, 6], [7, 8]]), "max_new_tokens": 4}
         ({"max_new_tokens": 0}, r"max_new_tokens=0 must be at least 1"),
         ({"max_new_tokens": 64}, r"65 tokens exceeds max_positions=64"),
         ({"end_id": 128}, r"end_id=128 can never be generated: ids are 0 to 127"),
-        ({"end_id": 9, "allowed_ids": 9}, r"end_id=9 can never be generated: ids are 0 to 8"),
-        ({"allowed_ids": 129}, r"allowed_ids=129 must be between 1 and vocab_size=128"),
+        ({"end_id": 9, "num_allowed_ids": 9}, r"end_id=9 can never be generated: ids are 0 to 8"),
+        ({"num_allowed_ids": 129}, r"num_allowed_ids=129 must be between 1 and vocab_size=128"),
         ({"sampling": Sampling()}, r"temperature=1.0 draws at random: pass a key"),
         ({"sampling": Sampling(0.0, top_k=129)}, r"top_k=129 exceeds the 128 ids"),
         ({"max_new_tokens": 23.0}, "max_new_tokens=23.0 must be a whole number"),
         ({"max_new_tokens": True}, "max_new_tokens=True must be a whole number"),
-        ({"allowed_ids": 4.0}, "allowed_ids=4.0 must be a whole number or None"),
+        ({"num_allowed_ids": 4.0}, "num_allowed_ids=4.0 must be a whole number or None"),
         ({"end_id": True}, "end_id=True must be a whole number"),
         ({"end_id": [1, 2.5]}, "end_id=2.5 must be a whole number"),
         ({"end_id": [2, True]}, "end_id=True must be a whole number"),

@@ -42,9 +42,9 @@ def models_of(target, draft, num_proposed=3, **overrides):
 def test_greedy_tokens_equal_those_of_generate(target, draft):
     models = models_of(target, draft)
     want = generate(
-        models.target, models.target_params, PROMPTS, SEGMENTS, max_new_tokens=9, end_id=END, allowed_ids=64
+        models.target, models.target_params, PROMPTS, SEGMENTS, max_new_tokens=9, end_id=END, num_allowed_ids=64
     )
-    options = {"max_new_tokens": 9, "end_id": END, "allowed_ids": 64}
+    options = {"max_new_tokens": 9, "end_id": END, "num_allowed_ids": 64}
     got = speculative_generate(models, PROMPTS, SEGMENTS, **options)
     np.testing.assert_array_equal(got.generation.tokens, want.tokens)
     np.testing.assert_array_equal(got.generation.lengths, want.lengths)
@@ -88,13 +88,13 @@ def test_an_encoder_decoder_with_a_decoder_as_draft():
     source = source_inputs(models.target, 3)["source"]
     prompts = np.zeros((3, 1), np.int32)
     state = decode_state(models.target, models.target_params, source, 20)
-    want = generate(models.target, models.target_params, prompts, max_new_tokens=8, allowed_ids=64, state=state)
+    want = generate(models.target, models.target_params, prompts, max_new_tokens=8, num_allowed_ids=64, state=state)
     states = state, models.draft.init_state(3, 20)
-    got = speculative_generate(models, prompts, max_new_tokens=8, allowed_ids=64, states=states)
+    got = speculative_generate(models, prompts, max_new_tokens=8, num_allowed_ids=64, states=states)
     np.testing.assert_array_equal(got.generation.tokens, want.tokens)
     states = models.target.init_state(3, 10), states[1]
     with pytest.raises(ValueError, match="10 free cache slots, but the prompts and the new tokens need 11"):
-        speculative_generate(models, prompts, max_new_tokens=8, allowed_ids=64, states=states)
+        speculative_generate(models, prompts, max_new_tokens=8, num_allowed_ids=64, states=states)
 
 
 @pytest.mark.thorough
@@ -189,7 +189,7 @@ def test_errors_name_the_bad_input():
     with pytest.raises(ValueError, match="num_proposed=0 must be at least 1"):
         run(models.replace(num_proposed=0))
     draft, draft_params = model_and_params("transformer_xl")
-    with pytest.raises(ValueError, match=r"128 token ids and the draft model 64: .* set allowed_ids"):
+    with pytest.raises(ValueError, match=r"128 token ids and the draft model 64: .* set num_allowed_ids"):
         run(models.replace(draft=draft, draft_params=draft_params))
     with pytest.raises(ValueError, match="repetition_penalty=1.2 is not supported in speculative decoding"):
         run(models, sampling=Sampling(repetition_penalty=1.2), key=jax.random.key(0))

@@ -57,7 +57,7 @@ def generate_on_arrays(name: str, source: str, num_beams: int) -> str:
         state = decode_state(model, params, ids, NUM_NEW)
         ids = np.array([[model.config.decoder_start_id]], np.int32)
     options: dict[str, Any] = {
-        "max_new_tokens": NUM_NEW, "end_id": BYTES.end_id, "allowed_ids": BYTES.vocab_size, "state": state,
+        "max_new_tokens": NUM_NEW, "end_id": BYTES.end_id, "num_allowed_ids": BYTES.vocab_size, "state": state,
     }  # fmt: skip
     if num_beams == 1:
         out = generate(model, params, ids, **options)

@@ -106,7 +106,7 @@ def test_word_accuracy_equals_greedy_decoding():
     params = initial_params(model)
     letters = [5, 9, 4]
     prompt = np.array([[*letters, pronunciation.START]], np.int32)
-    out = generate(model, params, prompt, max_new_tokens=3, allowed_ids=model.config.vocab_size)
+    out = generate(model, params, prompt, max_new_tokens=3, num_allowed_ids=model.config.vocab_size)
     decoded = np.asarray(out.tokens)[0].tolist()
     others = [[40, 41, 42], [decoded[0], decoded[1], decoded[2] + 1], [decoded[0] + 1, *decoded[1:]]]
 

@@ -284,7 +284,7 @@ def test_scores_equal_the_log_probabilities_of_generated_tokens() -> None:
         params,
         np.zeros((1, 1), np.int32),
         max_new_tokens=5,
-        allowed_ids=128,
+        num_allowed_ids=128,
         state=decode_state(model, params, source, 5),
     )
     text = BYTES.decode(np.asarray(out.tokens)[0])
