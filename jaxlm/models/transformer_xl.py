@@ -8,8 +8,8 @@ The code follows the PyTorch code of Dai et al. and of Hugging Face, which have 
 attention probabilities. The memory starts empty, as in the code of Dai et al. In Hugging Face's code, it starts with
 zeros, and tokens attend to these zeros.
 
-Shapes: B batch, T new tokens, M memory slots, S = M + T keys, D model width, H heads, K head width, F hidden width of
-the MLP, V vocabulary.
+Shapes: B batch, T new tokens, M memory slots, S keys (M + T; in the decoding layout of the memory, all its slots), D
+model width, H heads, K head width, F hidden width of the MLP, V vocabulary.
 """
 
 from __future__ import annotations
@@ -120,9 +120,9 @@ def apply(
     dtype = jnp.dtype(cfg.dtype)
     order_BT = None
     if segment_ids is not None:
-        # Move the padding of the new tokens to the end of each row. The memory has its empty slots and its padding at
-        # its start. So the real tokens of the memory and the new real tokens are adjacent. Then the distance of two
-        # tokens is the difference of their indices, and the bias needs no gather (``distance_bias``).
+        # Move the padding of the new tokens to the end of each row. In its usual layout, the memory has its empty slots
+        # and its padding at its start. So the real tokens of the memory and the new real tokens are adjacent. Then the
+        # distance of two tokens is the difference of their indices, and the bias needs no gather (``distance_bias``).
         order_BT = real_first_indices(segment_ids)
         tokens, segment_ids = (jnp.take_along_axis(x, order_BT, axis=1) for x in (tokens, segment_ids))
     memory_context, state = memory.make_context(

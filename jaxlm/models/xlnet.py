@@ -3,14 +3,15 @@
 Only the task permutation has two streams. The input of the content stream is the token of each position. The input of
 the query stream is one learned vector at all positions. The query stream does not attend to the token of its own
 position, so that the head can predict this token from the query stream. Both streams share all weights, and only the
-content stream (and the memory) provides keys and values. So a block processes the concatenated streams, except that
-attention runs once per stream (``jaxlm.nn.attention.two_streams``).
+content stream (and the memory) provides keys and values. So a block processes the concatenated streams, but attention
+runs separately for each stream, except in the decoding layout of the memory (``jaxlm.nn.attention.two_streams``).
 
 The code follows that of Yang et al. The published ``VARIANTS`` have the tanh approximation of GELU, with which their
 weights were trained. Hugging Face's ``config.json`` of these weights has the exact GELU, so a loaded model has it, too.
 
 Shapes: B batch, T time, P positions of the query stream, Q = T + P queries (Q = T without a query stream), M memory
-slots, S = M + T keys, D model width, H heads, K = D / H head width, F MLP hidden width, R distances, V vocabulary.
+slots, S keys (M + T; in the decoding layout of the memory, all its slots), D model width, H heads, K = D / H head
+width, F MLP hidden width, R distances, V vocabulary.
 """
 
 from __future__ import annotations
@@ -94,7 +95,7 @@ def apply(
 
     Args:
         tokens: [B, T] integer ids. An id outside the vocabulary gives NaN, also for other tokens of the row.
-        state: memory of the tokens before ``tokens`` (``state_specs``). The new memory drops the oldest tokens.
+        state: memory of earlier tokens (``state_specs``). No gradient flows into it. The new memory drops the oldest.
         segment_ids: [B, T] int32, 0 for padding and n for document n. Documents do not interact. Default: one document.
         key: random key for dropout; None: no dropout.
         token_types: [B, T] int32, such as 0 and 1 for the two sentences of a pair. The attention bias of two tokens
@@ -195,7 +196,7 @@ def _attention(
             biases.append(type_bias(type_q, types_2HK, *stream.token_types, scale=scale))
         content_q = absorb("key", content_q)
         if use_absorbed:
-            # With a memory, ``make_streams`` returns a single stream exactly in the decoding layout.
+            # If there is a memory, ``make_streams`` returns a single ``Stream`` only in the decoding layout.
             options = {"scale": scale, "biases": biases, "in_decoding_layout": len(streams) == 1}
             outputs.append(memory.attend_to_inputs(content_q, inputs_BSD, stream.mask, **options))
         else:

@@ -247,11 +247,11 @@ def absorbed_attention(q_BTHK: jax.Array, context_BSD: jax.Array, *, dropout: fl
 
 
 def memory_decoding_layout() -> bool:
-    """Whether the loops of decoding use the decoding layout of a memory (``jaxlm.nn.attention.memory``).
+    """Whether ``decoding.loop.decoding_loop`` uses the decoding layout of a memory (``jaxlm.nn.attention.memory``).
 
-    By the TPU compiler's estimate for a v5e, a token of Transformer-XL (base) takes 1.00 instead of 2.48 ms, and a
-    token of XLNet-base 0.54 instead of 2.34 ms (8 rows, 512 slots). On an AMD EPYC (Zen 5), generation takes 0.93 to
-    1.20 times as long, so the layout is not used on a CPU.
+    By the TPU compiler's estimate for a v5e, a token of Transformer-XL (base) takes 0.87 instead of 1.89 ms with this
+    layout, and a token of XLNet-base 0.54 instead of 2.05 ms (8 rows, 512 slots). On an AMD EPYC (Zen 5), generation
+    takes 0.93 to 1.20 times as long, so the layout is not used on a CPU.
     """
     return sharding.platform() != "cpu"
 
@@ -547,19 +547,18 @@ def isolate_logits(rows: int) -> bool:
 
 
 MAX_KERNEL_ROWS = 64
-"""Maximum number of rows on a device (batch times time) for the kernels of norms and of logits. With more rows, XLA's
-operations take longer than their start."""
+"""Maximum number of rows on a device (batch times time) for the kernels of norms and of logits. The kernels are for few
+rows; the estimates below are for 8 rows."""
 MIN_UNEMBED_KERNEL_BYTES = 90 * 2**20
 """Minimum number of bytes of a device's part of the table for the kernel that computes logits. XLA copies a smaller
 table to VMEM during earlier operations, so its matmul waits less for the table."""
-
-
 MAX_UNEMBED_KERNEL_WIDTH = 2**13
-"""Maximum width of the table for the kernel that computes logits. A block of the table must fit into VMEM."""
+"""Maximum width of the table for the kernel that computes logits. If the table were wider, its smallest block (LANES
+rows) would have more than ``unembed_pallas.MAX_BLOCK_BYTES`` bytes."""
 
 
 def unembed_kernel(table_VD: jax.Array, hidden_BTD: jax.Array) -> bool:
-    """Whether the TPU kernel of ``jaxlm.nn.unembed_pallas`` computes the logits.
+    """Whether the TPU kernel of ``jaxlm.nn.unembed_pallas`` computes the logits of a large bfloat16 table.
 
     With 8 rows, the head of RWKV-7 0.1B (65,536 x 768) takes 188 k instead of 275 k cycles, and the head of
     Transformer-XL (267,735 x 410) takes 518 k instead of 689 k (TPU compiler's estimate for a v5e).
@@ -576,13 +575,13 @@ def unembed_kernel(table_VD: jax.Array, hidden_BTD: jax.Array) -> bool:
 
 
 def norm_kernel(x: jax.Array) -> bool:
-    """Whether the TPU kernel of ``jaxlm.nn.norm_pallas`` computes a norm of ``x`` with vectors as parameters.
+    """Whether the TPU kernel of ``jaxlm.nn.norm_pallas`` computes a norm of ``x`` whose parameters are vectors.
 
     The kernel is used for one token per row. XLA computes such a norm with three operations of about 1.8 k cycles each.
     With the kernel, a token takes 913 k instead of 1,168 k cycles in RWKV-7 0.1B, 884 k instead of 928 k in GPT-2, and
-    1,261 k instead of 1,370 k in SmolLM2-135M (8 rows, TPU compiler's estimate for a v5e). With the kernel for norms of
-    groups, a token of Mamba-2 130M would take 124 k cycles longer, because XLA no longer fuses the operations before
-    the norm with its sums.
+    1,261 k instead of 1,370 k in SmolLM2-135M (8 rows, TPU compiler's estimate for a v5e). The kernel is not used for
+    norms of groups: a token of Mamba-2 130M would take 124 k cycles longer, because XLA would no longer fuse the
+    operations before the norm with its sums.
     """
     is_one_token = x.ndim == 3 and x.shape[1] == 1
     # The TPU compiler rejects a kernel with float16.
@@ -590,10 +589,10 @@ def norm_kernel(x: jax.Array) -> bool:
 
 
 def _has_few_rows(x: jax.Array) -> bool:
-    """Whether hidden states [B, T, ...] have at most ``MAX_KERNEL_ROWS`` rows on a device, and only B is split.
+    """Whether hidden states [B, T, D] have at most ``MAX_KERNEL_ROWS`` rows on a device, and devices split only B.
 
-    False on a mesh with Explicit axes, and in ``shard_map`` if JAX tracks over which mesh axes ``x`` varies: there,
-    ``pallas_call`` raises an error.
+    The result is False if there are no rows. It is also False where ``pallas_call`` raises an error: on a mesh with
+    Explicit axes, and in ``shard_map`` if JAX tracks that ``x`` varies over mesh axes.
     """
     shards = sharding.num_shards(("batch",))
     rows = math.prod(x.shape[:2]) // shards

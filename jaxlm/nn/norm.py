@@ -1,6 +1,7 @@
 """Normalization layers. Means and variances are float32 for every dtype of the input.
 
-The backward pass recomputes the float32 arrays from the input (``jax.checkpoint``), so that they are not stored.
+The backward pass recomputes the float32 arrays from the input (``jax.checkpoint``), so that they are not stored. The
+gradient of the kernel for few rows (``jaxlm.nn.norm_pallas``) does not do this, because the kernel is for decoding.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def _layer_norm(epsilon: float, x: jax.Array, scale: jax.Array, bias: jax.Array)
 
 
 def _normalize(function: Callable[..., jax.Array], epsilon: float, x: jax.Array, *params: jax.Array) -> jax.Array:
-    """``function(epsilon, x, *params)``, computed by a kernel for one token per row on a TPU."""
+    """``function(epsilon, x, *params)``, computed by the TPU kernel if ``choices.norm_kernel`` chooses it."""
     require_arrays(x=x)
     if all(parameter.ndim == 1 for parameter in params) and choices.norm_kernel(x):
         return norm_pallas.run(functools.partial(function, epsilon), x, *params)

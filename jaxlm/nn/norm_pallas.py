@@ -1,7 +1,7 @@
 """A Pallas kernel for TPUs: the normalization of a few rows, as in decoding.
 
-XLA normalizes rows with three operations: one for the sums, one for mean and variance, and one for the result. With few
-rows, the start of an operation takes longer than its arithmetic. The kernel is a single operation.
+XLA normalizes rows with three operations: the sums, then mean and variance, then the result. With few rows, the start
+of an operation takes longer than its arithmetic. The kernel is a single operation.
 
 Shapes: B batch, W width.
 """
@@ -19,22 +19,22 @@ from jaxlm.nn.lazy_pallas import pl
 
 
 def run(normalize: Callable[..., jax.Array], x_B1W: jax.Array, *params_W: jax.Array) -> jax.Array:
-    """``normalize(x, *params)``, in the shape and dtype of ``x``.
+    """``normalize(x, *params)``, computed by the kernel, in the shape and dtype of ``x``.
 
-    Derivatives and ``vmap`` are those of ``normalize``: the TPU compiler would reject the kernel with an axis for
-    ``vmap``, because its blocks of vectors would have no axis of rows.
+    Derivatives are those of ``normalize``. Under ``vmap``, ``normalize`` runs instead of the kernel, because the TPU
+    compiler would reject the kernel's blocks of mapped parameters.
 
     Args:
-        normalize: the normalization of rows [B, W] over their last axis.
+        normalize: a normalization over the last axis of ``x``, for ``x`` of shape [B, W] or [B, 1, W].
     """
     axes = [("batch", None, None), *[(None,)] * len(params_W)]
 
     def device_norm(x_B1W: jax.Array, *params_W: jax.Array) -> jax.Array:
         rows_BW = x_B1W[:, 0]
 
-        def kernel(*references: Any) -> None:
-            *inputs, out = references
-            out[...] = normalize(*(array[...] for array in inputs))
+        def kernel(*refs: Any) -> None:
+            *inputs, out = refs
+            out[...] = normalize(*(ref[...] for ref in inputs))
 
         out_BW = pl.pallas_call(
             kernel, name="norm", interpret=lazy_pallas.INTERPRET,
@@ -43,20 +43,20 @@ def run(normalize: Callable[..., jax.Array], x_B1W: jax.Array, *params_W: jax.Ar
         return out_BW[:, None]
 
     @jax.custom_batching.custom_vmap
-    def norm_without_derivative(*arrays: jax.Array) -> jax.Array:
+    def norm_with_vmap_rule(*arrays: jax.Array) -> jax.Array:
         return sharding.map_shards(device_norm, axes, axes[0])(*arrays)
 
-    @norm_without_derivative.def_vmap
-    def vmap(axis_size: int, is_mapped: Sequence[bool], *arrays: jax.Array) -> tuple[jax.Array, bool]:
+    @norm_with_vmap_rule.def_vmap
+    def vmap_rule(axis_size: int, is_mapped: Sequence[bool], *arrays: jax.Array) -> tuple[jax.Array, bool]:
         in_axes = tuple(0 if mapped else None for mapped in is_mapped)
         return jax.vmap(normalize, in_axes, axis_size=axis_size)(*arrays), True
 
     @jax.custom_jvp
     def norm(*arrays: jax.Array) -> jax.Array:
-        return norm_without_derivative(*arrays)
+        return norm_with_vmap_rule(*arrays)
 
     @norm.defjvp
-    def jvp(primals: Any, tangents: Any) -> Any:
+    def jvp_rule(primals: Any, tangents: Any) -> Any:
         return jax.jvp(normalize, primals, tangents)
 
     return norm(x_B1W, *params_W)

@@ -13,8 +13,10 @@ from jaxlm.testing.helpers import initial_params, random_tokens
 @pytest.mark.parametrize("name", ["transformer-xl-tiny", "xlnet-tiny"])
 def test_conversions_of_the_memory_between_tokens_do_not_change_the_results(monkeypatch, name):
     results = []
-    # Decoding has no dropout. Another rate causes a compilation.
-    for max_added, dropout in ((0, 0.1), (128, 0.2), (3, 0.3)):  # 0: the usual layout
+    # 0: the usual layout. 128: no conversion between tokens. 3: a conversion after every 3 tokens, because the memory
+    # has 13 slots, and 13 + 3 is a multiple of 16. Decoding has no dropout, but another rate makes another model, so
+    # that ``jit`` compiles again.
+    for max_added, dropout in ((0, 0.1), (128, 0.2), (3, 0.3)):
         monkeypatch.setattr(loop, "MAX_ADDED_TOKENS", max_added)
         monkeypatch.setattr(choices, "memory_decoding_layout", lambda use=max_added > 0: use)
         model = get_model(name, dropout=dropout)

@@ -14,7 +14,7 @@ from jaxlm.testing.helpers import assert_trees_close
 
 @pytest.fixture
 def kernels(monkeypatch):
-    """The kernels are used, in Pallas's interpreter, wherever they are used on a TPU."""
+    """Use the kernels as on a TPU, but in Pallas's interpreter, for tables of any size, and with small blocks."""
     monkeypatch.setattr(lazy_pallas, "INTERPRET", True)
     monkeypatch.setattr(choices, "_is_new_tpu", lambda: True)
     monkeypatch.setattr(choices, "MIN_UNEMBED_KERNEL_BYTES", 0)
@@ -33,7 +33,7 @@ NORMS = {
 
 
 def call_norm(name, dtype):
-    """(Result and gradients, number of kernels in the program)."""
+    """A pair: the result with its gradients, and the number of kernel calls without the gradients."""
     norm, shape, params = NORMS[name]
     params = {name: normal(*shape, seed=seed) for seed, (name, shape) in enumerate(params.items(), 1)}
     x = normal(*shape, dtype=dtype) * 3 + 1
@@ -59,9 +59,9 @@ def test_the_norm_kernel_has_the_values_and_gradients_of_the_norm(name, dtype, r
     assert_trees_close(jax.tree.map(jnp.float32, got), jax.tree.map(jnp.float32, want), tolerance)
 
 
-def call_unembed(rows, words, vocab_size):
-    """(Result and gradients, number of kernels in the program). The last block of the table is incomplete."""
-    table, hidden = normal(words, 24, dtype=jnp.bfloat16), normal(*rows, 24, dtype=jnp.bfloat16, seed=1)
+def call_unembed(rows, table_rows, vocab_size):
+    """A pair as in :func:`call_norm`. With the kernel, the last block of the table is incomplete."""
+    table, hidden = normal(table_rows, 24, dtype=jnp.bfloat16), normal(*rows, 24, dtype=jnp.bfloat16, seed=1)
 
     def loss(table, hidden):
         logits = unembed(table, hidden, vocab_size)
@@ -71,12 +71,12 @@ def call_unembed(rows, words, vocab_size):
     return jax.jit(function)(table, hidden), str(jax.make_jaxpr(loss)(table, hidden)).count("pallas_call")
 
 
-@pytest.mark.parametrize(("rows", "words", "vocab_size"), [((3, 1), 300, 300), ((2, 4), 520, 500)])
-def test_the_unembed_kernel_has_the_values_and_gradients_of_the_matmul(rows, words, vocab_size, request):
-    want, num_kernels = call_unembed(rows, words, vocab_size)
+@pytest.mark.parametrize(("rows", "table_rows", "vocab_size"), [((3, 1), 300, 300), ((2, 4), 520, 500)])
+def test_the_unembed_kernel_has_the_values_and_gradients_of_the_matmul(rows, table_rows, vocab_size, request):
+    want, num_kernels = call_unembed(rows, table_rows, vocab_size)
     assert num_kernels == 0
     request.getfixturevalue("kernels")
-    got, num_kernels = call_unembed(rows, words, vocab_size)
+    got, num_kernels = call_unembed(rows, table_rows, vocab_size)
     assert num_kernels == 1
     assert got[0][1].dtype == jnp.float32
     assert_trees_close(jax.tree.map(jnp.float32, got), jax.tree.map(jnp.float32, want), 4e-3)
@@ -97,12 +97,12 @@ def test_the_kernels_run_on_a_mesh(mesh, kernels):
     assert_trees_close(jax.tree.map(jnp.float32, got), jax.tree.map(jnp.float32, want), 1e-6)
 
 
-def test_the_kernels_are_only_for_few_rows_that_the_mesh_splits_evenly(kernels):
+def test_the_kernels_are_chosen_only_for_supported_dtypes_and_few_rows_that_the_mesh_splits_evenly(kernels):
     def use_norm(*shape, dtype=jnp.bfloat16):
         return choices.norm_kernel(jnp.zeros(shape, dtype))
 
-    def use_unembed(rows, words=8, dtype=jnp.bfloat16):
-        return choices.unembed_kernel(jnp.zeros((words, 16), dtype), jnp.zeros((*rows, 16), jnp.bfloat16))
+    def use_unembed(rows, table_rows=8, dtype=jnp.bfloat16):
+        return choices.unembed_kernel(jnp.zeros((table_rows, 16), dtype), jnp.zeros((*rows, 16), jnp.bfloat16))
 
     assert use_norm(64, 1, 16)
     assert not use_norm(65, 1, 16)
@@ -115,11 +115,11 @@ def test_the_kernels_are_only_for_few_rows_that_the_mesh_splits_evenly(kernels):
     with Sharding(make_mesh("data=2,tensor=4")).scope():
         assert use_norm(128, 1, 16)  # 64 rows on each device
         assert not use_norm(3, 1, 16)
-        assert not use_unembed((8, 1), words=6)
+        assert not use_unembed((8, 1), table_rows=6)
 
 
 def test_the_kernels_are_not_used_where_a_pallas_call_raises(kernels):
-    """On a mesh with Explicit axes, and in ``shard_map`` with its default check of varying axes."""
+    """On a mesh with Explicit axes, and in ``shard_map`` with ``check_vma=True`` (the default) for rows that vary."""
     x, params, table = normal(8, 1, 16), {"scale": normal(16, seed=1)}, normal(8, 16, dtype=jnp.bfloat16)
     want = rms_norm(params, x, 1e-5)
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
@@ -135,14 +135,14 @@ def test_the_kernels_are_not_used_where_a_pallas_call_raises(kernels):
     np.testing.assert_allclose(jax.jit(mapped)(x), want, rtol=1e-6)
 
 
-def test_derivatives_of_both_modes_and_orders(kernels):
+def test_first_and_second_derivatives_in_forward_and_reverse_mode(kernels):
     x, params = normal(3, 1, 8), {"scale": normal(8, seed=1), "bias": normal(8, seed=2)}
 
     def loss(params, x):
         return jnp.sum(jnp.sin(layer_norm(params, x, 1e-5)))
 
     def reference_loss(params, x):
-        return jnp.sum(jnp.sin(layer_norm(params, x[:, None], 1e-5)))  # groups: no kernel
+        return jnp.sum(jnp.sin(layer_norm(params, x[:, None], 1e-5)))  # four axes: no kernel
 
     def jacobian_of_gradient(function, argnums):
         return jax.jacrev(jax.grad(function, argnums), argnums)

@@ -1,12 +1,14 @@
 """The rolling memory of models with segment recurrence (Transformer-XL, XLNet): the last inputs of every layer.
 
-The memory starts empty. (Hugging Face's Transformer-XL starts with zeros, to which tokens attend.) The newest token is
-last, and the oldest tokens are dropped. Padding never displaces a token. Every array has an axis with the name
-``batch``; beam search, resets and shardings find the axis by this name.
+The memory starts empty. (Hugging Face's Transformer-XL starts with zeros, to which tokens attend.) Old tokens are
+dropped. Padding never displaces a token. Every array has an axis with the name ``batch``; beam search, resets and
+shardings find the axis by this name. A memory has one of two layouts:
 
-A memory has two layouts. In the usual layout, each call copies all slots, because it returns a new memory. The loops of
-``jaxlm.decoding`` read one token per step, so they use the decoding layout (:func:`to_decoding_layout`): the tokens of
-a row are in its first slots, unused slots follow, and a step writes only the slot of its token.
+- The usual layout: the newest token of a row is in its last slot. Each call copies all slots, because it returns a new
+  memory.
+- The decoding layout (:func:`to_decoding_layout`): the tokens of a row are in its first slots, and unused slots follow.
+  Each call reads one token, and writes only the slot of this token. On an accelerator, the loops of ``generate`` and
+  ``beam_search`` use this layout (``jaxlm.decoding.loop``).
 
 Shapes: B batch, M memory slots, T new tokens, N slots that the decoding layout adds, S keys (M + T, in the decoding
 layout M + N), D model width, H heads, K head width, L layers.
@@ -68,8 +70,8 @@ class MemoryContext:
             distance of two tokens of a document depends neither on padding nor on how the text is split into calls.
         key_positions: [1 or B, S].
         mask: which of the S keys each of the T queries may attend to.
-        kept_indices: [B, M] indices of the keys that the next memory contains (see :func:`append`). None: the last M
-            keys, or there is no memory, or it has the decoding layout.
+        kept_indices: [B, M] indices of the keys that the next memory contains (see :func:`append`). None: it contains
+            the last M keys, there is no memory, or the memory has the decoding layout.
         slots: [B, 1] the slot of the new token of each row, in the decoding layout. None: the usual layout.
     """
 
@@ -143,7 +145,7 @@ def _make_decoding_context(state: State, segments_B1: jax.Array, window: int | N
     segments_BS = cache.append(state["segment_ids"], segments_B1, state["length"])
     query_documents, key_documents = cache.document_ids(segments_BS, segments_B1, slots_B1)
     index_1S = jnp.arange(segments_BS.shape[1], dtype=jnp.int32)[None]
-    # A token attends to the M slots before it. In the usual layout, older tokens would have been dropped.
+    # A token attends to itself and to the M slots before it. In the usual layout, older tokens are dropped.
     is_in_memory_BS = index_1S >= slots_B1 - state["capacity"][:, None]
     mask = Mask(
         causal=True,
@@ -178,8 +180,8 @@ def append(memory_BM: jax.Array, new_BT: jax.Array, context: MemoryContext) -> j
     """The next memory, from an array of the memory and its entries for the new tokens.
 
     In the usual layout, the result has M of the entries of ``memory`` and ``new``, and no gradient flows into these
-    arrays. In the decoding layout, the result has the new entry in the slot of the new token, and no gradient flows
-    into ``memory``.
+    arrays. In the decoding layout, the result is ``memory`` with the new entry in the slot of the new token, and
+    gradients flow only into ``new``.
 
     Args:
         memory_BM: [B, M, ...]; in the decoding layout [B, S, ...].
@@ -204,7 +206,7 @@ def append_layers(memory: Any, new: Any, context: MemoryContext) -> Any:
 
     Call it once, after the loop over layers. A loop that carried the memories would copy all of them in every layer.
     """
-    if context.slots is not None:  # the decoding layout: ``append_and_read`` has written the new tokens
+    if context.slots is not None:  # in the decoding layout, ``append_and_read`` has returned the next memory
         return new
     if isinstance(memory, tuple):
         return jax.tree.map(lambda old, x: _append(old, x, context.kept_indices), memory, new)
@@ -220,26 +222,29 @@ def decoding_specs(specs: spec.Tree, num_added: int) -> Any:
         num_added: N, the number of slots that the decoding layout adds.
     """
 
-    def lengthen(leaf: ArraySpec, batch_axis: int) -> ArraySpec:
+    def add_slots(leaf: ArraySpec, batch_axis: int) -> ArraySpec:
         shape = list(leaf.shape)
         shape[batch_axis + 1] += num_added
         return dataclasses.replace(leaf, shape=tuple(shape))
 
     count = ArraySpec(specs["segment_ids"].shape[:1], ("batch",), dtype=jnp.int32)
-    return {**spec.map_axis(specs, "batch", lengthen, specs), "length": count, "capacity": count}
+    return {**spec.map_axis(specs, "batch", add_slots, specs), "length": count, "capacity": count}
 
 
 def to_decoding_layout(specs: spec.Tree, state: State, num_added: int) -> Any:
     """The state in the decoding layout, which can read ``num_added`` further tokens per row, one per call.
 
-    The tokens of a row are in its first slots. Unused slots follow. ``length`` [B] is the number of slots that are in
-    use, and ``capacity`` [B] is M, the number of earlier tokens that a token may attend to.
+    The tokens of a row are in its first slots, and unused slots follow. The state has two more arrays: ``length`` [B],
+    the number of slots that are in use, and ``capacity`` [B], which is M, the number of earlier tokens that a token may
+    attend to.
 
     Args:
         specs: specs with the axes of ``state``. In each array, the axis of slots follows the axis ``batch``.
+        state: a state in the usual layout.
+        num_added: N.
 
     Raises:
-        ValueError: an array has no axis of slots.
+        ValueError: an array has no axis of M slots.
     """
     is_token_BM = state["segment_ids"] > 0
     order_BM = jnp.argsort(~is_token_BM, axis=1, stable=True)  # tokens first
@@ -252,17 +257,21 @@ def to_decoding_layout(specs: spec.Tree, state: State, num_added: int) -> Any:
                 "with such a state must not set HAS_MEMORY_STATE"
             )
 
-    def convert(leaf: jax.Array, batch_axis: int) -> jax.Array:
+    def sort_and_pad(leaf: jax.Array, batch_axis: int) -> jax.Array:
         widths = [(0, num_added if axis == batch_axis + 1 else 0) for axis in range(leaf.ndim)]
         return jnp.pad(_take_slots(leaf, order_BM, batch_axis), widths)
 
     length_B = jnp.sum(is_token_BM, axis=1, dtype=jnp.int32)
     capacity_B = jnp.full_like(length_B, slots)
-    return {**spec.map_axis(specs, "batch", convert, state), "length": length_B, "capacity": capacity_B}
+    return {**spec.map_axis(specs, "batch", sort_and_pad, state), "length": length_B, "capacity": capacity_B}
 
 
 def from_decoding_layout(specs: spec.Tree, state: State, num_added: int) -> Any:
-    """The state in the usual layout, from a state that :func:`to_decoding_layout` returned with these arguments."""
+    """The state in the usual layout, from a state in the decoding layout.
+
+    Args:
+        specs, num_added: the arguments with which :func:`to_decoding_layout` was called.
+    """
     kept_indices_BM = jnp.argsort(state["segment_ids"] > 0, axis=1, stable=True)[:, num_added:]  # tokens last
     arrays = {name: state[name] for name in specs}
     return spec.map_axis(specs, "batch", lambda leaf, axis: _take_slots(leaf, kept_indices_BM, axis), arrays)
@@ -299,8 +308,8 @@ def attend_to_inputs(
     """The attention-weighted mean of the inputs for queries from :func:`absorb_weight`, [B, T, H, D].
 
     Args:
-        in_decoding_layout: whether the inputs are the slots of a memory in the decoding layout, so that the last slots
-            may be unused.
+        in_decoding_layout: whether the inputs are the slots of a memory in the decoding layout. Unused slots at
+            their end need not be read.
     """
     if in_decoding_layout:
         view = CacheView(inputs_BSD, heads=1)

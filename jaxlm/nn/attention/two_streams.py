@@ -5,7 +5,8 @@ does not attend to the token of its own position. Both streams attend to the sam
 position has an integer, its order. The content stream attends to positions of the same or a lower order, and the query
 stream only to positions of a lower order.
 
-Shapes: B batch, T tokens, P positions of the query stream, M memory slots, S = M + T keys.
+Shapes: B batch, T tokens, P positions of the query stream, M memory slots, S keys (M + T; in the decoding layout of the
+memory, all its slots).
 """
 
 from __future__ import annotations
@@ -39,6 +40,9 @@ class Stream:
 
     By default, the position of a key is its index among the S keys, and ``query_indices`` or ``query_offset`` gives the
     positions of the queries on the same scale. If ``positions`` is not None, it replaces both fields.
+
+    If the memory has the decoding layout, one :class:`Stream` has two queries for each row, first the query of the
+    content stream. P is then 2.
 
     Attributes:
         mask: which keys each query may attend to.
@@ -90,21 +94,22 @@ def make_streams(
         targets: [B, P] integers, the positions to predict. Required for ``kind="permuted"``; not used for other kinds.
 
     Returns:
-        One :class:`Stream`, or two. With a state in the decoding layout, one stream has the queries of both streams,
-        first the query of the content stream: both attend to the same keys.
+        One or two :class:`Stream`. With a state in the decoding layout, there is one, with the queries of both streams,
+        because both attend to the same keys.
 
     Raises:
-        ValueError: the state has the decoding layout, and ``kind`` is not left_to_right, or there is more than one
-            token or a ``right_to_left``.
+        ValueError: the state has the decoding layout, and ``kind`` is not left_to_right, ``right_to_left`` is given, or
+            there is more than one token.
     """
     B, T = tokens_BT.shape
     is_causal = kind != "bidirectional"
     context, _ = memory.make_context(tokens_BT, state, segment_ids, causal=is_causal)
     if context.slots is not None:
         if kind != "left_to_right" or right_to_left is not None:
+            wrong = f"kind={kind!r}" if right_to_left is None else "the argument right_to_left"
             raise ValueError(
-                f"a memory in the decoding layout reads tokens from left to right, got kind={kind!r} and "
-                f"right_to_left={right_to_left}: convert the state with from_decoding_layout first"
+                f"a memory in the decoding layout reads tokens from left to right, got {wrong}: convert the state with "
+                "from_decoding_layout first"
             )
         return (_decoding_stream(context, state, token_types),)
     M = 0 if state is None else state["segment_ids"].shape[1]
@@ -160,17 +165,23 @@ def make_streams(
 
 
 def _decoding_stream(context: memory.MemoryContext, state: Any, token_types: Any) -> Stream:
-    """The queries of both streams for one new token per row, with a state in the decoding layout."""
+    """The queries of both streams for one new token per row, with a state in the decoding layout.
+
+    Both queries attend to the keys up to the new token. The query of the query stream has the position after this
+    token, because it predicts the next token.
+    """
     assert context.slots is not None
 
-    def twice(x_B1: jax.Array) -> jax.Array:
+    def for_both_queries(x_B1: jax.Array) -> jax.Array:
         return jnp.concatenate([x_B1, x_B1], axis=1)
 
     mask = dataclasses.replace(
-        context.mask, query_order=twice(context.mask.query_order), query_segments=twice(context.mask.query_segments)
+        context.mask,
+        query_order=for_both_queries(context.mask.query_order),
+        query_segments=for_both_queries(context.mask.query_segments),
     )
     types = None
     if token_types is not None:
-        types = twice(token_types), cache.append(state["token_types"], token_types, context.slots[:, 0])
+        types = for_both_queries(token_types), cache.append(state["token_types"], token_types, context.slots[:, 0])
     query_indices = jnp.concatenate([context.slots, context.slots + 1], axis=1)
     return Stream(mask, 0, query_indices, None, types)
