@@ -18,6 +18,8 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import dataclasses
+import functools
+import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -330,6 +332,44 @@ def _activate(sharding: Sharding | None) -> Iterator[None]:
 def active() -> Sharding | None:
     """The sharding of the enclosing :meth:`Sharding.scope`, or None outside a scope."""
     return _active.get()
+
+
+def scoped_jit(
+    *, static_argnames: str | Sequence[str] = (), **options: Any
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """A decorator: ``jax.jit`` with these options, which traces again if the active sharding changes.
+
+    ``jax.jit`` alone would use a trace from another :meth:`Sharding.scope`, because :func:`constrain` and other
+    functions read the active sharding during tracing.
+
+    Example:
+        >>> @scoped_jit(static_argnames="axes")
+        ... def square(x, axes):
+        ...     return constrain(x * x, axes)
+    """
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def traced(*arguments: Any, active_sharding: Sharding | None, **named_arguments: Any) -> Any:
+            del active_sharding
+            return function(*arguments, **named_arguments)
+
+        # ``jax.jit`` finds static arguments by the signature, which ``wraps`` copies from the function.
+        signature = inspect.signature(function)
+        parameter = inspect.Parameter("active_sharding", inspect.Parameter.KEYWORD_ONLY)
+        vars(traced)["__signature__"] = signature.replace(parameters=[*signature.parameters.values(), parameter])
+        names = (static_argnames,) if isinstance(static_argnames, str) else tuple(static_argnames)
+        jitted = jax.jit(traced, static_argnames=(*names, "active_sharding"), **options)
+
+        @functools.wraps(function)
+        def call(*arguments: Any, **named_arguments: Any) -> Any:
+            return jitted(*arguments, active_sharding=active(), **named_arguments)
+
+        for name in ("_cache_size", "clear_cache"):  # as in the result of ``jax.jit``
+            setattr(call, name, getattr(jitted, name))
+        return call
+
+    return decorate
 
 
 def num_shards(axes: Axes) -> int:

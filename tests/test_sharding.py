@@ -17,7 +17,9 @@ from jaxlm.sharding import (
     active,
     constrain,
     make_mesh,
+    num_shards,
     parse_mesh,
+    scoped_jit,
 )
 from jaxlm.spec import ArraySpec
 
@@ -164,3 +166,29 @@ def test_error_for_an_indivisible_number_of_rows():
     for call in (lambda: sharding.local_rows(12), lambda: sharding.from_rows(np.zeros((12, 3)))):
         with pytest.raises(ValueError, match=r"a batch: axis 'batch' of size 12 is not divisible by .* \(8 shards\)"):
             call()
+
+
+def test_scoped_jit_traces_again_in_another_scope_and_knows_static_arguments_by_position_and_name():
+    shards = []
+
+    @scoped_jit(static_argnames=("power",), donate_argnames="y")
+    def f(x, power, y):
+        shards.append(num_shards(("batch",)))
+        return y + x**power
+
+    def call(power_by_name=False):
+        y = jnp.ones(8)
+        out = f(jnp.full(8, 3.0), power=2, y=y) if power_by_name else f(jnp.full(8, 3.0), 2, y)
+        assert y.is_deleted()
+        np.testing.assert_array_equal(out, np.full(8, 10.0))
+
+    call()
+    call()
+    assert shards == [1]
+    for mesh in ("data=8", "data=2,tensor=4", "data=8"):
+        with Sharding(make_mesh(mesh)).scope():
+            call()
+    assert shards == [1, 8, 2]
+    assert f._cache_size() == 3
+    call(power_by_name=True)
+    assert shards == [1, 8, 2, 1]

@@ -8,7 +8,6 @@ Shapes: B batch, T prompt length, K beams, R rows of the model state (B * K), N 
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -31,7 +30,7 @@ from jaxlm.decoding.prompts import (
 )
 from jaxlm.models import Model
 from jaxlm.nn.attention import cache
-from jaxlm.sharding import Sharding, active
+from jaxlm.sharding import scoped_jit
 from jaxlm.spec import Array, Params, State
 
 MIN_CACHE_SLOTS = 16
@@ -133,7 +132,6 @@ def beam_search(
     limits_B = jnp.broadcast_to(jnp.asarray(limits, jnp.int32), prompts.shape[:1])
     settings = _Settings(
         limits_B, jnp.float32(beams.length_penalty), beams.num_beams, beams.early_stopping, as_end_ids(end_id), num_ids,
-        active(),
     )  # fmt: skip
     length = prompts.shape[1]
     sizes = _cache_sizes(model, state, length, slots)
@@ -181,8 +179,6 @@ class _Settings:
         length_penalty, num_beams, early_stopping: as in :class:`BeamConfig`.
         end_ids: ids that finish a hypothesis.
         num_ids: only ids below this number are generated.
-        sharding: the active sharding. Nothing reads this field. It is here so that ``jit`` traces again if the active
-            sharding changes, because ``jaxlm.sharding.constrain`` reads the active sharding during tracing.
     """
 
     limits_B: jax.Array
@@ -191,7 +187,6 @@ class _Settings:
     early_stopping: EarlyStopping = struct.field(pytree_node=False)
     end_ids: tuple[int, ...] = struct.field(pytree_node=False)
     num_ids: int = struct.field(pytree_node=False)
-    sharding: Sharding | None = struct.field(pytree_node=False)
 
 
 @struct.dataclass
@@ -220,7 +215,7 @@ class _Search:
     searching: jax.Array
 
 
-@functools.partial(jax.jit, static_argnames=("model", "max_new_tokens", "slots", "first_slots"))
+@scoped_jit(static_argnames=("model", "max_new_tokens", "slots", "first_slots"))
 def _start_search(
     model: Model,
     params: Params,
@@ -259,7 +254,7 @@ def _start_search(
     return _select(search, logits_BV[parents, : settings.num_ids], settings)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "slots", "prompt_length"))
+@scoped_jit(static_argnames=("model", "slots", "prompt_length"))
 def _continue_search(
     model: Model, params: Params, search: _Search, settings: _Settings, *, slots: int, prompt_length: int
 ) -> _Search:

@@ -12,7 +12,6 @@ given.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from typing import Any
 
@@ -36,7 +35,7 @@ from jaxlm.decoding.prompts import (
 )
 from jaxlm.models import Model
 from jaxlm.nn.embedding import argmax, widen_ids
-from jaxlm.sharding import Sharding, active
+from jaxlm.sharding import active, scoped_jit
 from jaxlm.spec import Array, Params, State
 
 MIN_TEMPERATURE = 1e-30
@@ -337,7 +336,7 @@ def advance(model: Model, params: Params, progress: PartialGeneration, steps: in
         NotFiniteError: as in :func:`generate`.
     """
     check_sharding(active())
-    progress = _advance(model, params, progress, steps, sharding=active())
+    progress = _advance(model, params, progress, steps)
     check_finite(model, params, progress.finite, progress.state, is_initial=False)
     return progress
 
@@ -351,8 +350,6 @@ class Settings:
         end_ids: the ids that end a row.
         num_ids: only ids below this number are generated.
         slots: number of cache slots of a new state.
-        sharding: the active sharding. It is here so that ``jit`` traces again if the active sharding changes, because
-            ``jaxlm.sharding.constrain`` reads the active sharding during tracing.
     """
 
     max_new_tokens: int
@@ -360,7 +357,6 @@ class Settings:
     end_ids: tuple[int, ...]
     num_ids: int
     slots: int
-    sharding: Sharding | None
 
 
 def check_and_make_settings(
@@ -387,7 +383,7 @@ def check_and_make_settings(
     check_key(key)
     if key is not None and _has_row_keys(key) and key.shape[0] != prompts.shape[0]:
         raise ValueError(f"{key.shape[0]} keys for {prompts.shape[0]} prompts: pass one key, or one key per prompt")
-    return Settings(max_new_tokens, sampling, as_end_ids(end_id), num_ids, slots, active())
+    return Settings(max_new_tokens, sampling, as_end_ids(end_id), num_ids, slots)
 
 
 def check_key(key: jax.Array | None) -> None:
@@ -423,7 +419,7 @@ def _has_row_keys(key: jax.Array) -> bool:
     return jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key) and key.ndim == 1
 
 
-@functools.partial(jax.jit, static_argnames=("model", "settings"))
+@scoped_jit(static_argnames=("model", "settings"))
 def _generate(
     model: Model,
     params: Params,
@@ -434,11 +430,11 @@ def _generate(
     settings: Settings,
 ) -> Generation:
     progress = _prefill(model, params, prompts_BT, segment_ids_BT, key, state, settings)
-    progress = _advance(model, params, progress, settings.max_new_tokens - 1, sharding=settings.sharding)
+    progress = _advance(model, params, progress, settings.max_new_tokens - 1)
     return Generation(progress.tokens, progress.lengths, progress.log_probs, progress.finite)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "settings"))
+@scoped_jit(static_argnames=("model", "settings"))
 def _prefill(
     model: Model,
     params: Params,
@@ -503,10 +499,8 @@ def _draw(progress: PartialGeneration, logits_BV: jax.Array) -> PartialGeneratio
     )
 
 
-@functools.partial(jax.jit, static_argnames=("model", "sharding"), donate_argnames="progress")
-def _advance(
-    model: Model, params: Params, progress: PartialGeneration, steps: int | jax.Array, *, sharding: Sharding | None
-) -> PartialGeneration:
+@scoped_jit(static_argnames="model", donate_argnames="progress")
+def _advance(model: Model, params: Params, progress: PartialGeneration, steps: int | jax.Array) -> PartialGeneration:
     """The result of :func:`advance`, without its check of the logits."""
     last_step = jnp.minimum(progress.step + steps, progress.tokens.shape[1])
     params = loop_params(model, params)

@@ -6,7 +6,6 @@ Shapes: B batch, T time, C time steps of a chunk, D model width, V vocabulary.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from typing import Any, NamedTuple
 
@@ -25,7 +24,7 @@ from jaxlm.nn.embedding import argmax, widen_ids
 from jaxlm.nn.loss import cross_entropy
 from jaxlm.nn.loss.chunked import chunk_length
 from jaxlm.nn.time_chunks import join_time, split_time
-from jaxlm.sharding import Sharding, active
+from jaxlm.sharding import scoped_jit
 from jaxlm.spec import Array, Params
 
 CHUNK_LOGITS = 2**22
@@ -168,20 +167,18 @@ def target_token_scores(
 
 def _checked_scores(model: Model, params: Params, *arrays: Any) -> TokenScores:
     """The scores of :func:`_token_scores`, after a check that the logits are finite."""
-    scores, finite_B = _token_scores(model, params, *arrays, sharding=active())
+    scores, finite_B = _token_scores(model, params, *arrays)
     check_finite(model, params, finite_B)
     return scores
 
 
-@functools.partial(jax.jit, static_argnames=("model", "sharding"))
+@scoped_jit(static_argnames="model")
 def _token_scores(
     model: Model,
     params: Params,
     tokens_BT: jax.Array,
     targets_BT: jax.Array | None,
     inputs: dict[str, jax.Array | None],
-    *,
-    sharding: Sharding | None,  # static, so that jit traces again if the active sharding changes
 ) -> tuple[TokenScores, jax.Array]:
     """The scores [B, T] of the targets, and whether the logits of each row are finite, bool [B].
 

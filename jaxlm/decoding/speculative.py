@@ -49,6 +49,7 @@ from jaxlm.decoding.sample import (
 )
 from jaxlm.models import Model
 from jaxlm.nn.embedding import argmax
+from jaxlm.sharding import scoped_jit
 from jaxlm.spec import Array
 
 
@@ -211,7 +212,7 @@ class _Progress:
     result: SpeculativeGeneration
 
 
-@functools.partial(jax.jit, static_argnames="settings")
+@scoped_jit(static_argnames="settings")
 def _generate(
     models: SpeculativeModels,
     prompts_BT: jax.Array,

@@ -10,7 +10,6 @@ Shapes: B batch, S source time, T prompt time.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,7 +28,7 @@ from jaxlm.decoding.sample import (
     prefill_with_settings,
 )
 from jaxlm.models import Model
-from jaxlm.sharding import Sharding, active
+from jaxlm.sharding import active, scoped_jit
 from jaxlm.spec import Params, State
 
 
@@ -91,10 +90,10 @@ def read_sources(model: Model, params: Params, sources: Sequence[np.ndarray], le
     check_sharding(active())
     longest = max(ids.size for ids in sources)
     source_BS, segment_ids_BS = pad_rows(sources, bucket_length(longest, model.max_positions))
-    return _read_sources(model, params, source_BS, segment_ids_BS, length=length, sharding=active())
+    return _read_sources(model, params, source_BS, segment_ids_BS, length=length)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "length", "sharding"))
+@scoped_jit(static_argnames=("model", "length"))
 def _read_sources(
     model: Model,
     params: Params,
@@ -102,7 +101,6 @@ def _read_sources(
     segment_ids_BS: jax.Array,
     *,
     length: int,
-    sharding: Sharding | None,  # static, so that jit traces again if the active sharding changes
 ) -> Any:
     return model.init_decode_state(params, source_BS, length, segment_ids=segment_ids_BS)
 

@@ -571,11 +571,12 @@ def unembed_kernel(table_VD: jax.Array, hidden_BTD: jax.Array) -> bool:
         and table_VD.shape[0] % shards == 0
         and table_VD.shape[1] <= MAX_UNEMBED_KERNEL_WIDTH
         and _has_few_rows(hidden_BTD)
+        and not _may_reject_pallas_call()
     )
 
 
-def norm_kernel(x: jax.Array) -> bool:
-    """Whether the TPU kernel of ``jaxlm.nn.norm_pallas`` computes a norm of ``x`` whose parameters are vectors.
+def norm_kernel(x: jax.Array, *params: jax.Array) -> bool:
+    """Whether the TPU kernel of ``jaxlm.nn.norm_pallas`` computes a norm of ``x`` with these parameters.
 
     The kernel is used for one token per row. XLA computes such a norm with three operations of about 1.8 k cycles each.
     With the kernel, a token takes 913 k instead of 1,168 k cycles in RWKV-7 0.1B, 884 k instead of 928 k in GPT-2, and
@@ -583,22 +584,31 @@ def norm_kernel(x: jax.Array) -> bool:
     norms of groups: a token of Mamba-2 130M would take 124 k cycles longer, because XLA would no longer fuse the
     operations before the norm with its sums.
     """
-    is_one_token = x.ndim == 3 and x.shape[1] == 1
-    # The TPU compiler rejects a kernel with float16.
-    return _is_new_tpu() and is_one_token and x.dtype != jnp.float16 and _has_few_rows(x)
+    return (
+        _is_new_tpu()
+        and x.dtype != jnp.float16  # the TPU compiler rejects a kernel with float16
+        and x.ndim == 3
+        and x.shape[1] == 1
+        and all(parameter.ndim == 1 for parameter in params)
+        and _has_few_rows(x)
+        and not _may_reject_pallas_call()
+    )
 
 
 def _has_few_rows(x: jax.Array) -> bool:
-    """Whether hidden states [B, T, D] have at most ``MAX_KERNEL_ROWS`` rows on a device, and devices split only B.
-
-    The result is False if there are no rows. It is also False where ``pallas_call`` raises an error: on a mesh with
-    Explicit axes, and in ``shard_map`` if JAX tracks that ``x`` varies over mesh axes.
-    """
+    """Whether hidden states [B, T, D] have 1 to ``MAX_KERNEL_ROWS`` rows on a device, and devices split only B."""
     shards = sharding.num_shards(("batch",))
     rows = math.prod(x.shape[:2]) // shards
     is_split_otherwise = any(sharding.num_shards((axis,)) > 1 for axis in ("seq", "activation_embed"))
-    is_tracked = sharding.is_explicit() or bool(jax.typeof(x).manual_axis_type.varying)
-    return 0 < rows <= MAX_KERNEL_ROWS and x.shape[0] % shards == 0 and not is_split_otherwise and not is_tracked
+    return 0 < rows <= MAX_KERNEL_ROWS and x.shape[0] % shards == 0 and not is_split_otherwise
+
+
+def _may_reject_pallas_call() -> bool:
+    """Whether ``pallas_call`` may raise an error: on a mesh with Explicit axes, and in ``jax.shard_map``.
+
+    In ``shard_map``, ``pallas_call`` needs ``check_vma=False``.
+    """
+    return sharding.is_explicit() or bool(jax.sharding.get_abstract_mesh().manual_axes)
 
 
 def argmax_by_maximum() -> bool:

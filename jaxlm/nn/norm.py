@@ -50,7 +50,7 @@ def _layer_norm(epsilon: float, x: jax.Array, scale: jax.Array, bias: jax.Array)
 def _normalize(function: Callable[..., jax.Array], epsilon: float, x: jax.Array, *params: jax.Array) -> jax.Array:
     """``function(epsilon, x, *params)``, computed by the TPU kernel if ``choices.norm_kernel`` chooses it."""
     require_arrays(x=x)
-    if all(parameter.ndim == 1 for parameter in params) and choices.norm_kernel(x):
+    if choices.norm_kernel(x, *params):
         return norm_pallas.run(functools.partial(function, epsilon), x, *params)
     return _with_recomputation(function, epsilon, x, *params)
 

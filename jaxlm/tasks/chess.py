@@ -13,7 +13,6 @@ Shapes: B games, T tokens of a game, V tokens of the tokenizer.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Iterator, Sequence
 
 import jax
@@ -25,7 +24,7 @@ from jaxlm.data.games import import_chess
 from jaxlm.data.moves import MoveTokenizer
 from jaxlm.metrics import BOOTSTRAP_SAMPLES, Score, bootstrap, proportion
 from jaxlm.models import Model
-from jaxlm.sharding import Sharding, active
+from jaxlm.sharding import scoped_jit
 from jaxlm.spec import Params
 from jaxlm.tasks.chess_players import (
     EnginePlayer,
@@ -285,7 +284,7 @@ def _predictions(
         length = padded_length(model, [row[:-1] for row in batch_rows]) + 1
         tokens, segment_ids = pad_games(batch_rows, batch_size, length)
         best_ids, ranks = _best_id_and_rank(
-            model, params, tokens, segment_ids, vocab_size=tokenizer.vocab_size, sharding=active()
+            model, params, tokens, segment_ids, vocab_size=tokenizer.vocab_size
         )  # fmt: skip
         best_ids, ranks = np.asarray(best_ids), np.asarray(ranks)
         for batch_row, index in enumerate(chosen):
@@ -293,7 +292,7 @@ def _predictions(
             yield index, best_ids[batch_row, :moves], ranks[batch_row, :moves]
 
 
-@functools.partial(jax.jit, static_argnames=("model", "vocab_size", "sharding"))
+@scoped_jit(static_argnames=("model", "vocab_size"))
 def _best_id_and_rank(
     model: Model,
     params: Params,
@@ -301,7 +300,6 @@ def _best_id_and_rank(
     segment_ids_BT: jax.Array,
     *,
     vocab_size: int,
-    sharding: Sharding | None,  # static, so that jit traces again if the active sharding changes
 ) -> tuple[jax.Array, jax.Array]:
     """The model's most probable id for each token after the first, and the token's rank; both int32 [B, T - 1].
 

@@ -10,7 +10,6 @@ Shapes: B games or boards, T tokens of a game, V token ids of the tokenizer (in 
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +27,7 @@ from jaxlm.decoding.prompts import read_prompts, read_tokens, source_vocab_size
 from jaxlm.decoding.sample import check_temperature
 from jaxlm.models import Model
 from jaxlm.models.heads import last_token_hidden
-from jaxlm.sharding import Sharding, active
+from jaxlm.sharding import scoped_jit
 from jaxlm.spec import Params
 
 if TYPE_CHECKING:
@@ -313,7 +312,7 @@ class MoveReader:
     def _read(self, new_ids: list[list[int]], length: int) -> None:
         """Let the model read the new ids of each row, padded to ``length``. Update the model state and the logits."""
         tokens, segment_ids = pad_games([np.array(ids, np.int32) for ids in new_ids], self._batch, length)
-        self._state, logits = _read_moves(self.model, self.params, self._state, tokens, segment_ids, sharding=active())
+        self._state, logits = _read_moves(self.model, self.params, self._state, tokens, segment_ids)
         self._used += length
         updated = np.flatnonzero(segment_ids.any(axis=1))
         self._logits[updated] = _check_not_nan(np.asarray(logits)[updated, : self.tokenizer.vocab_size])
@@ -335,21 +334,19 @@ class _Row:
         return not self.dropped and moves[: len(self.moves)] == self.moves
 
 
-@functools.partial(jax.jit, static_argnames=("model", "sharding"), donate_argnames="state")
+@scoped_jit(static_argnames="model", donate_argnames="state")
 def _read_moves(
     model: Model,
     params: Params,
     state: Any,
     tokens_BT: jax.Array,
     segment_ids_BT: jax.Array,
-    *,
-    sharding: Sharding | None,  # static, so that jit traces again if the active sharding changes
 ) -> tuple[Any, jax.Array]:
     """The model state after the tokens, and the logits [B, V] of the token that follows each row."""
     return read_prompts(model, params, tokens_BT, segment_ids_BT, 0, state)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "start_id", "sharding"))
+@scoped_jit(static_argnames=("model", "start_id"))
 def _last_logits(
     model: Model,
     params: Params,
@@ -357,7 +354,6 @@ def _last_logits(
     segment_ids_BT: jax.Array,
     *,
     start_id: int | None,
-    sharding: Sharding | None,  # static, so that jit traces again if the active sharding changes
 ) -> jax.Array:
     """The logits [B, V] of the token that follows each row."""
     if model.reads_source:
@@ -384,7 +380,7 @@ def next_logits(
         batch_rows = rows[first : first + batch_size]
         batch = min(batch_size, 1 << (len(batch_rows) - 1).bit_length())
         tokens, segment_ids = pad_games(batch_rows, batch, padded_length(model, batch_rows))
-        logits = _last_logits(model, params, tokens, segment_ids, start_id=start_id, sharding=active())
+        logits = _last_logits(model, params, tokens, segment_ids, start_id=start_id)
         yield _check_not_nan(np.asarray(logits)[: len(batch_rows), : tokenizer.vocab_size])
 
 

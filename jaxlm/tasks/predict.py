@@ -7,7 +7,6 @@ Shapes: N texts, B batch rows, T time, S source time, L labels, D model width.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import re
 from collections.abc import Iterator, Sequence
 from typing import Literal
@@ -26,7 +25,7 @@ from jaxlm.decoding.finite import check_finite, rename_rows_in_errors, rows_fini
 from jaxlm.decoding.prompts import source_vocab_size
 from jaxlm.decoding.score import TokenScores, perplexity_of, target_token_scores, token_scores
 from jaxlm.models import Model
-from jaxlm.sharding import Sharding, active
+from jaxlm.sharding import scoped_jit
 from jaxlm.spec import Params
 
 BATCH_SIZE = 32
@@ -543,14 +542,14 @@ def _checked_probabilities(
         NotFiniteError: the logits of a row are not finite. For a token classifier, the logits of padding are ignored.
     """
     probabilities, finite_B = _label_probabilities(
-        model, params, batch.tokens, batch.segment_ids, batch.inputs, independent=independent, sharding=active()
+        model, params, batch.tokens, batch.segment_ids, batch.inputs, independent=independent
     )
     with rename_rows_in_errors(what, batch.numbers):
         check_finite(model, params, finite_B)
     return np.asarray(probabilities)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "independent", "sharding"))
+@scoped_jit(static_argnames=("model", "independent"))
 def _label_probabilities(
     model: Model,
     params: Params,
@@ -559,7 +558,6 @@ def _label_probabilities(
     inputs: dict[str, jax.Array],
     *,
     independent: bool,
-    sharding: Sharding | None,  # static, so that jit traces again if the active sharding changes
 ) -> tuple[jax.Array, jax.Array]:
     """The probabilities of :func:`_checked_probabilities`, and whether the logits of each row are finite, bool [B]."""
     hidden_BTD, _ = model.apply(params, tokens_BT, segment_ids=segment_ids_BT, **inputs)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -35,7 +34,7 @@ from jaxlm.metrics import Score, exact_match, predictions_and_answers, token_f1,
 from jaxlm.models import Model
 from jaxlm.objectives import span_qa
 from jaxlm.objectives.batch import Batch
-from jaxlm.sharding import Sharding, active
+from jaxlm.sharding import scoped_jit
 from jaxlm.spec import Params
 from jaxlm.tasks.attention_maps import write_attention_maps
 from jaxlm.tasks.predict import BATCH_SIZE, check_texts, check_token_types, input_batches
@@ -375,7 +374,7 @@ def _score(
         positions = np.array([_no_answer_position(tokenizer, window) for window in chosen], np.int32)
         *results, finite_B = _best_spans(
             model, params, batch.tokens, batch.segment_ids, in_context, positions, batch.inputs,
-            max_answer_tokens=max_answer_tokens, sharding=active(),
+            max_answer_tokens=max_answer_tokens,
         )  # fmt: skip
         with rename_rows_in_errors("window", batch.numbers):
             check_finite(model, params, finite_B)
@@ -384,7 +383,7 @@ def _score(
     return spans, span_logits, no_answer
 
 
-@functools.partial(jax.jit, static_argnames=("model", "max_answer_tokens", "sharding"))
+@scoped_jit(static_argnames=("model", "max_answer_tokens"))
 def _best_spans(
     model: Model,
     params: Params,
@@ -395,7 +394,6 @@ def _best_spans(
     inputs: dict[str, jax.Array],
     *,
     max_answer_tokens: int,
-    sharding: Sharding | None,  # static, so that jit traces again if the active sharding changes
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """The best span of each row [B, 2], its logit [B], the logit of "no answer" [B], and a flag [B] for finite logits.
 

@@ -99,7 +99,7 @@ def test_the_kernels_run_on_a_mesh(mesh, kernels):
 
 def test_the_kernels_are_chosen_only_for_supported_dtypes_and_few_rows_that_the_mesh_splits_evenly(kernels):
     def use_norm(*shape, dtype=jnp.bfloat16):
-        return choices.norm_kernel(jnp.zeros(shape, dtype))
+        return choices.norm_kernel(jnp.zeros(shape, dtype), jnp.zeros(shape[-1]))
 
     def use_unembed(rows, table_rows=8, dtype=jnp.bfloat16):
         return choices.unembed_kernel(jnp.zeros((table_rows, 16), dtype), jnp.zeros((*rows, 16), jnp.bfloat16))
@@ -129,10 +129,16 @@ def test_the_kernels_are_not_used_where_a_pallas_call_raises(kernels):
         assert not choices.unembed_kernel(table, rows.astype(jnp.bfloat16))
     np.testing.assert_allclose(got, want, rtol=1e-6)
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    mapped = jax.shard_map(
-        lambda x: rms_norm(params, x, 1e-5), mesh=mesh, in_specs=jax.P("data"), out_specs=jax.P("data")
-    )
-    np.testing.assert_allclose(jax.jit(mapped)(x), want, rtol=1e-6)
+
+    def map_shards(function, *in_specs, out):
+        return jax.jit(jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out))
+
+    for specs in ((jax.P("data"), jax.P()), (jax.P(), jax.P())):  # rows that vary, and nothing that varies
+        got = map_shards(lambda x, scale: rms_norm({"scale": scale}, x, 1e-5), *specs, out=specs[0])(x, params["scale"])
+        np.testing.assert_allclose(got, want, rtol=1e-6)
+    hidden = x.astype(jnp.bfloat16)
+    by_vocabulary = map_shards(lambda table: unembed(table, hidden, 1), jax.P("data"), out=jax.P(None, None, "data"))
+    assert_trees_close(by_vocabulary(table), unembed_pallas.reference(table, hidden), 1e-2)
 
 
 def test_first_and_second_derivatives_in_forward_and_reverse_mode(kernels):

@@ -250,11 +250,13 @@ def to_decoding_layout(specs: spec.Tree, state: State, num_added: int) -> Any:
     order_BM = jnp.argsort(~is_token_BM, axis=1, stable=True)  # tokens first
 
     slots = is_token_BM.shape[1]
-    for name, leaf in spec.flatten(state).items():
-        if slots not in leaf.shape[1:]:
+    arrays = spec.flatten(state)
+    for name, leaf_spec in spec.flatten(specs).items():
+        shape, axis = arrays[name].shape, leaf_spec.axes.index("batch") + 1
+        if shape[axis : axis + 1] != (slots,):
             raise ValueError(
-                f"the state has the array {name} {list(leaf.shape)} without an axis of {slots} memory slots: a family "
-                "with such a state must not set HAS_MEMORY_STATE"
+                f"the array {name} {list(shape)} of the state has no axis of {slots} memory slots after the axis "
+                "'batch': a family with such a state must not set HAS_MEMORY_STATE"
             )
 
     def sort_and_pad(leaf: jax.Array, batch_axis: int) -> jax.Array:

@@ -134,6 +134,8 @@ def test_the_decoding_layout_refuses_several_tokens_and_arrays_without_slots():
     state = memory.to_decoding_layout(specs, spec.init(specs), 4)
     with pytest.raises(ValueError, match="one token per call with a causal mask, got 2 tokens and causal=True"):
         memory.make_context(jnp.zeros((2, 2), int), state, None)
-    other_state = {**spec.init(specs), "calls": jnp.zeros(2, jnp.int32)}
-    with pytest.raises(ValueError, match=r"the array calls \[2\] without an axis of 3 memory slots"):
-        memory.to_decoding_layout(specs, other_state, 4)
+    for shape, axes in (((2,), ("batch",)), ((2, 5, 3), ("batch", None, None)), ((3, 2), (None, "batch"))):
+        other_specs = {**specs, "other": spec.ArraySpec(shape, axes)}
+        message = rf"the array other \[{', '.join(map(str, shape))}\] of the state has no axis of 3 memory slots after"
+        with pytest.raises(ValueError, match=message):
+            memory.to_decoding_layout(other_specs, spec.init(other_specs), 4)

@@ -13,12 +13,13 @@ from jaxlm.testing.helpers import initial_params, random_tokens
 @pytest.mark.parametrize("name", ["transformer-xl-tiny", "xlnet-tiny"])
 def test_conversions_of_the_memory_between_tokens_do_not_change_the_results(monkeypatch, name):
     results = []
-    # 0: the usual layout. 128: no conversion between tokens. 3: a conversion after every 3 tokens, because the memory
-    # has 13 slots, and 13 + 3 is a multiple of 16. Decoding has no dropout, but another rate makes another model, so
-    # that ``jit`` compiles again.
+    # 0: the usual layout. 128: no conversion between tokens. 3: a conversion after every 3 tokens. Decoding has no
+    # dropout, but another rate makes another model, so that ``jit`` compiles again.
     for max_added, dropout in ((0, 0.1), (128, 0.2), (3, 0.3)):
         monkeypatch.setattr(loop, "MAX_ADDED_TOKENS", max_added)
         monkeypatch.setattr(choices, "memory_decoding_layout", lambda use=max_added > 0: use)
+        # The memory has 13 slots, and 13 + 3 is a multiple of 16. Otherwise, more slots would be added.
+        assert loop._num_added_slots(13, 10) == {0: 3, 3: 3, 128: 19}[max_added]
         model = get_model(name, dropout=dropout)
         params, prompts = initial_params(model), random_tokens(model, 2, 4)
         segments = np.array([[0, 1, 1, 1], [1, 1, 1, 1]], np.int32)
