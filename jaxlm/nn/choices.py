@@ -547,8 +547,9 @@ def isolate_logits(rows: int) -> bool:
 
 
 MAX_KERNEL_ROWS = 64
-"""Maximum number of rows on a device (batch times time) for the kernels of norms and of logits. The kernels are for few
-rows; the estimates below are for 8 rows."""
+"""Maximum number of rows on a device (batch times time) for the kernels of norms and of logits. With 64
+rows, a token of RWKV-7 0.1B takes 2,318 k cycles with the norm kernel and 2,601 k without it, and a token of GPT-2
+3,266 k and 3,303 k (TPU compiler's estimate for a v5e). More rows were not planned."""
 MIN_UNEMBED_KERNEL_BYTES = 90 * 2**20
 """Minimum number of bytes of a device's part of the table for the kernel that computes logits. XLA copies a smaller
 table to VMEM during earlier operations, so its matmul waits less for the table."""
