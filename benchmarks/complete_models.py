@@ -28,8 +28,9 @@ TORCH_CLASSES = {
     "xlstm": "xLSTMForCausalLM",
 }  # fmt: skip
 """Name of the torch class in transformers, by family; empty: the class is in ``torch_models``."""
-FLAX_CLASSES = {name: f"Flax{TORCH_CLASSES[name]}" for name in ("gpt", "llama", "bert", "t5")}
-"""Name of the deprecated Flax class in transformers, by family."""
+FLAX_CLASSES = {name: f"Flax{TORCH_CLASSES[name]}" for name in ("gpt", "bert", "t5")}
+"""Name of the deprecated Flax class in transformers, by family. Flax Llama is missing: it ignores ``rope_theta`` and
+``tie_word_embeddings``, so it computes another loss for SmolLM2."""
 DECODED_FAMILIES = ("gpt", "llama", "t5", "xlnet", "lstm", "mamba2")
 """Families whose generation is compared with a baseline."""
 CLASSES_BY_BASELINE = {"torch": TORCH_CLASSES, "torch-compile": TORCH_CLASSES, "flax": FLAX_CLASSES}

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
-
-import numpy as np
 
 from benchmarks import complete_models
 from benchmarks.baselines import JaxImplementation, TorchImplementation, jax_exact, torch_device
@@ -134,21 +131,7 @@ def flax_model(directory: str, family: str) -> Any:
     clip = jnp.clip
     if "a_max" not in inspect.signature(clip).parameters:  # Flax T5 passes a_max, which JAX renamed to max
         vars(jnp)["clip"] = lambda x, a_min=None, a_max=None, **options: clip(x, a_min, a_max, **options)
-    if family == "llama":  # Flax Llama ignores rope_theta
-        from transformers.models.llama import modeling_flax_llama
-
-        base = transformers.AutoConfig.from_pretrained(directory).rope_theta
-        vars(modeling_flax_llama)["create_sinusoidal_positions"] = functools.partial(_rotary_table, base)
     return getattr(transformers, complete_models.FLAX_CLASSES[family]).from_pretrained(directory)
-
-
-def _rotary_table(base: float, positions: int, width: int) -> Any:
-    """The sines and cosines of rotary position embeddings, [positions, 1, 2 * width], in the layout of Flax Llama."""
-    import jax.numpy as jnp
-
-    angles = np.arange(positions)[:, None] / base ** (np.arange(0, width, 2) / width)
-    angles = np.concatenate([angles, angles], axis=1)
-    return jnp.asarray(np.concatenate([np.sin(angles), np.cos(angles)], axis=1)[:, None], jnp.float32)
 
 
 class Torch(TorchImplementation):
