@@ -168,7 +168,8 @@ def _attention(
     normed = x
     if cfg.pre_norm:
         inputs = layer_norm(norm, inputs, cfg.norm_epsilon)
-        normed = layer_norm(norm, x, cfg.norm_epsilon)
+        # Only in the decoding layout, the new tokens are not the last inputs.
+        normed = inputs[:, -T:] if memory_context.slots is None else layer_norm(norm, x, cfg.norm_epsilon)
     qkv = attention_weights["qkv"]["weight"]
     q = constrain(linear({"weight": qkv[:, 0]}, normed), ("batch", "seq", "heads", "kv"))
     content_q, position_q = (add_bias(q, biases[name]) for name in ("content_bias", "position_bias"))

@@ -197,8 +197,7 @@ def _append(memory_BM: jax.Array, new_BT: jax.Array, kept_indices_BM: jax.Array 
     both_BS = jax.lax.stop_gradient(jnp.concatenate([memory_BM, new_BT.astype(memory_BM.dtype)], axis=1))
     if kept_indices_BM is None:
         return both_BS[:, new_BT.shape[1] :]
-    index = kept_indices_BM.reshape(kept_indices_BM.shape + (1,) * (both_BS.ndim - 2))
-    return jnp.take_along_axis(both_BS, index, axis=1, mode="clip")
+    return _take_slots(both_BS, kept_indices_BM, 0)
 
 
 def append_layers(memory: Any, new: Any, context: MemoryContext) -> Any:
