@@ -12,6 +12,7 @@ import functools
 import inspect
 import json
 import re
+import types
 from pathlib import Path
 from typing import Any
 
@@ -167,23 +168,39 @@ def transformer_xl_module() -> Any:
     """
     import transformers.models.deprecated.transfo_xl.modeling_transfo_xl as module
 
-    return _corrected(module, r"\.type_as\(\s*dtype=word_emb\.dtype\s*\)", ".to(word_emb.dtype)")
+    return _corrected(module, {r"\.type_as\(\s*dtype=word_emb\.dtype\s*\)": ".to(word_emb.dtype)"})
 
 
+@functools.cache
 def xlstm_module() -> Any:
-    """The module of xLSTM in transformers, with a corrected reshape in the chunked mLSTM.
+    """The module of xLSTM in transformers, with its own mLSTM and two corrected shapes in the chunked mLSTM.
 
-    In transformers 4.57, texts of at least ``chunk_size`` tokens raise a ``TypeError``.
+    If the package ``xlstm`` is installed, the original module imports the mLSTM of that package. In transformers 4.57,
+    texts of at least ``chunk_size`` tokens raise a ``TypeError``, and one shape has the width of all chunks instead of
+    one chunk.
     """
     import transformers.models.xlstm.modeling_xlstm as module
 
-    return _corrected(module, r"vecM_k_combine\(batch_size", "vecM_k_combine.reshape(batch_size")
+    return _corrected(
+        module,
+        {
+            r"if is_xlstm_available\(\)": "if False",
+            r"vecM_k_combine\(batch_size": "vecM_k_combine.reshape(batch_size",
+            r"(mat[QK]\.view\(batch_size, nh, nc, chunk_size, dqk)\)": r"\1 // nc)",
+        },
+    )
 
 
-def _corrected(module: Any, pattern: str, replacement: str) -> Any:
-    """The module, after running its source again with all matches of a pattern replaced."""
-    source = re.sub(pattern, replacement, inspect.getsource(module))
-    exec(compile(source, module.__file__, "exec", dont_inherit=True), vars(module))
+def _corrected(original: Any, replacements: dict[str, str]) -> Any:
+    """A second module that runs the source of a module, with all matches of some patterns replaced."""
+    source = inspect.getsource(original)
+    for pattern, replacement in replacements.items():
+        source, count = re.subn(pattern, replacement, source)
+        if not count:
+            raise ValueError(f"the source of {original.__name__} has no match of {pattern!r}: correct another version")
+    module = types.ModuleType(original.__name__)
+    module.__dict__.update(__file__=original.__file__, __package__=original.__package__, __spec__=original.__spec__)
+    exec(compile(source, original.__file__, "exec", dont_inherit=True), vars(module))
     return module
 
 

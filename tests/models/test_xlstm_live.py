@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -64,26 +62,18 @@ def test_cached_decoding_equals_torch(pair: tuple[Any, Any, Any], prompt: int) -
         assert relative_error(layer["stabilizer"], stabilizer[..., 0]) < 1e-5
 
 
-def test_the_chunked_form_equals_torch(pair: tuple[Any, Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """transformers reads 3 chunks of 8 tokens, and then single tokens.
-
-    The chunked form of transformers 4.57.6 has two errors, which this test corrects: it calls a tensor where
-    ``.reshape`` is missing, and one shape has the width of all chunks instead of one chunk.
-    """
+def test_the_chunked_form_equals_torch(pair: tuple[Any, Any, Any]) -> None:
+    """The corrected module of transformers reads 3 chunks of 8 tokens, and then single tokens."""
     import torch
-    from transformers.models.xlstm import modeling_xlstm
 
-    torch_model, model, params = pair
-    name = "mlstm_chunkwise_parallel_fw_H"
-    source = textwrap.dedent(inspect.getsource(getattr(modeling_xlstm, name)))
-    source = source.replace("vecM_k_combine(batch_size", "vecM_k_combine.reshape(batch_size")
-    source = source.replace("nc, chunk_size, dqk)", "nc, chunk_size, dqk // nc)")
-    namespace = dict(vars(modeling_xlstm))
-    exec(source, namespace)
-    monkeypatch.setattr(modeling_xlstm, name, namespace[name])
+    from benchmarks.torch_models import xlstm_module
+
+    original, model, params = pair
+    torch_model = xlstm_module().xLSTMForCausalLM(original.config).eval()
+    torch_model.load_state_dict(original.state_dict())
     tokens = np.random.default_rng(1).integers(0, 31, (2, 29)).astype(np.int32)
     for block in torch_model.backbone.blocks:
-        monkeypatch.setitem(block.mlstm_layer.mlstm_backend._inference_fn.keywords, "chunk_size", 8)
+        block.mlstm_layer.mlstm_backend._inference_fn.keywords["chunk_size"] = 8
     with torch.no_grad():
         output = torch_model(torch.from_numpy(tokens).long())
     hidden, _ = jax.jit(model.apply)(params, tokens)
