@@ -342,7 +342,9 @@ def _bounded_scores(
     is_reset_BHL1 = jnp.isneginf(log_BHLK[..., :1])
     segment_BHL1 = jnp.cumsum(is_reset_BHL1, axis=2)  # the number of resets up to and including each step
     sums_BHLK = jnp.cumsum(jnp.where(is_reset_BHL1, 0.0, log_BHLK), axis=2)
-    middle_BH1K = sums_BHLK[:, :, (L - 1) // 2, None]
+    # The products do not depend on the middle. Without ``stop_gradient``, rounding errors would make the gradient of a
+    # later log decay nonzero.
+    middle_BH1K = jax.lax.stop_gradient(sums_BHLK[:, :, (L - 1) // 2, None])
     earlier_BHLK = jnp.exp(middle_BH1K - sums_BHLK)
     queries = q_BHLK * jnp.exp(sums_BHLK - middle_BH1K), a_BHLK * jnp.exp(_shift_steps(sums_BHLK) - middle_BH1K)
     keys = k_BHLK * earlier_BHLK, b_BHLK * earlier_BHLK
