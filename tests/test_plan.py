@@ -305,7 +305,7 @@ def test_equal_kernels_share_the_schedule_of_the_first(tmp_path, monkeypatch):
     )
     text = PROGRAM.replace(call, f"{call} \n}}}}\n{equal_call}\n}}}}\n{different_call}")
     kernel, other = (("kernel", ((rows, 512, 128), (8, 128))) for rows in (8, 9))
-    calls = {kernel: {flops.KernelCall(10, 0)}, other: {flops.KernelCall(20, 0)}}
+    calls = {kernel: {flops.KernelCall(10, 0, 0)}, other: {flops.KernelCall(20, 0, 0)}}
     estimates = planning._kernels(hlo.costs(hlo.parse(text)), calls, 0, None)
     assert [(kernel.name, kernel.grid_steps, kernel.cycles) for kernel in estimates] == [
         ("kernel.1", 10, 63),
@@ -314,31 +314,36 @@ def test_equal_kernels_share_the_schedule_of_the_first(tmp_path, monkeypatch):
     ]
     # The grid is unknown if kernels of the same name and shapes have different grids.
     costs = hlo.costs(hlo.parse(text))
-    calls = {kernel: {flops.KernelCall(10, 0), flops.KernelCall(20, 0)}}
+    calls = {kernel: {flops.KernelCall(10, 0, 0), flops.KernelCall(20, 0, 0)}}
     assert {k.cycles for k in planning._kernels(costs, calls, 0, None)} == {None}
-    # A kernel takes at least the time in which its arrays are copied.
+    # A kernel takes at least the time in which its arrays are copied, and the time of its matmuls at peak speed.
     device = devices.device_by_kind("TPU v5 lite")
-    calls = {kernel: {flops.KernelCall(10, round(1e-6 * device.bandwidth))}}
-    assert planning._kernels(costs, calls, 0, device)[0].cycles == round(1e-6 * device.clock)
+    for call in (
+        flops.KernelCall(10, round(1e-6 * device.bandwidth), 0),
+        flops.KernelCall(10, 0, 1e-6 * device.tflops * 1e12),
+    ):
+        assert planning._kernels(costs, {kernel: {call}}, 0, device)[0].cycles == round(1e-6 * device.clock)
 
 
-def test_blocks_and_arrays_of_kernels_are_counted(monkeypatch):
-    """A block of every grid step counts, but each array at most once."""
+def test_blocks_arrays_and_dots_of_kernels_are_counted(monkeypatch):
+    """The block of an array counts for every grid step, but at most the whole array. Dots count for every grid step."""
     monkeypatch.setattr(lazy_pallas, "INTERPRET", True)
 
     def kernel(x, table, out):
-        out[...] = x[...] + table[...]
+        out[...] = x[...] @ table[...].T @ table[...]
 
     def call(x, table):
         blocks = [pl.BlockSpec((8, 128), lambda i: (i, 0)), pl.BlockSpec((8, 128), lambda i: (0, 0))]
         out = jax.ShapeDtypeStruct((16, 128), jnp.float32)
-        return pl.pallas_call(kernel, grid=(2,), in_specs=blocks, out_specs=blocks[0], out_shape=out, name="add")(
+        return pl.pallas_call(kernel, grid=(2,), in_specs=blocks, out_specs=blocks[0], out_shape=out, name="products")(
             x, table
         )
 
     x, table = (jax.ShapeDtypeStruct((rows, 128), jnp.float32) for rows in (64, 8))
     calls = flops.kernel_calls(jax.make_jaxpr(call)(x, table).jaxpr)
-    assert calls == {("add", ((16, 128),)): {flops.KernelCall(2, 4 * 128 * (16 + 8 + 16))}}
+    assert calls == {
+        ("products", ((16, 128),)): {flops.KernelCall(2, 4 * 128 * (16 + 8 + 16), 2 * 2 * (2 * 8 * 128 * 8))}
+    }
 
 
 # -------------------------------------------------------------------------------------------------------- FLOPs

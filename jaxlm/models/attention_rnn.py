@@ -29,7 +29,7 @@ from jaxlm.nn.alignment import Score, align, alignment_keys, alignment_specs, co
 from jaxlm.nn.attention.source import group_rows_by_source
 from jaxlm.nn.copying import copied_tokens, copy_gate, copy_gate_specs, mix_copied
 from jaxlm.nn.dropout import dropout
-from jaxlm.nn.embedding import embed, round_up
+from jaxlm.nn.embedding import Unembedding, embed, round_up
 from jaxlm.nn.recurrence import project_time_major
 from jaxlm.nn.segments import segment_boundaries, select_state
 from jaxlm.nn.weight_record import record
@@ -186,10 +186,11 @@ def _with_copied(
     return constrain(jnp.concatenate([features, gate, copied], axis=-1), ("batch", "seq", None))
 
 
-def logits(cfg: Config, params: Params, hidden: jax.Array) -> jax.Array:
-    """The logits of the next target token, [B, T, V] float32 (V padded, see ``vocab_multiple``).
+def logits(cfg: Config, params: Params, hidden: jax.Array) -> jax.Array | Unembedding:
+    """The logits of the next target token, as an ``Unembedding``.
 
-    With ``copy``, these are log-probabilities of the mixture of generated and copied tokens.
+    With ``copy``, the result is an array [B, T, V] (V padded, see ``vocab_multiple``): the log-probabilities of the
+    mixture of generated and copied tokens, float32.
 
     Raises:
         ValueError: the model has no head.
@@ -197,11 +198,12 @@ def logits(cfg: Config, params: Params, hidden: jax.Array) -> jax.Array:
     if cfg.task == "none":
         raise ValueError("a model with task='none' has no head: set task='seq2seq' to get logits of target tokens")
     head = params["head"]
-    scores = heads.token_logits(cfg, head["weight"], hidden[..., : cfg.output_dim], head["bias"])
+    features = hidden[..., : cfg.output_dim]
+    unembedding = Unembedding(head["weight"], features, head["bias"], vocab_size=cfg.vocab_size)
     if not cfg.copy:
-        return scores
+        return unembedding
     gate_BT1, copied_BTV = jnp.split(hidden[..., cfg.output_dim :], [1], axis=-1)
-    return constrain(mix_copied(scores, gate_BT1, copied_BTV), ("batch", None, "vocab"))
+    return constrain(mix_copied(unembedding.logits(), gate_BT1, copied_BTV), ("batch", None, "vocab"))
 
 
 def encode(

@@ -35,7 +35,7 @@ from jaxlm.nn.alignment import (
 )
 from jaxlm.nn.attention import memory
 from jaxlm.nn.dropout import dropout
-from jaxlm.nn.embedding import embed, round_up
+from jaxlm.nn.embedding import Unembedding, embed, round_up
 from jaxlm.nn.linear import linear, linear_specs
 from jaxlm.nn.recurrence import lstm, lstm_specs, lstm_state_specs
 from jaxlm.nn.segments import segment_boundaries
@@ -170,14 +170,14 @@ def _attend(
     return jnp.tanh(projected_context_BTK + linear(output_weights["state"], prediction_BTK)), new_memory
 
 
-def logits(cfg: Config, params: Params, hidden: jax.Array) -> jax.Array:
-    """The logits of the task's head, float32: next token [B, T, V] (V padded, see ``vocab_multiple``), or labels.
+def logits(cfg: Config, params: Params, hidden: jax.Array) -> jax.Array | Unembedding:
+    """The logits of the task's head: of the next token, as an ``Unembedding``, or of labels, float32.
 
     For the task classification, the logits have shape [B, 1, num_labels], and ``hidden`` must come from :func:`pool`.
     """
     if cfg.task == "classification":
         return heads.head_logits(cfg.task, params, hidden)
-    return heads.token_logits(cfg, params["head"]["weight"], hidden, params["head"]["bias"])
+    return Unembedding(params["head"]["weight"], hidden, params["head"]["bias"], vocab_size=cfg.vocab_size)
 
 
 def pool(

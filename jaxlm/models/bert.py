@@ -21,7 +21,7 @@ from jaxlm.nn.activation import Activation, activation
 from jaxlm.nn.attention import Implementation, attention
 from jaxlm.nn.attention.mask import Mask, document_mask
 from jaxlm.nn.dropout import dropout
-from jaxlm.nn.embedding import embed, round_up, widen_ids
+from jaxlm.nn.embedding import Unembedding, embed, round_up, widen_ids
 from jaxlm.nn.linear import linear, linear_specs
 from jaxlm.nn.norm import layer_norm, layer_norm_specs
 from jaxlm.nn.segments import positions_in_segments
@@ -178,8 +178,8 @@ def _mlp(cfg: Config, weights: Params, x: jax.Array, key: jax.Array | None) -> j
     return dropout(x, cfg.hidden_dropout, fold_in_name(key, "mlp_output"))
 
 
-def logits(cfg: Config, params: Params, hidden: jax.Array) -> jax.Array:
-    """The logits of the task's head, float32: tokens [B, P, V] (V padded, see ``vocab_multiple``), or labels.
+def logits(cfg: Config, params: Params, hidden: jax.Array) -> jax.Array | Unembedding:
+    """The logits of the task's head: of tokens, as an ``Unembedding``, or of labels, float32.
 
     ``hidden`` is [B, P, D]. For task masked, pass only the hidden states of the masked positions in training. For the
     shapes of the logits of labels, see ``heads.head_logits``. For task classification, ``hidden`` is the output of
@@ -193,7 +193,7 @@ def logits(cfg: Config, params: Params, hidden: jax.Array) -> jax.Array:
     head = params["masked"]
     x = activation(cfg.activation)(linear(head["dense"], hidden))
     x = layer_norm(head["norm"], x, cfg.norm_epsilon)
-    return heads.token_logits(cfg, params["token_embedding"], x, head["bias"])
+    return Unembedding(params["token_embedding"], x, head["bias"], vocab_size=cfg.vocab_size)
 
 
 def pool(

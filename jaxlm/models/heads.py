@@ -18,9 +18,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxlm.nn.embedding import round_up, unembed
+from jaxlm.nn.embedding import Unembedding, round_up
 from jaxlm.nn.linear import linear, linear_specs
-from jaxlm.sharding import constrain, row_sharding
+from jaxlm.sharding import row_sharding
 from jaxlm.spec import ArraySpec, Initializer, Params
 
 LABEL_HEADS = {"classification": "classifier", "token_classification": "token_classifier", "span_qa": "span"}
@@ -48,8 +48,8 @@ def require_pooled_output(task: str, params: Params, name: str) -> None:
         raise ValueError(f"a model with task={task!r} has no pooled output: set task='classification'")
 
 
-def decoder_logits(cfg: Any, params: Params, hidden: jax.Array) -> jax.Array:
-    """The logits of a decoder's head, float32: next token [B, T, V] (V padded, see ``vocab_multiple``), or labels.
+def decoder_logits(cfg: Any, params: Params, hidden: jax.Array) -> jax.Array | Unembedding:
+    """The logits of a decoder's head: of the next token, as an ``Unembedding``, or of labels, float32.
 
     The table of the next-token head is ``params["token_embedding"]`` if the config has ``tie_embeddings=True``, and
     otherwise ``params["head"]``. If the config has a field ``logits_soft_cap``, it bounds these logits
@@ -62,23 +62,8 @@ def decoder_logits(cfg: Any, params: Params, hidden: jax.Array) -> jax.Array:
     if cfg.task != "causal":
         return head_logits(cfg.task, params, hidden)
     table = params["token_embedding"] if getattr(cfg, "tie_embeddings", False) else params["head"]
-    return token_logits(cfg, table, hidden, soft_cap=getattr(cfg, "logits_soft_cap", None))
-
-
-def token_logits(
-    cfg: Any, table: jax.Array, hidden: jax.Array, bias: jax.Array | None = None, *, soft_cap: float | None = None
-) -> jax.Array:
-    """Logits of tokens, [B, T, V] float32 (V padded): the hidden states multiplied by the rows of the table, plus bias.
-
-    Args:
-        table: [V, D].
-        bias: [V]; None: no bias.
-        soft_cap: bound of the logits before the bias is added (``jaxlm.nn.embedding.unembed``); None: no bound.
-    """
-    logits = unembed(table, hidden, cfg.vocab_size, soft_cap=soft_cap)
-    if bias is not None:
-        logits = logits + bias.astype(jnp.float32)[None, None, :]
-    return constrain(logits, ("batch", None, "vocab"))
+    soft_cap = getattr(cfg, "logits_soft_cap", None)
+    return Unembedding(table, hidden, vocab_size=cfg.vocab_size, soft_cap=soft_cap)
 
 
 def table_specs(cfg: Any, width: int, init: Initializer) -> ArraySpec:

@@ -28,7 +28,7 @@ from jaxlm.models import common, heads, hybrid
 from jaxlm.nn.attention import cache
 from jaxlm.nn.convolution import causal_depthwise_convolution, depthwise_convolution_specs
 from jaxlm.nn.convolution.window import TokenLayout, move_padding_last, past_segment_specs, restore_order, tail_specs
-from jaxlm.nn.embedding import embed
+from jaxlm.nn.embedding import Unembedding, embed
 from jaxlm.nn.linear import linear_specs
 from jaxlm.nn.norm import rms_norm, rms_norm_specs
 from jaxlm.nn.scan import ssd
@@ -213,8 +213,8 @@ def _mixer(
     return hybrid.scaled_linear(weights["output"], y, m.mixer_output), state
 
 
-def logits(cfg: Config, params: Params, hidden: jax.Array) -> jax.Array:
-    """The logits of the next token, [B, T, V] float32 (V padded, see ``vocab_multiple``); task none: ``ValueError``."""
+def logits(cfg: Config, params: Params, hidden: jax.Array) -> jax.Array | Unembedding:
+    """The logits of the next token, as an ``Unembedding``; task none: ``ValueError``."""
     if cfg.task == "none":
         raise ValueError("task='none' has no output head: use the hidden states, or set task='causal'")
     hidden = hidden if cfg.multipliers is None else hidden * cfg.multipliers.head

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jaxlm import spec
 from jaxlm.config import suggest_name
 from jaxlm.models.registry import family, family_names, family_of_variant, variant_names
+from jaxlm.nn.embedding import Unembedding, as_logits
 from jaxlm.nn.loss import chunked_cross_entropy
 from jaxlm.nn.weight_record import record_weights
 from jaxlm.spec import Params, State
@@ -273,6 +274,9 @@ class Model:
             TypeError: ``hidden`` is not an array.
         """
         spec.require_arrays(hidden=hidden)
+        return as_logits(self._head(params, hidden))
+
+    def _head(self, params: Params, hidden: jax.Array) -> jax.Array | Unembedding:
         return self.module.logits(self.config, params, hidden)
 
     def cross_entropy(
@@ -308,7 +312,7 @@ class Model:
             if hidden.size == 0:
                 return jnp.zeros(())
             return self.module.cross_entropy(self.config, params, hidden, targets, weights)
-        return chunked_cross_entropy(self.logits, params, hidden, targets, weights, label_smoothing=label_smoothing)
+        return chunked_cross_entropy(self._head, params, hidden, targets, weights, label_smoothing=label_smoothing)
 
     def pool(self, params: Params, hidden: jax.Array, **inputs: Any) -> jax.Array:
         """The pooled output of each row, [B, 1, D'], where D' is the width of the classifier's input.

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from jaxlm.models import common, heads
 from jaxlm.nn.dropout import dropout
-from jaxlm.nn.embedding import embed, round_up
+from jaxlm.nn.embedding import Unembedding, embed, round_up
 from jaxlm.nn.segments import segment_boundaries
 from jaxlm.sharding import constrain
 from jaxlm.spec import ArraySpec, Initializer, Params, State, Uniform, fold_in_name
@@ -206,8 +206,8 @@ def _drop_connect(cfg: RecurrentConfig, params: Params, key: jax.Array | None) -
     return {**params, "weight_hidden": dropped}
 
 
-def logits(cfg: RecurrentConfig, params: Params, hidden: jax.Array) -> jax.Array:
-    """The logits of the task's head, float32: next token [B, T, V] (V padded, see ``vocab_multiple``), or labels.
+def logits(cfg: RecurrentConfig, params: Params, hidden: jax.Array) -> jax.Array | Unembedding:
+    """The logits of the task's head: of the next token, as an ``Unembedding``, or of labels, float32.
 
     For the logits of labels, see ``heads.head_logits``. For classification, ``hidden`` comes from :func:`pool`.
 
@@ -217,7 +217,7 @@ def logits(cfg: RecurrentConfig, params: Params, hidden: jax.Array) -> jax.Array
     if cfg.task != "causal":
         return heads.head_logits(cfg.task, params, hidden)
     table = params["token_embedding"] if cfg.tie_embeddings else params["head"]["weight"]
-    return heads.token_logits(cfg, table, hidden, params["head"]["bias"])
+    return Unembedding(table, hidden, params["head"]["bias"], vocab_size=cfg.vocab_size)
 
 
 def pool(

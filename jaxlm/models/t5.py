@@ -32,7 +32,7 @@ from jaxlm.nn.attention.distance_bias import distance_bias, distance_bias_at_pos
 from jaxlm.nn.attention.mask import Mask, document_mask
 from jaxlm.nn.attention.source import SourceKV, group_rows_by_source, project_source, with_source_kv
 from jaxlm.nn.dropout import dropout
-from jaxlm.nn.embedding import embed
+from jaxlm.nn.embedding import Unembedding, embed
 from jaxlm.nn.linear import linear, linear_specs
 from jaxlm.nn.norm import rms_norm, rms_norm_specs
 from jaxlm.sharding import constrain
@@ -248,8 +248,8 @@ def _bias_fn(
     return lambda weights: shared
 
 
-def logits(cfg: Config, params: Params, hidden: jax.Array) -> jax.Array:
-    """The logits of the next target token, [B, T, V] float32 (V padded, see ``vocab_multiple``).
+def logits(cfg: Config, params: Params, hidden: jax.Array) -> jax.Array | Unembedding:
+    """The logits of the next target token, as an ``Unembedding``.
 
     Raises:
         ValueError: the model has no head.
@@ -257,7 +257,7 @@ def logits(cfg: Config, params: Params, hidden: jax.Array) -> jax.Array:
     if cfg.task == "none":
         raise ValueError("a T5 with task='none' has no head: set task='seq2seq' for logits of target tokens")
     name, scale = ("token_embedding", cfg.embed_dim**-0.5) if cfg.tie_embeddings else ("head", 1.0)
-    return heads.token_logits(cfg, params[name], hidden * scale)
+    return Unembedding(params[name], hidden * scale, vocab_size=cfg.vocab_size)
 
 
 def init_decode_state(

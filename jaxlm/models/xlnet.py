@@ -30,7 +30,7 @@ from jaxlm.nn.attention import attention, memory
 from jaxlm.nn.attention.distance_bias import sinusoids, type_bias
 from jaxlm.nn.attention.two_streams import Stream, StreamKind, make_streams
 from jaxlm.nn.dropout import dropout
-from jaxlm.nn.embedding import embed, round_up, widen_ids
+from jaxlm.nn.embedding import Unembedding, embed, round_up, widen_ids
 from jaxlm.nn.linear import add_bias, linear, linear_specs
 from jaxlm.nn.norm import layer_norm, layer_norm_specs
 from jaxlm.sharding import constrain
@@ -216,10 +216,10 @@ def _mlp(cfg: Config, weights: Params, x: jax.Array, T: int, key: jax.Array | No
     return dropout(linear(weights["down"], hidden), cfg.dropout, fold_in_name(key, "mlp_output"))
 
 
-def logits(cfg: Config, params: Params, hidden: jax.Array) -> jax.Array:
-    """The logits of the task's head, float32: for the task permutation, [B, P, V] (V padded, see ``vocab_multiple``).
+def logits(cfg: Config, params: Params, hidden: jax.Array) -> jax.Array | Unembedding:
+    """The logits of the task's head: of tokens, as an ``Unembedding``, or of labels, float32.
 
-    Without an order, P is T. For the shapes of the other tasks, see ``heads.head_logits``. For classification,
+    For the shapes of the logits of labels, see ``heads.head_logits``. For classification,
     ``hidden`` comes from :func:`pool`.
 
     Raises:
@@ -227,7 +227,7 @@ def logits(cfg: Config, params: Params, hidden: jax.Array) -> jax.Array:
     """
     if cfg.task != "permutation":
         return heads.head_logits(cfg.task, params, hidden)
-    return heads.token_logits(cfg, params["token_embedding"], hidden, params["output_bias"])
+    return Unembedding(params["token_embedding"], hidden, params["output_bias"], vocab_size=cfg.vocab_size)
 
 
 def pool(

@@ -612,6 +612,32 @@ def _may_reject_pallas_call() -> bool:
     return sharding.is_explicit() or bool(jax.sharding.get_abstract_mesh().manual_axes)
 
 
+MIN_LOSS_KERNEL_ROWS = 256
+"""Minimum number of positions per device for the kernels of the cross entropy. With fewer positions, reading the table
+takes longer than a matmul."""
+MIN_LOSS_KERNEL_IDS = 2048
+"""Minimum number of ids for the kernels of the cross entropy. With fewer ids, the logits are small."""
+
+
+def loss_kernels(table_VD: jax.Array, hidden_BTD: jax.Array) -> bool:
+    """Whether the TPU kernels of ``jaxlm.nn.loss.pallas`` compute the cross entropy of tokens.
+
+    Only the shapes and dtypes of the arguments are used.
+    """
+    shards = sharding.num_shards(("batch",))
+    V, (B, T, D) = table_VD.shape[0], hidden_BTD.shape
+    return (
+        _is_new_tpu()
+        and hidden_BTD.dtype == jnp.bfloat16
+        and V >= MIN_LOSS_KERNEL_IDS
+        and D <= MAX_UNEMBED_KERNEL_WIDTH
+        and B % shards == 0
+        and B * T // shards >= MIN_LOSS_KERNEL_ROWS
+        and not any(sharding.num_shards((axis,)) > 1 for axis in ("seq", "vocab", "activation_embed"))
+        and not _may_reject_pallas_call()
+    )
+
+
 def argmax_by_maximum() -> bool:
     """Whether the argmax of logits is computed from the maximum, as the first index with this value.
 

@@ -5,6 +5,8 @@ Shapes: B batch, T time, D model width, V vocabulary (rows of the table, possibl
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -68,6 +70,37 @@ def unembed(table_VD: jax.Array, hidden_BTD: jax.Array, vocab_size: int, *, soft
         return logits_BTV
     real = jnp.arange(table_VD.shape[0]) < vocab_size
     return jnp.where(real[None, None, :], logits_BTV, jnp.finfo(jnp.float32).min)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Unembedding:
+    """The arrays from which logits of tokens are computed. A loss can use them without all logits at the same time.
+
+    Attributes:
+        table: [V, D].
+        hidden: [B, T, D].
+        bias: [V], added after ``soft_cap``; None: no bias.
+        vocab_size, soft_cap: as in :func:`unembed`.
+    """
+
+    table: jax.Array
+    hidden: jax.Array
+    bias: jax.Array | None = None
+    vocab_size: int = dataclasses.field(kw_only=True, metadata={"static": True})
+    soft_cap: float | None = dataclasses.field(default=None, kw_only=True, metadata={"static": True})
+
+    def logits(self) -> jax.Array:
+        """The logits [B, T, V] (V padded), float32."""
+        logits_BTV = unembed(self.table, self.hidden, self.vocab_size, soft_cap=self.soft_cap)
+        if self.bias is not None:
+            logits_BTV = logits_BTV + self.bias.astype(jnp.float32)[None, None, :]
+        return constrain(logits_BTV, ("batch", None, "vocab"))
+
+
+def as_logits(output: jax.Array | Unembedding) -> jax.Array:
+    """The logits of an :class:`Unembedding`; any other output of a head unchanged."""
+    return output.logits() if isinstance(output, Unembedding) else output
 
 
 def _product_with_table(table_VD: jax.Array, hidden_BTD: jax.Array) -> jax.Array:

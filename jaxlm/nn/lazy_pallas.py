@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 INTERPRET = False
@@ -43,6 +44,34 @@ def call_with_carry(
         kernel, name=name, grid=grid, interpret=INTERPRET, scratch_shapes=[pltpu.VMEM(carry_shape, jnp.float32)],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")), **arguments,
     )  # fmt: skip
+
+
+def with_reference(run: Callable[..., Any], reference: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that runs ``run``. Its derivatives are those of ``reference``, and under ``vmap`` it is ``reference``.
+
+    Both functions have the same positional arguments, trees of arrays. A Pallas kernel has no derivatives in general,
+    and the TPU compiler rejects many kernels under ``vmap``.
+    """
+
+    @jax.custom_batching.custom_vmap
+    def run_with_vmap_rule(*arguments: Any) -> Any:
+        return run(*arguments)
+
+    @run_with_vmap_rule.def_vmap
+    def vmap_rule(axis_size: int, is_mapped: Sequence[Any], *arguments: Any) -> tuple[Any, Any]:
+        in_axes = jax.tree.map(lambda mapped: 0 if mapped else None, tuple(is_mapped))
+        out = jax.vmap(reference, in_axes, axis_size=axis_size)(*arguments)
+        return out, jax.tree.map(lambda _: True, out)
+
+    @jax.custom_jvp
+    def function(*arguments: Any) -> Any:
+        return run_with_vmap_rule(*arguments)
+
+    @function.defjvp
+    def jvp_rule(primals: Any, tangents: Any) -> Any:
+        return jax.jvp(reference, primals, tangents)
+
+    return function
 
 
 def largest_divisor(size: int, multiple: int, maximum: int) -> int:

@@ -8,7 +8,7 @@ Shapes: B batch, W width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -21,8 +21,7 @@ from jaxlm.nn.lazy_pallas import pl
 def run(normalize: Callable[..., jax.Array], x_B1W: jax.Array, *params_W: jax.Array) -> jax.Array:
     """``normalize(x, *params)``, computed by the kernel, in the shape and dtype of ``x``.
 
-    Derivatives are those of ``normalize``. Under ``vmap``, ``normalize`` runs instead of the kernel, because the TPU
-    compiler would reject the kernel's blocks of mapped parameters.
+    For derivatives and under ``vmap``, see ``lazy_pallas.with_reference``; the reference is ``normalize``.
 
     Args:
         normalize: a normalization over the last axis of ``x``, for ``x`` of shape [B, W] or [B, 1, W].
@@ -42,21 +41,7 @@ def run(normalize: Callable[..., jax.Array], x_B1W: jax.Array, *params_W: jax.Ar
         )(rows_BW, *params_W)  # fmt: skip
         return out_BW[:, None]
 
-    @jax.custom_batching.custom_vmap
-    def norm_with_vmap_rule(*arrays: jax.Array) -> jax.Array:
+    def norm(*arrays: jax.Array) -> jax.Array:
         return sharding.map_shards(device_norm, axes, axes[0])(*arrays)
 
-    @norm_with_vmap_rule.def_vmap
-    def vmap_rule(axis_size: int, is_mapped: Sequence[bool], *arrays: jax.Array) -> tuple[jax.Array, bool]:
-        in_axes = tuple(0 if mapped else None for mapped in is_mapped)
-        return jax.vmap(normalize, in_axes, axis_size=axis_size)(*arrays), True
-
-    @jax.custom_jvp
-    def norm(*arrays: jax.Array) -> jax.Array:
-        return norm_with_vmap_rule(*arrays)
-
-    @norm.defjvp
-    def jvp_rule(primals: Any, tangents: Any) -> Any:
-        return jax.jvp(normalize, primals, tangents)
-
-    return norm(x_B1W, *params_W)
+    return lazy_pallas.with_reference(norm, normalize)(x_B1W, *params_W)

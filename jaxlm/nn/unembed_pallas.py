@@ -25,16 +25,17 @@ MAX_BLOCK_BYTES = 2**21
 kernel copies the next block while it reads the current one."""
 
 
-@jax.custom_jvp
 def logits(table_VD: jax.Array, hidden_BTD: jax.Array) -> jax.Array:
-    """``hidden @ table.T``, [B, T, V] float32. The derivatives are those of :func:`reference`."""
+    """``hidden @ table.T``, [B, T, V] float32.
+
+    For derivatives and under ``vmap``, see ``lazy_pallas.with_reference``; the reference is :func:`reference`.
+    """
+    return lazy_pallas.with_reference(_logits, reference)(table_VD, hidden_BTD)
+
+
+def _logits(table_VD: jax.Array, hidden_BTD: jax.Array) -> jax.Array:
     axes = [("vocab", "activation_embed"), ("batch", None, "activation_embed")]
     return sharding.map_shards(_device_logits, axes, ("batch", None, "vocab"))(table_VD, hidden_BTD)
-
-
-@logits.defjvp
-def _jvp(primals: Any, tangents: Any) -> Any:
-    return jax.jvp(reference, primals, tangents)
 
 
 def reference(table_VD: jax.Array, hidden_BTD: jax.Array) -> jax.Array:

@@ -245,10 +245,12 @@ class KernelCall(NamedTuple):
             of all grid steps, but at most the size of the array, because a block that consecutive steps share is copied
             once. The number is too small if a block is copied again after other blocks. It is too large if steps share
             blocks and do not read the whole array.
+        flops: FLOPs of the dots of all grid steps (:func:`counted_flops`).
     """
 
     grid: int
     bytes: int
+    flops: float
 
 
 def _padded_size(shape: Sequence[int]) -> int:
@@ -272,7 +274,7 @@ def kernel_calls(jaxpr: Any) -> dict[Kernel, set[KernelCall]]:
                     steps * _padded_size(block.transformed_block_aval.shape), _padded_size(block.array_aval.shape)
                 )
                 size += entries * block.array_aval.dtype.itemsize
-            calls.setdefault(kernel, set()).add(KernelCall(steps, size))
+            calls.setdefault(kernel, set()).add(KernelCall(steps, size, _count_equation(equation)))
         for inner in _inner_jaxprs(equation.params):
             for kernel, inner_calls in kernel_calls(inner).items():
                 calls.setdefault(kernel, set()).update(inner_calls)

@@ -393,8 +393,9 @@ def _kernels(
         if schedule is not None and grid is not None:
             cycles = kernels.cycles(schedule, grid)
             if device is not None and device.clock is not None:
-                copied_bytes = max(call.bytes for call in same_kernel)
-                cycles = max(cycles, round(copied_bytes / device.bandwidth * device.clock))
+                copies = max(call.bytes for call in same_kernel) / device.bandwidth
+                products = max(call.flops for call in same_kernel) / (device.tflops * 1e12)
+                cycles = max(cycles, round(max(copies, products) * device.clock))
             cycles *= operation.times
         kernel_stats.append(KernelStats(name, operation.times, grid, schedule, cycles))
     return kernel_stats
@@ -410,6 +411,6 @@ def _notes(costs: hlo.Costs, kernel_stats: list[KernelStats]) -> list[str]:
     if kernel_stats and all(kernel.cycles is not None for kernel in kernel_stats):
         notes.append(
             "kernel cycles are bundles times grid steps, including code that a grid step skips; if the copies between "
-            "HBM and VMEM take longer, kernel cycles are the cycles of the copies"
+            "HBM and VMEM or the matmuls at peak speed take longer, kernel cycles are those of the longest of the three"
         )
     return notes

@@ -15,8 +15,15 @@ import jax.numpy as jnp
 
 from jaxlm.nn import choices
 from jaxlm.nn.custom_gradient import custom_vjp
-from jaxlm.nn.embedding import argmax
-from jaxlm.nn.loss.cross_entropy import Head, check_shapes, cross_entropy, loss_and_gradients, scale_gradients
+from jaxlm.nn.embedding import Unembedding, argmax, as_logits
+from jaxlm.nn.loss.cross_entropy import (
+    Head,
+    check_shapes,
+    loss_and_gradients,
+    scale_gradients,
+    token_losses,
+    uses_kernels,
+)
 from jaxlm.nn.time_chunks import join_time, split_time
 from jaxlm.spec import Params, require_arrays
 
@@ -54,7 +61,7 @@ def chunked_cross_entropy(
     leaves, treedef = jax.tree.flatten(params)
     used_indices = _used_leaf_indices(head, params, hidden_BTD)
 
-    def head_of_used(used_leaves: list[jax.Array], hidden: jax.Array) -> jax.Array:
+    def head_of_used(used_leaves: list[jax.Array], hidden: jax.Array) -> jax.Array | Unembedding:
         # Only the leaves that the head reads are arguments. For other leaves, the loop would carry gradients of zeros.
         all_leaves: list[Any] = [None] * len(leaves)
         for index, leaf in zip(used_indices, used_leaves, strict=True):
@@ -79,7 +86,7 @@ def chunked_argmax(head: Head, params: Params, hidden_BTD: jax.Array) -> jax.Arr
     if hidden_BTD.size == 0:
         return jnp.zeros((B, T), jnp.int32)
     C = chunk_length(head, choices.max_logits(), params, hidden_BTD)
-    argmax_by_chunk = jax.lax.map(lambda hidden: argmax(head(params, hidden)), split_time(hidden_BTD, C))
+    argmax_by_chunk = jax.lax.map(lambda hidden: argmax(as_logits(head(params, hidden))), split_time(hidden_BTD, C))
     return join_time(argmax_by_chunk, T)
 
 
@@ -94,8 +101,17 @@ def chunk_length(head: Head, max_chunk_logits: int, params: Params, hidden_BTD: 
     """C, the number of time steps of a chunk, at least 1. A chunk [B, C, V] has at most ``max_chunk_logits`` logits if
     C is more than 1."""
     B, T, _ = hidden_BTD.shape
-    V = jax.eval_shape(head, params, hidden_BTD).shape[-1]
+    V = jax.eval_shape(lambda *arguments: as_logits(head(*arguments)), params, hidden_BTD).shape[-1]
     return choices.loss_chunk(T, max(1, max_chunk_logits // (B * V)))
+
+
+def _loss_chunk_length(
+    head: Head, max_chunk_logits: int, label_smoothing: float, params: Params, hidden_BTD: jax.Array
+) -> int:
+    """:func:`chunk_length`, or all time steps if kernels compute the loss, because they store no logits."""
+    if uses_kernels(jax.eval_shape(head, params, hidden_BTD), label_smoothing):
+        return hidden_BTD.shape[1]
+    return chunk_length(head, max_chunk_logits, params, hidden_BTD)
 
 
 @functools.partial(custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -110,10 +126,10 @@ def _chunked_loss(
 ) -> Any:
     def add_chunk(total: jax.Array, chunk: Any) -> tuple[jax.Array, None]:
         hidden, targets, weights = chunk
-        losses = cross_entropy(head(params, hidden), targets, label_smoothing)
+        losses = token_losses(head(params, hidden), targets, label_smoothing)
         return total + jnp.sum(jnp.where(weights != 0, losses * weights, 0.0)), None
 
-    C = chunk_length(head, max_chunk_logits, params, hidden)
+    C = _loss_chunk_length(head, max_chunk_logits, label_smoothing, params, hidden)
     chunks = tuple(split_time(x, C) for x in (hidden, targets, weights))
     # In ``shard_map``, the first carry must vary over the same mesh axes as the later carries. ``zeros_like`` gives
     # it the axes of the weights.
@@ -134,7 +150,7 @@ def _forward(
         sums = (loss, jax.tree.map(lambda gradient: gradient.astype(jnp.float32), dparams))
         return sums if carry is None else jax.tree.map(jnp.add, carry, sums), dhidden
 
-    C = chunk_length(head, max_chunk_logits, params, hidden)
+    C = _loss_chunk_length(head, max_chunk_logits, label_smoothing, params, hidden)
     chunks = tuple(split_time(x, C) for x in (hidden, targets, weights))
     # The first chunk is computed before the loop. Its loss and gradients are the first carry, instead of zeros.
     carry, dhidden = add_chunk(None, jax.tree.map(lambda x: x[0], chunks))

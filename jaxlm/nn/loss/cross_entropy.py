@@ -5,18 +5,21 @@ Shapes: B batch, T time, D model width, V vocabulary, C number of time steps of 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from jaxlm.nn import choices, lazy_pallas
 from jaxlm.nn.custom_gradient import sum_dtype
-from jaxlm.nn.embedding import widen_ids
+from jaxlm.nn.embedding import Unembedding, as_logits, widen_ids
+from jaxlm.nn.loss import pallas
 from jaxlm.spec import Params, require_arrays
 
-Head = Callable[[Any, jax.Array], jax.Array]
-"""The output layer of a model: ``head(params, hidden [B, C, D]) -> logits [B, C, V]``.
+Head = Callable[[Any, jax.Array], "jax.Array | Unembedding"]
+"""The output layer of a model: ``head(params, hidden [B, C, D])`` is logits [B, C, V] or an ``Unembedding``.
 
 The losses have custom gradients. So all differentiated arrays must be in ``params`` or ``hidden``. JAX raises
 ``UnexpectedTracerError`` for a differentiated array that ``head`` reads from an enclosing scope."""
@@ -69,6 +72,24 @@ def _target_logits(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
     return jnp.where(target_BT == jnp.finfo(jnp.float32).min, jnp.nan, target_BT)
 
 
+def uses_kernels(output: Any, label_smoothing: float) -> bool:
+    """Whether TPU kernels compute the losses from the output of a head.
+
+    The output may be abstract (``jax.ShapeDtypeStruct``).
+    """
+    is_supported = isinstance(output, Unembedding) and label_smoothing == 0.0
+    return is_supported and choices.loss_kernels(output.table, output.hidden)
+
+
+def token_losses(output: jax.Array | Unembedding, targets_BT: jax.Array, label_smoothing: float) -> jax.Array:
+    """The cross entropy at each position, [B, T], from the output of a head."""
+    if uses_kernels(output, label_smoothing):
+        return lazy_pallas.with_reference(
+            pallas.token_losses, lambda output, targets: cross_entropy(as_logits(output), targets)
+        )(output, targets_BT)
+    return cross_entropy(as_logits(output), targets_BT, label_smoothing)
+
+
 def loss_and_gradients(
     head: Head, label_smoothing: float, params: Params, hidden: jax.Array, targets: jax.Array, weights: jax.Array
 ) -> tuple[jax.Array, Any, jax.Array]:
@@ -79,9 +100,23 @@ def loss_and_gradients(
     # A hidden state at a position of weight 0 may be NaN or infinite. It is set to zeros, because its product with a
     # gradient of 0 would be NaN in the gradient of ``params``.
     hidden = jnp.where(weights[..., None] != 0, hidden, jnp.zeros_like(hidden))
-    logits, head_vjp = jax.vjp(head, params, hidden)
+    output, head_vjp = jax.vjp(head, params, hidden)
+    reference = functools.partial(_output_loss_and_gradient, label_smoothing=label_smoothing)
+    if uses_kernels(output, label_smoothing):
+        function = lazy_pallas.with_reference(pallas.loss_and_gradients, reference)
+    else:
+        function = reference
+    loss, doutput = function(output, targets, weights)
+    return loss, *head_vjp(doutput)
+
+
+def _output_loss_and_gradient(
+    output: jax.Array | Unembedding, targets: jax.Array, weights: jax.Array, *, label_smoothing: float
+) -> tuple[jax.Array, Any]:
+    """The weighted sum of the cross entropies, and its gradient for the output of a head."""
+    logits, logits_vjp = jax.vjp(as_logits, output)
     loss, dlogits = _loss_and_gradient(logits, targets, weights, label_smoothing)
-    return loss, *head_vjp(dlogits.astype(logits.dtype))
+    return loss, *logits_vjp(dlogits.astype(logits.dtype))
 
 
 def _loss_and_gradient(

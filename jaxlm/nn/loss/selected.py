@@ -15,8 +15,9 @@ import jax.numpy as jnp
 from jaxlm import sharding
 from jaxlm.nn import choices
 from jaxlm.nn.custom_gradient import custom_vjp
+from jaxlm.nn.embedding import as_logits
 from jaxlm.nn.loss.chunked import chunked_cross_entropy
-from jaxlm.nn.loss.cross_entropy import Head, check_shapes, cross_entropy, loss_and_gradients, scale_gradients
+from jaxlm.nn.loss.cross_entropy import Head, check_shapes, loss_and_gradients, scale_gradients, token_losses
 from jaxlm.spec import Params
 
 
@@ -52,7 +53,7 @@ def selected_cross_entropy(
 def _selected(head: Head, params: Params, hidden: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
     def add_block(total: jax.Array, _: Any, block: Any) -> jax.Array:
         hidden, targets, weights = block
-        return total + jnp.sum(jnp.where(weights != 0, cross_entropy(head(params, hidden), targets) * weights, 0.0))
+        return total + jnp.sum(jnp.where(weights != 0, token_losses(head(params, hidden), targets, 0.0) * weights, 0.0))
 
     return _fold_weighted_blocks(
         head, params, (hidden, targets, weights), add_block, jnp.zeros_like(weights, shape=())
@@ -96,7 +97,7 @@ def _fold_weighted_blocks(
 
 def _block_rows(head: Head, params: Params, hidden_BTD: jax.Array) -> int:
     """R, the number of positions of a block."""
-    B, T, V = jax.eval_shape(head, params, hidden_BTD).shape
+    B, T, V = jax.eval_shape(lambda *arguments: as_logits(head(*arguments)), params, hidden_BTD).shape
     return choices.loss_block_rows(B * T, V)
 
 
