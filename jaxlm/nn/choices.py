@@ -124,6 +124,16 @@ def attention(queries: int, keys: int, *, biases: bool, reasons: dict[str, str |
     return "blockwise"
 
 
+def causal_tile() -> int:
+    """The maximum number of queries of a tile if ``pallas`` splits a block of queries into causal tiles.
+
+    Smaller tiles compute fewer masked scores, but use the matrix unit less well. For GPT-2 with 1,024 tokens on a v6e,
+    tiles of 512 instead of 256 queries take 0.83 of the bundles of the forward kernel and 0.93 of those of the backward
+    kernel (TPU compiler). On a v5e, they take 0.98 and 1.10.
+    """
+    return 512 if sharding.device_kind().startswith("TPU v6") else 256
+
+
 def loop_over_heads() -> bool:
     """Whether ``blockwise`` attention computes one head after the other.
 

@@ -10,9 +10,9 @@ transpose the arrays, and the projections would use half of the matrix unit. A b
 is a multiple of 128, or all heads (:func:`_heads_of_block`). The kernels compute these heads one after the other.
 
 The backward pass recomputes the scores. A tile has whole rows, so the backward pass also computes the sums over rows,
-and reads no log-sum-exps and no row sums from HBM. A block is split into tiles of at most ``CAUSAL_TILE``
-queries if a causal mask compares indices, and if there are as many keys as queries, at most ``MAX_CAUSAL_BLOCK``. Such
-a tile has no keys after its last query. All other masked scores are computed.
+and reads no log-sum-exps and no row sums from HBM. A block is split into tiles (``jaxlm.nn.choices.causal_tile``) if a
+causal mask compares indices, and if there are as many keys as queries, at most ``MAX_CAUSAL_BLOCK``. Such a tile has no
+keys after its last query. All other masked scores are computed.
 
 Shapes as in ``jaxlm.nn.attention.api``, with V width of values, R queries of a tile, X and Y the last axes of a bias's
 array.
@@ -32,7 +32,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxlm import sharding
 from jaxlm.devices import LANES
-from jaxlm.nn import lazy_pallas
+from jaxlm.nn import choices, lazy_pallas
 from jaxlm.nn.attention import split, tile_scores
 from jaxlm.nn.attention.bias import AttentionBias, BiasFn, Dense, KernelBiasFn, Tile, as_dense
 from jaxlm.nn.attention.mask import Mask
@@ -43,9 +43,6 @@ from jaxlm.nn.linear import dot
 
 MAX_BLOCK = 512
 """Maximum number of queries of a block that is one tile."""
-CAUSAL_TILE = 256
-"""Maximum number of queries of a tile if a block is split into causal tiles (``MAX_CAUSAL_BLOCK``). Smaller tiles
-compute fewer masked scores, but the matrix unit is used less well."""
 MAX_CAUSAL_BLOCK = 1024
 """Maximum number of queries of a block that is split into causal tiles. The code of the kernel contains each tile of
 each head of a block, so it grows with this number."""
@@ -95,11 +92,13 @@ class _StaticArguments(tile_scores.ScoreConfig):
     Attributes:
         queries, keys: numbers of queries and keys without padding. Padding increases them to multiples of LANES.
         heads: numbers H and G of the query heads and the key heads; in the kernels, those of a device.
+        causal_tile: maximum number of queries of a tile if a block is split into causal tiles.
     """
 
     queries: int
     keys: int
     heads: tuple[int, int]
+    causal_tile: int
 
 
 def attention(
@@ -138,7 +137,10 @@ def attention(
 
     bias_fns = tuple(bias.bias_fn for bias in biases)
     integers = jax.tree.map(jnp.asarray, (mask.arrays, tuple(bias.integers for bias in biases)))
-    static = _StaticArguments(mask.causal, mask.window, scale, bias_fns, queries=T, keys=S, heads=(H, k_BSGK.shape[2]))
+    static = _StaticArguments(
+        mask.causal, mask.window, scale, bias_fns, queries=T, keys=S, heads=(H, k_BSGK.shape[2]),
+        causal_tile=choices.causal_tile(),
+    )  # fmt: skip
     floats = _map_bias_arrays(static, broadcast, tuple(bias.floats for bias in biases))
     return split.shard_attention(
         functools.partial(_device_attention, static), (q_BTHK, k_BSGK, v_BSGK), floats, integers
@@ -495,7 +497,7 @@ def _layout(static: _StaticArguments, floats: Any, integers: Any) -> _Layout:
     H, G = static.heads
     K, V = q_width // H, floats[2].shape[2] // G
     is_causal = _is_causal_block(static.causal, integers[0][0], T, S)
-    R = lazy_pallas.largest_divisor(T, LANES, CAUSAL_TILE) if is_causal else _block_size(T, S)
+    R = lazy_pallas.largest_divisor(T, LANES, static.causal_tile) if is_causal else _block_size(T, S)
     queries = T if is_causal else R
     key_heads, group = _heads_of_block((H, G), (K, V))
     num_head_blocks = H // G // group  # blocks of the query heads that read one block of key heads

@@ -32,10 +32,10 @@ from jaxlm.nn.linear import dot
 MAX_BLOCK_IDS = 512
 """Maximum of E."""
 MAX_BLOCK_ROWS = 1024
-"""Maximum of R."""
+"""Maximum of R with 64 MiB of VMEM. With 128 MiB, the maximum is twice as large."""
 MAX_BLOCK_ENTRIES = 2**19
 """Maximum number of entries of a block of the table, if E is more than LANES. A block of hidden states has at most
-twice as many, if R is more than LANES."""
+twice as many with 64 MiB of VMEM, and four times as many with 128 MiB, if R is more than LANES."""
 LARGE_VMEM_TPUS = ("TPU v5 lite", "TPU v6")
 """Prefixes of the device kinds of TPUs with 128 MiB of VMEM. Other TPUs from v5 on have 64 MiB."""
 VMEM_LIMIT_SHARE = 3 / 4
@@ -165,7 +165,8 @@ def _make_blocks(
     (V, D), N = table_VD.shape, targets_BT.size
     padded_width = D + -D % LANES
     max_ids = MAX_BLOCK_ENTRIES // padded_width
-    E, R = _block_size(V, min(MAX_BLOCK_IDS, max_ids)), _block_size(N, min(MAX_BLOCK_ROWS, 2 * max_ids))
+    E = _block_size(V, min(MAX_BLOCK_IDS, max_ids))
+    R = _block_size(N, vmem_bytes // 2**26 * min(MAX_BLOCK_ROWS, 2 * max_ids))
     V, N = V + -V % E, N + -N % R
     C = lazy_pallas.largest_divisor(N, R, max(int(MAX_SUM_SHARE * vmem_bytes) // (4 * padded_width), R))
     return _Blocks(

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm.nn import lazy_pallas
+from jaxlm.nn import choices, lazy_pallas
 from jaxlm.nn.attention import attention, pallas, split
 from jaxlm.nn.attention.bias import as_dense
 from jaxlm.nn.attention.distance_bias import (
@@ -101,7 +101,7 @@ def run(attend, kinds, S, floats, cotangent):
 def test_equals_the_reference_in_values_and_gradients(name, monkeypatch):
     kinds, mask, T, S = CASES[name]
     monkeypatch.setattr(pallas, "MAX_BLOCK", 128)  # several blocks
-    monkeypatch.setattr(pallas, "CAUSAL_TILE", 128)
+    monkeypatch.setattr(choices, "causal_tile", lambda: 128)
     floats, cotangent = arrays(T, S, heads=1 if "keys for all heads" in name else H)
 
     def kernel(q, k, v, bias):
@@ -133,7 +133,7 @@ HEADS = {
 @pytest.mark.parametrize("name", HEADS)
 def test_blocks_with_several_heads_equal_the_reference(name, monkeypatch):
     H, G, K, V = HEADS[name]
-    monkeypatch.setattr(pallas, "CAUSAL_TILE", 128)
+    monkeypatch.setattr(choices, "causal_tile", lambda: 128)
     rng = np.random.default_rng(4)
     q, k, v, cotangent, numbers = (
         rng.normal(size=shape).astype(np.float32)
