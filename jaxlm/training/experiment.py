@@ -32,7 +32,7 @@ from jaxlm.training.evaluation import Evaluator
 from jaxlm.training.html_report import REPORT, write_report
 from jaxlm.training.loop import Result, Run, TrainingConfig, check_rows_or_batches
 from jaxlm.training.optimizer import OptimizerConfig
-from jaxlm.training.plots import save_attention, training_panels
+from jaxlm.training.plots import save_attention, save_png, training_panels
 from jaxlm.training.recipes import RECIPES, recipe
 from jaxlm.training.report import (
     ATTENTION,
@@ -41,8 +41,8 @@ from jaxlm.training.report import (
     METRICS,
     RESULTS,
     SAMPLES,
-    draw_losses,
     read_attention,
+    read_if_exists,
     read_metrics,
     write_results,
 )
@@ -418,8 +418,8 @@ def export(directory: Path, model: Model, result: Result, tokenizer: Tokenizer |
         for name in (SAMPLES, ATTENTION, "attention.png"):
             (directory / name).unlink(missing_ok=True)
         metrics = directory / METRICS
-        if metrics.exists() and training_panels(read_metrics(metrics)):
-            draw_losses(metrics, directory / "loss.png")
+        if panels := training_panels(read_if_exists(read_metrics, metrics, [])):
+            save_png(panels, directory / "loss.png")
         else:
             print_once(f"{metrics} has no metrics: there are no loss curves")
     return True
