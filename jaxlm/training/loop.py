@@ -410,10 +410,9 @@ class _Loop:
             )
         if self._run.on_start is not None and processes.is_first():
             self._run.on_start(self.step, not self._is_complete())
-        if self._run.resume:  # with this record, readers ignore the earlier records of steps after `self.step`
-            self._write_record(self.step, event="resumed")
-        elif not self._metrics_file.is_empty():  # with this record, readers ignore the earlier records
-            self._write_record(self.step, event="started")
+        # With this record, readers ignore the earlier records ("resumed": only those of steps after `self.step`).
+        if self._run.resume or not self._metrics_file.is_empty():
+            self._write_record(self.step, event="resumed" if self._run.resume else "started")
 
     def _restore(self) -> None:
         """Restore the state of the newest checkpoint. The errors are those of :func:`train`."""
