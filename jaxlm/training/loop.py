@@ -914,7 +914,7 @@ class _MetricsReader:
             self._last_loss = values["loss"]
 
 
-class _Signals:
+class _Signals(contextlib.ExitStack):
     """A context manager that catches the first SIGINT or SIGTERM, so that the loop ends after a complete step.
 
     The previous handlers handle a second signal. With several processes, a signal to one process ends all processes
@@ -923,9 +923,9 @@ class _Signals:
     """
 
     def __init__(self) -> None:
+        super().__init__()  # the stack restores the previous handlers
         self.caught: str | None = None
         self._single_process, self._all_must_end = jax.process_count() == 1, False
-        self._previous_handlers: dict[int, Any] = {}
         self._announce: Callable[[str], None] | None = None
 
     @contextlib.contextmanager
@@ -966,7 +966,7 @@ class _Signals:
         handles_sigterm = self._single_process or processes.is_joined()
         for number in (signal.SIGINT, signal.SIGTERM) if handles_sigterm else (signal.SIGINT,):
             try:
-                self._previous_handlers[number] = signal.signal(number, self._catch)
+                self.callback(signal.signal, number, signal.signal(number, self._catch))
             except ValueError:  # only the main thread may set signal handlers
                 break
         return self
@@ -975,14 +975,6 @@ class _Signals:
         self.caught = signal.Signals(number).name
         if not self._single_process:
             processes.request_end()
-        self._restore()
+        self.close()
         if self._announce is not None:
             self._announce(self.caught)
-
-    def _restore(self) -> None:
-        for number, handler in self._previous_handlers.items():
-            signal.signal(number, handler)
-        self._previous_handlers = {}
-
-    def __exit__(self, *error: object) -> None:
-        self._restore()

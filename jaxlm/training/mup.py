@@ -125,10 +125,7 @@ def _check_fields(config: Any, base: Any) -> None:
     for field in dataclasses.fields(config):
         value, base_value = getattr(config, field.name), getattr(base, field.name)
         may_differ = field.name in ("dtype", "remat") or field.name.endswith("implementation")
-        is_size = all(
-            each is None or (isinstance(each, int | tuple) and not isinstance(each, bool))
-            for each in (value, base_value)
-        )
+        is_size = {type(value), type(base_value)} <= {int, tuple, type(None)}
         is_width = is_size and field.name not in EQUAL_FIELDS
         if value != base_value and not (may_differ or is_width):
             raise ValueError(
