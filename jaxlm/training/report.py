@@ -370,9 +370,7 @@ class AttentionMap:
 
     def __post_init__(self) -> None:
         for name, tokens in (("rows", self.rows), ("columns", self.columns)):
-            if not isinstance(tokens, list | tuple):
-                raise ValueError(f"attention map {self.title!r}: {name}={tokens!r} must be a list of tokens")
-            config.check_value(tuple[str, ...], tuple(tokens), f"attention map {self.title!r}: {name}")
+            config.check_value(tuple[str, ...] | list[str], tokens, f"attention map {self.title!r}: {name}")
             if not tokens:
                 raise ValueError(f"attention map {self.title!r}: {name} is empty: leave out maps without tokens")
         weights = np.asarray(self.weights, np.float64)
