@@ -142,16 +142,16 @@ class ModelConfig:
         """
         tokenizer_fields = tokenizer_fields or {}
         changes = config_lib.assignments("model.set", self.set)
-        for field in changes:
+        options = () if self.pretrained is None else inspect.signature(load_pretrained).parameters
+        for field, value in changes.items():
             if field in data_fields or field in tokenizer_fields:
                 raise ValueError(
-                    f"--model.set {field}={changes[field]}: {field} follows from the data, the tokenizer or the "
+                    f"--model.set {field}={value}: {field} follows from the data, the tokenizer or the "
                     "pretrained weights, leave it out"
                 )
+            if field in options:
+                raise ValueError(f"--model.set {field}={value}: {field} is not a config field, leave it out")
         if self.pretrained is not None:
-            for field, value in changes.items():
-                if field in inspect.signature(load_pretrained).parameters:
-                    raise ValueError(f"--model.set {field}={value}: {field} is not a config field, leave it out")
             return load_pretrained(self.pretrained, param_dtype="float32", seed=seed, **data_fields, **changes)
         return get_model(self.name, **data_fields, **tokenizer_fields, **changes), None
 

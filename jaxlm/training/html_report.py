@@ -89,10 +89,10 @@ def _summary(results: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -
     entries = {name: value for name, value in results.items() if name not in ("task", "family", "scores", "versions")}
     steps = [record["step"] for record in report.valid_records(records) if "step" in record]
     if steps:
-        entries = {"steps": max(steps), **{name: entries[name] for name in entries if name != "steps"}}
+        entries = {"steps": 0} | entries | {"steps": max(steps)}  # the steps come first
     items = "".join(
-        f"<div><dt>{escape(plots.readable_name(name))}</dt><dd>{_value_html(entries[name])}</dd></div>"
-        for name in entries
+        f"<div><dt>{escape(plots.readable_name(name))}</dt><dd>{_value_html(value)}</dd></div>"
+        for name, value in entries.items()
     )
     return f'<dl class="facts">{items}</dl>' if entries else ""
 
