@@ -59,23 +59,19 @@ def loss_and_terms(
     Raises:
         ValueError: the loss returns another number of values, or the names of its terms are not ``loss.names``.
     """
-    terms: dict[str, jax.Array] = {}
+    function: Callable[..., Any] = loss
+    expected = ["total", "weight", "state"]
     if isinstance(loss, LossWithTerms):
-        results = loss.function(*arguments, **options)
-        total, weight, state, terms = _checked_results(results, ("total", "weight", "state", "terms"))
-        if set(terms) != set(loss.names):
-            raise ValueError(f"the loss returned the terms {sorted(terms)}, but its names are {sorted(loss.names)}")
-    else:
-        total, weight, state = _checked_results(loss(*arguments, **options), ("total", "weight", "state"))
-    return jnp.asarray(total), jnp.asarray(weight, jnp.float32), state, terms
-
-
-def _checked_results(results: Any, names: tuple[str, ...]) -> Any:
-    """The results of a loss, after a check that they are a tuple with one value for each name."""
-    if not isinstance(results, tuple) or len(results) != len(names):
+        function = loss.function
+        expected.append("terms")
+    results = function(*arguments, **options)
+    if not isinstance(results, tuple) or len(results) != len(expected):
         given = f"{len(results)} values" if isinstance(results, tuple) else f"a {type(results).__name__}"
-        raise ValueError(f"a loss must return a tuple ({', '.join(names)}), but it returned {given}")
-    return results
+        raise ValueError(f"a loss must return a tuple ({', '.join(expected)}), but it returned {given}")
+    total, weight, state, terms = (*results, {})[:4]
+    if set(terms) != set(names := term_names(loss)):
+        raise ValueError(f"the loss returned the terms {sorted(terms)}, but its names are {sorted(names)}")
+    return jnp.asarray(total), jnp.asarray(weight, jnp.float32), state, terms
 
 
 def term_names(loss: Loss) -> tuple[str, ...]:

@@ -48,20 +48,30 @@ def batch(
     return Batch(tokens, targets, weights, segment_ids, dict(inputs or {}))
 
 
-def targets_and_weights(labels: np.ndarray, num_labels: int) -> tuple[np.ndarray, np.ndarray]:
-    """The targets (int32) and weights (float32) for labels of any shape. ``IGNORED_LABEL`` gives target 0 and weight 0.
+def targets_and_weights(
+    labels: np.ndarray, num_labels: int, segment_ids: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """The targets (int32) and weights (float32) for labels of any shape. Ignored labels give target 0 and weight 0.
+
+    ``IGNORED_LABEL`` and the labels of padding are ignored.
+
+    Args:
+        segment_ids: 0 for padding, with the shape of ``labels``. None: there is no padding.
 
     Raises:
-        ValueError: labels are not integers, or a label is neither ``IGNORED_LABEL`` nor in [0, num_labels).
+        ValueError: labels are not integers, or a label that is not ignored is outside [0, num_labels).
     """
     if labels.dtype.kind not in "iu":
         raise ValueError(f"labels must be integers, got {labels.dtype}")
-    wrong = np.unique(labels[(labels != IGNORED_LABEL) & ((labels < 0) | (labels >= num_labels))])
+    is_ignored = labels == IGNORED_LABEL
+    if segment_ids is not None:
+        is_ignored |= np.asarray(segment_ids) <= 0
+    wrong = np.unique(labels[~is_ignored & ((labels < 0) | (labels >= num_labels))])
     if wrong.size:
         raise ValueError(
             f"label {wrong[0]} is not in [0, num_labels={num_labels}); use {IGNORED_LABEL} for ignored targets"
         )
-    return np.where(labels == IGNORED_LABEL, 0, labels).astype(np.int32), (labels != IGNORED_LABEL).astype(np.float32)
+    return np.where(is_ignored, 0, labels).astype(np.int32), (~is_ignored).astype(np.float32)
 
 
 def check_problem_type(model: Model) -> None:

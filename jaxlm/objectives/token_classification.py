@@ -45,11 +45,5 @@ def batch(
     require_arrays(labels=labels)
     if labels.shape != tokens.shape:
         raise ValueError(f"labels {list(labels.shape)} must have the shape of tokens {list(tokens.shape)}")
-    if segment_ids is not None:
-        if labels.dtype.kind == "u":  # IGNORED_LABEL is negative
-            labels = labels.astype(np.int64)
-        # The fill value has the dtype of the labels. An int would turn bool labels into integers, and
-        # ``targets_and_weights`` would not reject them.
-        labels = np.where(segment_ids > 0, labels, labels.dtype.type(IGNORED_LABEL))
-    targets, weights = targets_and_weights(labels, num_labels)
+    targets, weights = targets_and_weights(labels, num_labels, segment_ids)
     return Batch(tokens, targets, weights, segment_ids, dict(inputs or {}))

@@ -24,7 +24,7 @@ def compare_runs(runs: Sequence[str | Path]) -> str:
     """
     paths = _check_runs(runs)
     records = [_read_records(path) for path in paths]
-    results = [report.read_results(path) if (path / report.RESULTS).exists() else {} for path in paths]
+    results = [report.read_if_exists(report.read_results, path, {}) for path in paths]
     metrics = report.validation_metrics(*records)
     scores = list(dict.fromkeys(score.name for result in results for score in result.get("scores", [])))
     header = ["run", "family", "parameters", "steps", "minutes"]
@@ -84,8 +84,7 @@ def _run_names(paths: Sequence[Path]) -> list[str]:
 
 
 def _read_records(path: Path) -> list[dict[str, Any]]:
-    metrics = path / report.METRICS
-    return report.read_metrics(metrics) if metrics.exists() else []
+    return report.read_if_exists(report.read_metrics, path / report.METRICS, [])
 
 
 def _run_cells(name: str, records: list[dict[str, Any]], results: dict[str, Any]) -> list[str]:

@@ -69,8 +69,8 @@ class Evaluator:
         self._losses = losses if isinstance(losses, Mapping) else {"loss": losses}
         if extra_metric_names and extra_metrics is None:
             raise ValueError(f"extra_metric_names={extra_metric_names} needs extra_metrics, a function")
-        self._terms = tuple(name for loss in self._losses.values() for name in term_names(loss))
-        names = (*self._losses, *self._terms, *extra_metric_names)
+        self._names = (*self._losses, *(name for loss in self._losses.values() for name in term_names(loss)))
+        names = (*self._names, *extra_metric_names)
         if duplicates := [name for name in names if names.count(name) > 1]:
             raise ValueError(
                 f"two metrics have the name {duplicates[0]!r}: rename one (a loss, a term of a loss or an extra metric)"
@@ -97,7 +97,7 @@ class Evaluator:
     def names(self) -> tuple[str, ...] | None:
         """Names of the metrics; None if ``extra_metrics`` is given without ``extra_metric_names``."""
         known = self._extra_metrics is None or self._extra_metric_names
-        return (*self._losses, *self._terms, *self._extra_metric_names) if known else None
+        return (*self._names, *self._extra_metric_names) if known else None
 
     def __call__(self, params: Params) -> dict[str, float]:
         """The metrics of a model with these parameters: ``{name: value}``.
@@ -106,9 +106,9 @@ class Evaluator:
             ValueError: all targets of the batches have weight 0, ``carry_size`` has another number of rows than a
                 batch, or ``extra_metrics`` returns a metric with the name of another metric.
         """
-        names, state = (*self._losses, *self._terms), self._initial_state
+        state = self._initial_state
         params_on_mesh = to_mesh(params, self._specs, self._sharding)
-        sums = {name: [jnp.zeros(()), jnp.zeros(())] for name in names}
+        sums = {name: [jnp.zeros(()), jnp.zeros(())] for name in self._names}
         for batch in self.batches:
             sums, state = self._add_batch(sums, params_on_mesh, batch, state)
             if self._initial_state is None:

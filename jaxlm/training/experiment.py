@@ -32,7 +32,7 @@ from jaxlm.training.evaluation import Evaluator
 from jaxlm.training.html_report import REPORT, write_report
 from jaxlm.training.loop import Result, Run, TrainingConfig, check_rows_or_batches
 from jaxlm.training.optimizer import OptimizerConfig
-from jaxlm.training.plots import save_attention, training_panels
+from jaxlm.training.plots import save_attention, save_png, training_panels
 from jaxlm.training.recipes import RECIPES, recipe
 from jaxlm.training.report import (
     ATTENTION,
@@ -41,8 +41,8 @@ from jaxlm.training.report import (
     METRICS,
     RESULTS,
     SAMPLES,
-    draw_losses,
     read_attention,
+    read_if_exists,
     read_metrics,
     write_results,
 )
@@ -142,16 +142,16 @@ class ModelConfig:
         """
         tokenizer_fields = tokenizer_fields or {}
         changes = config_lib.assignments("model.set", self.set)
-        for field in changes:
+        options = () if self.pretrained is None else inspect.signature(load_pretrained).parameters
+        for field, value in changes.items():
             if field in data_fields or field in tokenizer_fields:
                 raise ValueError(
-                    f"--model.set {field}={changes[field]}: {field} follows from the data, the tokenizer or the "
+                    f"--model.set {field}={value}: {field} follows from the data, the tokenizer or the "
                     "pretrained weights, leave it out"
                 )
+            if field in options:
+                raise ValueError(f"--model.set {field}={value}: {field} is not a config field, leave it out")
         if self.pretrained is not None:
-            for field, value in changes.items():
-                if field in inspect.signature(load_pretrained).parameters:
-                    raise ValueError(f"--model.set {field}={value}: {field} is not a config field, leave it out")
             return load_pretrained(self.pretrained, param_dtype="float32", seed=seed, **data_fields, **changes)
         return get_model(self.name, **data_fields, **tokenizer_fields, **changes), None
 
@@ -418,8 +418,8 @@ def export(directory: Path, model: Model, result: Result, tokenizer: Tokenizer |
         for name in (SAMPLES, ATTENTION, "attention.png"):
             (directory / name).unlink(missing_ok=True)
         metrics = directory / METRICS
-        if metrics.exists() and training_panels(read_metrics(metrics)):
-            draw_losses(metrics, directory / "loss.png")
+        if panels := training_panels(read_if_exists(read_metrics, metrics, [])):
+            save_png(panels, directory / "loss.png")
         else:
             print_once(f"{metrics} has no metrics: there are no loss curves")
     return True

@@ -6,7 +6,7 @@ The page needs no other file, no network and no script. It supports light and da
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,6 @@ MAX_TITLE = 200
 REPORT = "report.html"
 CONFIG = "config.json"
 _FIRST_COLUMNS = ("source", "reference", "output", "label", "score")
-_Section = tuple[str, str, str]  # identifier, heading, HTML
 
 
 def write_report(run: str | Path) -> Path:
@@ -53,22 +52,21 @@ def write_report(run: str | Path) -> Path:
 
 
 def _page(run: Path) -> str:
-    results = report.read_results(run) if (run / report.RESULTS).exists() else {}
-    records = report.read_metrics(run / report.METRICS) if (run / report.METRICS).exists() else []
+    read = report.read_if_exists
+    results = read(report.read_results, run, {})
+    records = read(report.read_metrics, run / report.METRICS, [])
     names = [plots.readable_name(results[name]) for name in ("task", "family") if name in results]
     title = " · ".join(names) or run.resolve().name
-    sections = [
-        section
-        for section in (
-            _score_section(results.get("scores", [])),
-            _curve_section(records),
-            _sample_section(run),
-            _confusion_section(run),
-            _attention_section(run),
-            _board_section(run),
-        )
-        if section is not None
-    ]
+    curves = plots.training_panels(records), plots.optimization_panels(records)
+    contents: tuple[tuple[str, str, Callable[[Any], str], Any], ...] = (
+        ("scores", "Scores", _scores, results.get("scores")),
+        ("training", "Training", _curves, curves if any(curves) else None),
+        ("samples", "Samples", _samples, read(report.read_samples, run, [])),
+        ("confusion", "Confusion matrix", _confusion, read(report.read_confusion, run, None)),
+        ("attention", "Attention", _attention, read(report.read_attention, run, [])),
+        ("boards", "Boards", _boards, read(report.read_boards, run, [])),
+    )
+    sections = [(name, heading, to_html(content)) for name, heading, to_html, content in contents if content]
     links = "".join(f'<a href="#{name}">{escape(heading)}</a>' for name, heading, _ in sections)
     body = "".join(
         f'<section id="{name}"><h2>{escape(heading)}</h2>{html}</section>' for name, heading, html in sections
@@ -91,10 +89,10 @@ def _summary(results: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -
     entries = {name: value for name, value in results.items() if name not in ("task", "family", "scores", "versions")}
     steps = [record["step"] for record in report.valid_records(records) if "step" in record]
     if steps:
-        entries = {"steps": max(steps), **{name: entries[name] for name in entries if name != "steps"}}
+        entries = {"steps": 0} | entries | {"steps": max(steps)}  # the steps come first
     items = "".join(
-        f"<div><dt>{escape(plots.readable_name(name))}</dt><dd>{_value_html(entries[name])}</dd></div>"
-        for name in entries
+        f"<div><dt>{escape(plots.readable_name(name))}</dt><dd>{_value_html(value)}</dd></div>"
+        for name, value in entries.items()
     )
     return f'<dl class="facts">{items}</dl>' if entries else ""
 
@@ -126,32 +124,30 @@ def _footer(results: Mapping[str, Any]) -> str:
 # --------------------------------------------------------------------------------------------- scores and curves
 
 
-def _score_section(scores: Sequence[Score]) -> _Section | None:
-    if not scores:
-        return None
-    rows = "".join(
-        f'<tr><th scope="row">{escape(score.name)}</th><td class="value">{score.value_text}</td>'
+def _scores(scores: Sequence[Score]) -> str:
+    header = "<th>metric</th><th>value</th><th>95 % interval</th><th>examples</th><th>method</th>"
+    rows = (
+        f'<th scope="row">{escape(score.name)}</th><td class="value">{score.value_text}</td>'
         f'<td class="number">{score.interval_text or "-"}</td>'
         f'<td class="number">{"-" if score.count is None else f"{score.count:,}"}</td>'
-        f'<td class="detail">{escape(score.detail).replace("|", "|<wbr>")}</td></tr>'
+        f'<td class="detail">{escape(score.detail).replace("|", "|<wbr>")}</td>'
         for score in scores
     )
-    header = "<tr><th>metric</th><th>value</th><th>95 % interval</th><th>examples</th><th>method</th></tr>"
-    return (
-        "scores",
-        "Scores",
-        f'<div class="wide"><table class="scores"><thead>{header}</thead><tbody>{rows}</tbody></table></div>',
-    )
+    return f'<div class="wide">{_table("scores", header, rows)}</div>'
 
 
-def _curve_section(records: list[dict[str, Any]]) -> _Section | None:
-    main, details = plots.training_panels(records), plots.optimization_panels(records)
-    if not main and not details:
-        return None
+def _table(css_class: str, header: str, rows: Iterable[str]) -> str:
+    """An HTML table from the cells of its header and the cells of each row."""
+    body = "".join(f"<tr>{row}</tr>" for row in rows)
+    return f'<table class="{css_class}"><thead><tr>{header}</tr></thead><tbody>{body}</tbody></table>'
+
+
+def _curves(panels: tuple[list[plots.Panel], list[plots.Panel]]) -> str:
+    main, details = panels
     html = _figures(main, "curve")
     if details:
         html += f"<details><summary>Optimization</summary>{_figures(details, 'optimization')}</details>"
-    return "training", "Training", html
+    return html
 
 
 def _figures(panels: Sequence[plots.Panel], prefix: str) -> str:
@@ -162,70 +158,56 @@ def _figures(panels: Sequence[plots.Panel], prefix: str) -> str:
 # --------------------------------------------------------------------------------------------- samples
 
 
-def _sample_section(run: Path) -> _Section | None:
-    rows = report.read_samples(run) if (run / report.SAMPLES).exists() else []
-    if not rows:
-        return None
+def _samples(rows: list[dict[str, str]]) -> str:
     names = dict.fromkeys(name for row in rows for name in row)
     columns = [name for name in _FIRST_COLUMNS if name in names]
     columns += [name for name in names if name not in columns]
     short = {name for name in columns if max(len(row.get(name, "")) for row in rows) <= MAX_UNWRAPPED_LENGTH}
-    html = _sample_table(rows[:SHOWN_SAMPLES], columns, short)
-    if len(rows) > SHOWN_SAMPLES:
-        more = len(rows) - SHOWN_SAMPLES
-        table = _sample_table(rows[SHOWN_SAMPLES:], columns, short)
-        html += f"<details><summary>{more:,} more samples</summary>{table}</details>"
-    return "samples", "Samples", html
-
-
-def _sample_table(rows: Sequence[Mapping[str, str]], columns: Sequence[str], short: set[str]) -> str:
-    """A table of samples. The cells of the columns in ``short`` have no line breaks."""
     header = "".join(f"<th>{escape(name)}</th>" for name in columns)
-    body = "".join(f"<tr>{''.join(_sample_cell(row, name, short) for name in columns)}</tr>" for row in rows)
-    return f'<table class="samples"><thead><tr>{header}</tr></thead><tbody>{body}</tbody></table>'
+    cells = ["".join(_sample_cell(row, name, name in short) for name in columns) for row in rows]
+    html = _table("samples", header, cells[:SHOWN_SAMPLES])
+    if len(rows) > SHOWN_SAMPLES:
+        table = _table("samples", header, cells[SHOWN_SAMPLES:])
+        html += f"<details><summary>{len(rows) - SHOWN_SAMPLES:,} more samples</summary>{table}</details>"
+    return html
 
 
-def _sample_cell(row: Mapping[str, str], name: str, short: set[str]) -> str:
+def _sample_cell(row: Mapping[str, str], name: str, is_short: bool) -> str:
+    """A cell of the column ``name``. In a short column, the cells have no line breaks."""
     is_wrong = name == "output" and "label" in row and row.get("output") != row["label"]
     mark = ' <span class="wrong">wrong</span>' if is_wrong else ""
-    css_class = "short" if name in short else "text"
+    css_class = "short" if is_short else "text"
     return f'<td data-name="{escape(name)}" class="{css_class}" dir="auto">{escape(row.get(name, ""))}{mark}</td>'
 
 
 # --------------------------------------------------------------------------------------------- heat maps
 
 
-def _confusion_section(run: Path) -> _Section | None:
-    if not (run / report.CONFUSION).exists():
-        return None
-    labels, counts = report.read_confusion(run)
-    totals = counts.sum(axis=1, keepdims=True)
-    fractions = counts / np.maximum(totals, 1)
-    rows = "".join(
-        f'<tr><th scope="row">{escape(label)}</th>'
+def _confusion(labels_and_counts: tuple[list[str], np.ndarray]) -> str:
+    labels, counts = labels_and_counts
+    totals = counts.sum(axis=1)
+    rows = (
+        f'<th scope="row">{escape(label)}</th>'
         + "".join(
             _heat_cell(fraction, f"{count:,}<small>{fraction:.0%}</small>", f"{label} predicted as {other}")
-            for other, count, fraction in zip(labels, counts[index], fractions[index], strict=True)
+            for other, count, fraction in zip(labels, row, row / max(total, 1), strict=True)
         )
-        + f'<td class="total">{int(totals[index, 0]):,}</td></tr>'
-        for index, label in enumerate(labels)
+        + f'<td class="total">{total:,}</td>'
+        for label, row, total in zip(labels, counts, totals, strict=True)
     )
-    header = f'<tr><td></td>{_column_names(labels)}<th class="total">all</th></tr>'
+    is_vertical = len(labels) > 6 or max(map(len, labels), default=0) > 14
+    header = f'<td></td>{_column_names(map(escape, labels), is_vertical)}<th class="total">all</th>'
     caption = "Rows are labels, columns are predictions. The shade is the count divided by the total of the row."
-    table = f'<table class="heat confusion"><thead>{header}</thead><tbody>{rows}</tbody></table>'
-    return "confusion", "Confusion matrix", f'<p class="note">{caption}</p><div class="wide">{table}</div>'
+    return f'<p class="note">{caption}</p><div class="wide">{_table("heat confusion", header, rows)}</div>'
 
 
-def _attention_section(run: Path) -> _Section | None:
-    maps = report.read_attention(run) if (run / report.ATTENTION).exists() else []
-    if not maps:
-        return None
+def _attention(maps: Sequence[report.AttentionMap]) -> str:
     caption = "The token of a row attends to the tokens of the columns. A stronger color is a larger weight." + _SCALE
     figures = "".join(
         f'<figure class="wide"><figcaption>{_title(item.title)}</figcaption>{_attention_table(item)}</figure>'
         for item in maps
     )
-    return "attention", "Attention", f'<p class="note">{caption}</p><div class="maps">{figures}</div>'
+    return f'<p class="note">{caption}</p><div class="maps">{figures}</div>'
 
 
 def _title(text: str) -> str:
@@ -235,19 +217,17 @@ def _title(text: str) -> str:
 
 
 def _attention_table(item: report.AttentionMap) -> str:
-    rows = "".join(
-        f'<tr><th scope="row">{_token(row)}</th>'
+    rows = (
+        f'<th scope="row">{_token(row)}</th>'
         + "".join(
             _heat_cell(weight, "", f"{row} → {column}: {weight:.2f}")
             for column, weight in zip(item.columns, weights, strict=True)
         )
-        + "</tr>"
         for row, weights in zip(item.rows, np.asarray(item.weights, np.float64), strict=True)
     )
-    css_class = ' class="upright"' if max(map(len, item.columns), default=0) > 1 else ""  # vertical text
-    header = "".join(f'<th scope="col"{css_class}><span>{_token(column)}</span></th>' for column in item.columns)
+    header = f"<td></td>{_column_names(map(_token, item.columns), max(map(len, item.columns)) > 1)}"
     small = " small" if len(item.columns) > MAX_COLUMNS_OF_LARGE_CELLS else ""
-    return f'<table class="heat map{small}"><thead><tr><td></td>{header}</tr></thead><tbody>{rows}</tbody></table>'
+    return _table(f"heat map{small}", header, rows)
 
 
 def _heat_cell(fraction: float, text: str, title: str) -> str:
@@ -256,11 +236,10 @@ def _heat_cell(fraction: float, text: str, title: str) -> str:
     return f'<td class="cell{strong}" style="--shade:{shade:.3f}" title="{escape(title)}">{text}</td>'
 
 
-def _column_names(names: Sequence[str]) -> str:
-    """The column names as header cells. The text is vertical if there are many names or if a name is long."""
-    is_vertical = len(names) > 6 or max(map(len, names), default=0) > 14
+def _column_names(names: Iterable[str], is_vertical: bool) -> str:
+    """Header cells with the column names, which are HTML."""
     css_class = ' class="upright"' if is_vertical else ""
-    return "".join(f'<th scope="col"{css_class}><span>{escape(name)}</span></th>' for name in names)
+    return "".join(f'<th scope="col"{css_class}><span>{name}</span></th>' for name in names)
 
 
 def _token(token: str) -> str:
@@ -278,16 +257,13 @@ _SCALE = '<span class="scale" aria-hidden="true"><i>0</i><b></b><i>1</i></span>'
 # --------------------------------------------------------------------------------------------- chess
 
 
-def _board_section(run: Path) -> _Section | None:
-    boards = report.read_boards(run) if (run / report.BOARDS).exists() else []
-    if not boards:
-        return None
+def _boards(boards: Sequence[report.Board]) -> str:
     figures = "".join(
         f"<figure><figcaption>{escape(board.title)}</figcaption>{_board_html(board, index)}"
         f'<p class="note">{escape(board.text)}</p></figure>'
         for index, board in enumerate(boards)
     )
-    return "boards", "Boards", f'<div class="boards">{figures}</div>'
+    return f'<div class="boards">{figures}</div>'
 
 
 def _board_html(board: report.Board, index: int) -> str:

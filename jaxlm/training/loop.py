@@ -361,6 +361,17 @@ def train(
             return loop.run(bar)
 
 
+@dataclasses.dataclass
+class _History:
+    """The evaluations of a run up to a step. A checkpoint has these values as ``evaluation``."""
+
+    best_metric: str
+    best_mode: str
+    best: float | None = None  # of best_metric; negated if higher values are better
+    without_improvement: int = 0  # number of evaluations since the best
+    losses: list[float] = dataclasses.field(default_factory=list)  # with NT-ASGD: until averaging starts
+
+
 class _Loop:
     """The state of a running :func:`train`."""
 
@@ -376,11 +387,8 @@ class _Loop:
         self._batch_shapes: set[Any] = set()
         self._metrics_file = MetricsFile(run.directory / "metrics.jsonl")
         self._trackers = run.trackers if processes.is_first() else ()
-        self._validation: Mapping[str, float] | None = None
-        self._evaluated_step = 0  # the step of the last evaluation
-        self._best: float | None = None
-        self._without_improvement = 0
-        self._validation_losses: list[float] = []  # with NT-ASGD: of all evaluations until averaging starts
+        self._validation: Mapping[str, float] | None = None  # None: this step has not been evaluated
+        self._history = _History(config.best_metric, config.best_mode)
         self._batch_offset = data.state()["next"]  # step i reads batch i - 1 + this number
         self._tokens = 0
         self._rollbacks = 0
@@ -410,10 +418,9 @@ class _Loop:
             )
         if self._run.on_start is not None and processes.is_first():
             self._run.on_start(self.step, not self._is_complete())
-        if self._run.resume:  # with this record, readers ignore the earlier records of steps after `self.step`
-            self._write_record(self.step, event="resumed")
-        elif not self._metrics_file.is_empty():  # with this record, readers ignore the earlier records
-            self._write_record(self.step, event="started")
+        # With this record, readers ignore the earlier records ("resumed": only those of steps after `self.step`).
+        if self._run.resume or not self._metrics_file.is_empty():
+            self._write_record(self.step, event="resumed" if self._run.resume else "started")
 
     def _restore(self) -> None:
         """Restore the state of the newest checkpoint. The errors are those of :func:`train`."""
@@ -450,7 +457,7 @@ class _Loop:
         return self.step == self._config.steps or self._is_out_of_patience()
 
     def _is_out_of_patience(self) -> bool:
-        return self._config.patience is not None and self._without_improvement >= self._config.patience
+        return self._config.patience is not None and self._history.without_improvement >= self._config.patience
 
     def _require_same_run(self, saved: Mapping[str, Any]) -> None:
         """Raise ``ValueError`` if a setting that must not change in a resumed run differs from its saved value."""
@@ -484,11 +491,8 @@ class _Loop:
 
     def _resume_from(self, state: TrainState, saved: Mapping[str, Any]) -> None:
         """Set the training state and the evaluation history to the values in a checkpoint."""
-        evaluation = saved["evaluation"]
         self.step = int(state.step)
-        self._best, self._without_improvement = evaluation["best"], evaluation["without_improvement"]
-        self._validation, self._evaluated_step = saved.get("validation"), self.step
-        self._validation_losses = list(evaluation["losses"])
+        self._validation, self._history = saved.get("validation"), _History(**saved["evaluation"])
         self._tokens = saved["training"]["tokens"]
         every, skipped = self._config.checkpoint_every, int(state.skipped_in_a_row)
         # Whether a scheduled checkpoint was due at one of the skipped steps directly before this checkpoint.
@@ -653,12 +657,13 @@ class _Loop:
         fraction = jax.tree.leaves(batch)[0].shape[0] / jax.tree.leaves(global_batch)[0].shape[0]
         self._state, metrics = self._jit_step(self._state, global_batch)
         self.step += 1
+        self._validation = None
         self._tokens += round(tokens / fraction)
         self._reader.add(self.step, metrics, round(examples / fraction), round(tokens / fraction))
 
     def _evaluate_now(self) -> bool:
         """Evaluate, log the metrics, and return whether ``best_metric`` has improved."""
-        config = self._config
+        config, history = self._config, self._history
         with self._signals.announced(self._bar, f"the evaluation of step {self.step}"):
             values = _as_numbers(self._evaluate(self._model_params(self._state)))
         if config.best_metric not in values:
@@ -666,7 +671,7 @@ class _Loop:
                 f"best_metric={config.best_metric!r} is not among the validation metrics {', '.join(values)}: "
                 "choose one of them"
             )
-        self._validation, self._evaluated_step = values, self.step
+        self._validation = values
         self._write_record(
             self.step, **{f"validation_{name}": value for name, value in values.items()},
             best_metric=config.best_metric, best_mode=config.best_mode,
@@ -674,9 +679,9 @@ class _Loop:
         text = " · ".join(f"{name} {value:.4f}" for name, value in values.items())
         self._bar.say(f"step {self.step}: validation {text}")
         value = self._to_minimize(values[config.best_metric])
-        improved = not math.isnan(value) and (self._best is None or value < self._best)
-        self._best = value if improved else self._best
-        self._without_improvement = 0 if improved else self._without_improvement + 1
+        improved = not math.isnan(value) and (history.best is None or value < history.best)
+        history.best = value if improved else history.best
+        history.without_improvement = 0 if improved else history.without_improvement + 1
         self._start_averaging(values.get("loss", value))
         return improved
 
@@ -685,8 +690,8 @@ class _Loop:
         optimizer = self._state.optimizer
         if not nt_asgd.has_averaging(optimizer) or nt_asgd.has_started(optimizer):
             return
-        self._validation_losses.append(loss)
-        if nt_asgd.should_start_averaging(self._validation_losses):
+        self._history.losses.append(loss)
+        if nt_asgd.should_start_averaging(self._history.losses):
             self._state = dataclasses.replace(self._state, optimizer=nt_asgd.start_averaging(optimizer))
             self._write_record(self.step, event="averaging started")
             self._bar.say(f"step {self.step}: validation has stopped improving, averaging of the parameters starts")
@@ -713,16 +718,10 @@ class _Loop:
             "data": self._data.state(),
             "training": training,
             "model": self._model_metadata(),
-            "evaluation": {
-                "best_metric": self._config.best_metric,
-                "best_mode": self._config.best_mode,
-                "best": self._best,
-                "without_improvement": self._without_improvement,
-                "losses": self._validation_losses,
-            },
+            "evaluation": dataclasses.asdict(self._history),
         }
         metric = None
-        if self._validation is not None and self._evaluated_step == self.step:
+        if self._validation is not None:
             content["validation"] = dict(self._validation)
             metric = self._to_minimize(self._validation[self._config.best_metric])
         state = self._checkpoint_state(self._state)
@@ -741,7 +740,8 @@ class _Loop:
             reasons = [] if self._checkpoints.best in (None, self.step) else self._restore_best()
             assert self._validation is not None
             value = self._to_minimize(self._validation[metric])
-            if self._best is not None and not value <= self._best:  # `value` is worse than the best, or NaN
+            best = self._history.best
+            if best is not None and not value <= best:  # `value` is worse than the best, or NaN
                 damaged = "; ".join([*self._checkpoints.damaged().values(), *reasons])
                 reason = f"were not saved, or are damaged: {damaged}" if damaged else "were not saved"
                 self._bar.say(f"an earlier evaluation had a better {metric}, but its weights {reason}")
@@ -915,7 +915,7 @@ class _MetricsReader:
             self._last_loss = values["loss"]
 
 
-class _Signals:
+class _Signals(contextlib.ExitStack):
     """A context manager that catches the first SIGINT or SIGTERM, so that the loop ends after a complete step.
 
     The previous handlers handle a second signal. With several processes, a signal to one process ends all processes
@@ -924,9 +924,9 @@ class _Signals:
     """
 
     def __init__(self) -> None:
+        super().__init__()  # the stack restores the previous handlers
         self.caught: str | None = None
         self._single_process, self._all_must_end = jax.process_count() == 1, False
-        self._previous_handlers: dict[int, Any] = {}
         self._announce: Callable[[str], None] | None = None
 
     @contextlib.contextmanager
@@ -967,7 +967,7 @@ class _Signals:
         handles_sigterm = self._single_process or processes.is_joined()
         for number in (signal.SIGINT, signal.SIGTERM) if handles_sigterm else (signal.SIGINT,):
             try:
-                self._previous_handlers[number] = signal.signal(number, self._catch)
+                self.callback(signal.signal, number, signal.signal(number, self._catch))
             except ValueError:  # only the main thread may set signal handlers
                 break
         return self
@@ -976,14 +976,6 @@ class _Signals:
         self.caught = signal.Signals(number).name
         if not self._single_process:
             processes.request_end()
-        self._restore()
+        self.close()
         if self._announce is not None:
             self._announce(self.caught)
-
-    def _restore(self) -> None:
-        for number, handler in self._previous_handlers.items():
-            signal.signal(number, handler)
-        self._previous_handlers = {}
-
-    def __exit__(self, *error: object) -> None:
-        self._restore()

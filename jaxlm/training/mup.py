@@ -111,17 +111,13 @@ def mup(model: Model, base: Model) -> MuP:
         raise ValueError(f"only widths may differ, but only the {owner} has the parameter {different[0]}")
     _check_family(model, leaves)
     table_ratio = model.embedding_multiplier / base.embedding_multiplier
-    factors = {name: _factors(name, leaf, base_leaves[name], table_ratio) for name, leaf in leaves.items()}
-
-    def with_scaled_init(path: tuple[Any, ...], leaf: ArraySpec) -> ArraySpec:
-        name = spec.path_name(path)
-        factor, init = factors[name][0], base_leaves[name].init
-        return dataclasses.replace(leaf, init=init if factor == 1.0 else ScaledInit(init, factor))
-
-    return MuP(
-        jax.tree_util.tree_map_with_path(with_scaled_init, model.specs),
-        jax.tree_util.tree_map_with_path(lambda path, leaf: factors[spec.path_name(path)][1], model.specs),
-    )
+    specs, rates = {}, {}
+    for name, leaf in leaves.items():
+        factor, rates[name] = _factors(name, leaf, base_leaves[name], table_ratio)
+        init = base_leaves[name].init
+        specs[name] = dataclasses.replace(leaf, init=init if factor == 1.0 else ScaledInit(init, factor))
+    structure: Any = jax.tree.structure(model.specs)
+    return MuP(structure.unflatten(specs.values()), structure.unflatten(rates.values()))
 
 
 def _check_fields(config: Any, base: Any) -> None:
@@ -129,10 +125,7 @@ def _check_fields(config: Any, base: Any) -> None:
     for field in dataclasses.fields(config):
         value, base_value = getattr(config, field.name), getattr(base, field.name)
         may_differ = field.name in ("dtype", "remat") or field.name.endswith("implementation")
-        is_size = all(
-            each is None or (isinstance(each, int | tuple) and not isinstance(each, bool))
-            for each in (value, base_value)
-        )
+        is_size = {type(value), type(base_value)} <= {int, tuple, type(None)}
         is_width = is_size and field.name not in EQUAL_FIELDS
         if value != base_value and not (may_differ or is_width):
             raise ValueError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 import operator
 import re
@@ -188,11 +189,10 @@ def optimizer_sharding(optimizer: optax.GradientTransformation, specs: spec.Tree
 
     def leaf_sharding(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> Any:
         parts = spec.path_name(path).split("/")
-        for begin in range(len(parts)):
-            for end in range(len(parts), begin, -1):
-                name = "/".join(parts[begin:end])
-                if name in params and params[name].shape == leaf.shape:
-                    return shardings[name]
+        for begin, end in itertools.combinations(range(len(parts) + 1), 2):
+            name = "/".join(parts[begin:end])
+            if name in params and params[name].shape == leaf.shape:
+                return shardings[name]
         return sharding.replicated()
 
     return jax.tree_util.tree_map_with_path(leaf_sharding, jax.eval_shape(optimizer.init, spec.abstract(specs)))

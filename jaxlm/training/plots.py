@@ -81,23 +81,20 @@ def training_panels(records: list[dict[str, Any]]) -> list[Panel]:
     Args:
         records: the records of ``metrics.jsonl``. The list of panels is empty if no record has such a metric.
     """
-    lines: list[Series] = []
-    steps, values = report.metric_curve(records, "loss")
-    if steps:
-        lines += _training_loss(steps, values)
-    steps, values = report.metric_curve(records, "validation_loss")
-    if steps:
-        label = f"validation (last {values[-1]:.3f}, best {report.best_value(records, 'validation_loss'):.3f})"
-        lines.append(Series(label, steps, values, color=1, markers=True))
-    panels = [Panel("loss (nats)", tuple(lines))] if lines else []
+    steps, losses = report.metric_curve(records, "loss")
+    lines, panels = _training_loss(steps, losses) if steps else [], []
     for name in report.validation_metrics(records):
-        if name != "validation_loss":
-            steps, values = report.metric_curve(records, name)
-            if not steps:
-                continue
-            label = f"last {values[-1]:.4g}, best {report.best_value(records, name):.4g}"
-            panels.append(Panel(readable_name(name), (Series(label, steps, values, color=1, markers=True),)))
-    return panels
+        steps, values = report.metric_curve(records, name)
+        if not steps:
+            continue
+        last, best = values[-1], report.best_value(records, name)
+        if name == "validation_loss":
+            label = f"validation (last {last:.3f}, best {best:.3f})"
+            lines.append(Series(label, steps, values, color=1, markers=True))
+        else:
+            series = Series(f"last {last:.4g}, best {best:.4g}", steps, values, color=1, markers=True)
+            panels.append(Panel(readable_name(name), (series,)))
+    return [Panel("loss (nats)", tuple(lines)), *panels] if lines else panels
 
 
 def optimization_panels(records: list[dict[str, Any]]) -> list[Panel]:

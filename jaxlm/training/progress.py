@@ -48,7 +48,6 @@ class ProgressBar:
             TimeRemainingColumn(),
             console=self.console,
             disable=not self.console.is_terminal,
-            transient=False,
         )
         self._task = self._progress.add_task(
             "training", total=steps, completed=start, loss="-", rate="-", device=self._device

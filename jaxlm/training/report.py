@@ -18,7 +18,7 @@ import json
 import math
 import os
 import platform
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -108,13 +108,13 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
         ValueError: a complete line is not a JSON object; a loss, a validation metric or one of
             :data:`NON_METRIC_FIELDS` has the wrong type; or a rollback has no ``to_step``. The message names the line.
     """
-    rows = _read_lines(Path(path))
+
+    def type_of(name: str) -> Any:
+        is_metric = name == "loss" or name.startswith("validation_")
+        return float | None if is_metric else NON_METRIC_FIELDS.get(name, Any)
+
+    rows = _read_lines(Path(path), type_of)
     for number, row in rows.items():
-        for name, value in row.items():
-            is_metric = name == "loss" or name.startswith("validation_")
-            hint = float | None if is_metric else NON_METRIC_FIELDS.get(name)
-            if hint is not None:
-                config.check_value(hint, value, f"{path}, line {number}: {name}")
         if row.get("event") == "rollback" and "to_step" not in row:
             raise ValueError(f"{path}, line {number}: a rollback needs the value to_step")
     return list(rows.values())
@@ -298,12 +298,7 @@ def read_samples(run: str | Path) -> list[dict[str, str]]:
         FileNotFoundError: the run has no such file.
         ValueError: a line is not a JSON object, or a value is not a string.
     """
-    path = Path(run) / SAMPLES
-    rows = _read_lines(path)
-    for number, row in rows.items():
-        for name, value in row.items():
-            config.check_value(str, value, f"{path}, line {number}: {name}")
-    return list(rows.values())
+    return list(_read_lines(Path(run) / SAMPLES, lambda name: str).values())
 
 
 # --------------------------------------------------------------------------------------------- confusion.json
@@ -375,9 +370,7 @@ class AttentionMap:
 
     def __post_init__(self) -> None:
         for name, tokens in (("rows", self.rows), ("columns", self.columns)):
-            if not isinstance(tokens, list | tuple):
-                raise ValueError(f"attention map {self.title!r}: {name}={tokens!r} must be a list of tokens")
-            config.check_value(tuple[str, ...], tuple(tokens), f"attention map {self.title!r}: {name}")
+            config.check_value(tuple[str, ...] | list[str], tokens, f"attention map {self.title!r}: {name}")
             if not tokens:
                 raise ValueError(f"attention map {self.title!r}: {name} is empty: leave out maps without tokens")
         weights = np.asarray(self.weights, np.float64)
@@ -392,15 +385,8 @@ class AttentionMap:
 
 def write_attention(run: str | Path, maps: Iterable[AttentionMap]) -> None:
     """Write ``attention.json``; weights are rounded to 4 decimals."""
-    content = [
-        {
-            "title": item.title,
-            "rows": list(item.rows),
-            "columns": list(item.columns),
-            "weights": np.round(np.asarray(item.weights, np.float64), 4).tolist(),
-        }
-        for item in maps
-    ]
+    rounded = [np.round(np.asarray(item.weights, np.float64), 4).tolist() for item in maps]
+    content = [{**vars(item), "weights": weights} for item, weights in zip(maps, rounded, strict=True)]
     _write_json(Path(run) / ATTENTION, content)
 
 
@@ -483,8 +469,20 @@ def is_run(path: Path) -> bool:
     return (path / RESULTS).exists() and not isinstance(json_files.read_value(path / RESULTS), list)
 
 
-def _read_lines(path: Path) -> dict[int, dict[str, Any]]:
-    """``{line number: JSON object}`` of a file with one JSON object per line. An incomplete last line is ignored."""
+def read_if_exists(read: Callable[[Path], Any], path: Path, default: Any) -> Any:
+    """``read(path)``, or ``default`` if this raises ``FileNotFoundError``."""
+    try:
+        return read(path)
+    except FileNotFoundError:
+        return default
+
+
+def _read_lines(path: Path, type_of: Callable[[str], Any]) -> dict[int, dict[str, Any]]:
+    """``{line number: JSON object}`` of a file with one JSON object per line. An incomplete last line is ignored.
+
+    Args:
+        type_of: a function from the name of a value to its type (``config.check_value``).
+    """
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except UnicodeDecodeError as error:
@@ -499,6 +497,8 @@ def _read_lines(path: Path) -> dict[int, dict[str, Any]]:
             raise ValueError(f"{path}, line {number}: not JSON: {error}") from error
         if not isinstance(row, dict):
             raise ValueError(f"{path}, line {number}: {type(row).__name__} instead of a JSON object")
+        for name, value in row.items():
+            config.check_value(type_of(name), value, f"{path}, line {number}: {name}")
         rows[number] = row
     return rows
 

@@ -51,11 +51,7 @@ class TensorBoardTracker:
     """
 
     def __init__(self, directory: str | Path) -> None:
-        try:
-            from tensorboard.summary import Writer  # type: ignore[import-not-found, import-untyped, unused-ignore]
-        except ImportError as error:
-            raise ImportError("TensorBoardTracker needs tensorboard: pip install tensorboard") from error
-        self._writer = Writer(str(directory))
+        self._writer = _import("tensorboard.summary", self).Writer(str(directory))
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Write one scalar per metric."""
@@ -76,11 +72,7 @@ class _RunTracker:
     _package: str
 
     def __init__(self, project: str, name: str | None = None, config: Mapping[str, Any] | None = None) -> None:
-        try:
-            service = importlib.import_module(self._package)
-        except ImportError as error:
-            raise ImportError(f"{type(self).__name__} needs {self._package}: pip install {self._package}") from error
-        self._run = service.init(project=project, name=name, config=dict(config or {}))
+        self._run = _import(self._package, self).init(project=project, name=name, config=dict(config or {}))
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Send the metrics of a step."""
@@ -122,6 +114,15 @@ class TrackioTracker(_RunTracker):
     """
 
     _package = "trackio"
+
+
+def _import(module: str, tracker: Tracker) -> Any:
+    """The module of the package that ``tracker`` needs."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = module.partition(".")[0]
+        raise ImportError(f"{type(tracker).__name__} needs {package}: pip install {package}") from error
 
 
 def check_tracker(name: TrackerName | None) -> None:

@@ -248,7 +248,8 @@ class Trainer:
 
     def _init(self, key: jax.Array, params: Params) -> TrainState:
         key = spec.typed_key(key)
-        init_key, train_key, adapt_key = (_fold(key, name) for name in ("init", "train", "adapt"))
+        keys: list[Any] = [spec.fold_in_name(key, name) for name in ("init", "train", "adapt")]
+        init_key, train_key, adapt_key = keys
         # The step donates the buffers of the state. Without the copy, it would donate the caller's buffers.
         params = self.model.init(init_key) if params is None else jax.tree.map(jnp.copy, params)
         frozen = None
@@ -365,14 +366,14 @@ class Trainer:
         key = jax.random.fold_in(state.key, state.step)
         if axis_name is not None:
             key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
-        model_state = state.model_state
         if self.carry_size is not None:
-            model_state = reset_rows(self.model, self.carry_size, model_state, batch)
+            model_state = reset_rows(self.model, self.carry_size, state.model_state, batch)
+            state = dataclasses.replace(state, model_state=model_state)
         gradients = self._gradients if self.grad_accum_steps == 1 else self._accumulated_gradients
-        sums, new_model_state = gradients(state.params, state.frozen, batch, key, model_state)
+        sums, new_model_state = gradients(state.params, state.frozen, batch, key, state.model_state)
         if axis_name is not None:
             sums = jax.lax.psum(sums, axis_name)
-            if model_state is None:
+            if state.model_state is None:
                 new_model_state = jax.lax.pmean(new_model_state, axis_name)
         grads, total_loss, weight, terms = sums
         loss, scale = total_loss / weight, 1.0 / weight
@@ -381,37 +382,29 @@ class Trainer:
         if state.recent_losses is not None:
             accepted &= ~self._is_spike(loss, state.recent_losses)
 
-        def update(trees: Any) -> tuple[Any, jax.Array]:
-            trees = self._update(trees, grads, scale, loss, norm, new_model_state)
+        def update(state: TrainState) -> tuple[TrainState, jax.Array]:
+            state = self._update(state, grads, scale, loss, norm, new_model_state)
             # XLA computes the norm in the same pass as the update. Both branches compute a norm. Without the barrier,
             # XLA would move this computation behind the conditional, into a separate pass over the parameters.
-            return trees, jax.lax.optimization_barrier(optax.tree.norm(trees[0]))
+            return state, jax.lax.optimization_barrier(optax.tree.norm(state.params))
+
+        def skip(state: TrainState) -> tuple[TrainState, jax.Array]:
+            counters = {"skipped": state.skipped + 1, "skipped_in_a_row": state.skipped_in_a_row + 1}
+            return dataclasses.replace(state, **counters), optax.tree.norm(state.params)
 
         # With jax.lax.cond, XLA updates parameters and moments in place. With jnp.where, XLA would first copy the old
         # moments (docs/labbook.md).
-        trees, parameter_norm = jax.lax.cond(
-            accepted, update, lambda trees: (trees, optax.tree.norm(trees[0])),
-            (state.params, state.optimizer, state.ema, model_state, state.frozen),
-        )  # fmt: skip
-        skipped = state.skipped + jnp.where(accepted, 0, 1)
-        in_a_row = jnp.where(accepted, 0, state.skipped_in_a_row + 1)
+        state, parameter_norm = jax.lax.cond(accepted, update, skip, state)
         metrics = {
             "loss": loss,
             "gradient_norm": norm,
             "parameter_norm": parameter_norm,
             "weight": weight,
-            "skipped": skipped.astype(jnp.float32),
-            "skipped_in_a_row": in_a_row.astype(jnp.float32),
+            "skipped": state.skipped.astype(jnp.float32),
+            "skipped_in_a_row": state.skipped_in_a_row.astype(jnp.float32),
         }
         metrics |= {name: term / weight for name, term in terms.items()}
-        params, optimizer, ema, model_state, frozen = trees
-        losses = state.recent_losses
-        if losses is not None:
-            losses = jnp.where(accepted, losses.at[(state.step - state.skipped) % SPIKE_WINDOW].set(loss), losses)
-        new_state = TrainState(
-            state.step + 1, params, optimizer, state.key, ema, skipped, in_a_row, model_state, frozen, losses
-        )  # fmt: skip
-        return new_state, metrics
+        return dataclasses.replace(state, step=state.step + 1), metrics
 
     def _is_spike(self, loss: jax.Array, losses: jax.Array) -> jax.Array:
         """Whether ``loss`` is a spike compared with ``losses`` [:data:`SPIKE_WINDOW`], whose unused entries are NaN."""
@@ -455,9 +448,10 @@ class Trainer:
         return sums, jax.tree.map(lambda x: jnp.mean(x, axis=0), new_states)
 
     def _update(
-        self, trees: Any, grads: Any, scale: jax.Array, loss: jax.Array, norm: jax.Array, new_model_state: Any
-    ) -> Any:
-        params, optimizer_state, ema, model_state, frozen = trees
+        self, state: TrainState, grads: Any, scale: jax.Array, loss: jax.Array, norm: jax.Array, new_model_state: Any
+    ) -> TrainState:
+        """The state after a step that is not skipped, except the number of steps."""
+        ema, model_state, frozen, losses = state.ema, state.model_state, state.frozen, state.recent_losses
         # XLA fuses this multiplication by 1 / weight into the optimizer, so it needs no extra pass over the gradients.
         grads = jax.tree.map(lambda g: g * scale.astype(g.dtype), grads)
         # Clipping reads `gradient` and `gradient_norm`, so it does not compute the norm again. Transformations such as
@@ -465,9 +459,9 @@ class Trainer:
         # not accept them.
         apply_optimizer = optax.with_extra_args_support(self.optimizer).update
         updates, optimizer_state = apply_optimizer(
-            grads, optimizer_state, params, value=loss, gradient=grads, gradient_norm=norm
+            grads, state.optimizer, state.params, value=loss, gradient=grads, gradient_norm=norm
         )
-        params = optax.apply_updates(params, updates)
+        params = optax.apply_updates(state.params, updates)
         if model_state is not None:
             model_state = new_model_state
         elif new_model_state is not None:
@@ -479,7 +473,12 @@ class Trainer:
         if self.ema_decay is not None:
             decay = self.ema_decay
             ema = jax.tree.map(lambda old, new: decay * old + (1.0 - decay) * new, ema, params)
-        return params, optimizer_state, ema, model_state, frozen
+        if losses is not None:
+            losses = losses.at[(state.step - state.skipped) % SPIKE_WINDOW].set(loss)
+        return dataclasses.replace(
+            state, params=params, optimizer=optimizer_state, ema=ema, skipped_in_a_row=jnp.zeros((), jnp.int32),
+            model_state=model_state, frozen=frozen, recent_losses=losses,
+        )  # fmt: skip
 
     def jit_step(self) -> Step:
         """:meth:`step`, compiled with ``jax.jit``. It donates the input state, so do not use this state again.
@@ -524,16 +523,8 @@ class Trainer:
         The field ``sharding`` is not used.
         """
 
-        def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
-            return self.step(state, batch, axis_name="devices")
-
+        step = functools.partial(self.step, axis_name="devices")
         return jax.pmap(step, axis_name="devices", donate_argnums=0)
-
-
-def _fold(key: jax.Array, name: str) -> jax.Array:
-    folded = spec.fold_in_name(key, name)
-    assert folded is not None
-    return folded
 
 
 def to_mesh(params: Params, specs: spec.Tree, sharding: Sharding | None) -> Params:
@@ -549,7 +540,7 @@ def to_mesh(params: Params, specs: spec.Tree, sharding: Sharding | None) -> Para
     if sharding is None:
         return params
     if jax.process_count() > 1:
-        return jax.tree.map(_to_host_if_local, params)
+        return jax.tree.map(lambda x: np.asarray(x) if getattr(x, "is_fully_addressable", True) else x, params)
     if all(_is_on(sharding.mesh, x) for x in jax.tree.leaves(params) if isinstance(x, jax.Array)):
         return params
     return jax.device_put(params, sharding.tree(specs))
@@ -558,11 +549,6 @@ def to_mesh(params: Params, specs: spec.Tree, sharding: Sharding | None) -> Para
 def _is_on(mesh: Mesh, x: jax.Array) -> bool:
     """Whether ``x`` is on a mesh with the devices of ``mesh`` in the same order."""
     return isinstance(x.sharding, NamedSharding) and [*x.sharding.mesh.devices.flat] == [*mesh.devices.flat]
-
-
-def _to_host_if_local(x: Any) -> Any:
-    is_local = not isinstance(x, jax.Array) or x.is_fully_addressable
-    return np.asarray(x) if is_local else x
 
 
 def _micro_batches(batch: Any, count: int) -> Any:
