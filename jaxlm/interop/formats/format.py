@@ -108,43 +108,59 @@ class Format:
         return self.model_type.startswith(JAXLM_PREFIX)
 
 
-def linear_tensors(path: str, name: str, /, **layers: str) -> dict[str, str]:
-    """``Format.tensors`` of linear layers and convolutions, which have a weight and a bias.
+def module_tensors(path: str, name: str, /, **modules: str) -> dict[str, str]:
+    """``Format.tensors`` of modules: linear layers, convolutions and norms.
+
+    A module has some of the parameters ``weight``, ``scale``, ``scale_minus_one`` and ``bias``. The result has an entry
+    for each of them, because files contain only the tensors whose parameters the model has.
 
     Args:
-        path: the start of the paths of all layers.
-        name: the start of the names of all layers in files.
-        layers: rest of the path of a layer -> rest of its name in files.
+        path: the start of the paths of all modules.
+        name: the start of the names of all modules in files.
+        modules: rest of the path of a module -> rest of its name in files.
 
     Example:
-        >>> linear_tensors("layers/mlp/", "h.{layer}.mlp.", up="c_fc")
-        {'layers/mlp/up/weight': 'h.{layer}.mlp.c_fc.weight', 'layers/mlp/up/bias': 'h.{layer}.mlp.c_fc.bias'}
+        >>> tensors = module_tensors("layers/", "h.{layer}.", norm="ln_1")
+        >>> tensors["layers/norm/scale"], tensors["layers/norm/bias"]
+        ('h.{layer}.ln_1.weight', 'h.{layer}.ln_1.bias')
     """
     return {
-        f"{path}{key}/{kind}": f"{name}{layer}.{kind}" for key, layer in layers.items() for kind in ("weight", "bias")
+        f"{path}{key}/{parameter}": f"{name}{module}.{'bias' if parameter == 'bias' else 'weight'}"
+        for key, module in modules.items()
+        for parameter in ("weight", "scale", "scale_minus_one", "bias")
     }
 
 
-def norm_tensors(path: str, name: str, /, **norms: str) -> dict[str, str]:
-    """``Format.tensors`` of norms with a scale (``weight`` in files) and a bias. See :func:`linear_tensors`."""
-    kinds = {"scale": "weight", "bias": "bias"}
-    return {f"{path}{key}/{kind}": f"{name}{norm}.{kinds[kind]}" for key, norm in norms.items() for kind in kinds}
-
-
-DECODER_HEADS = {
-    "head": "lm_head.weight",
-    "classifier/weight": "score.weight",
-    **linear_tensors("", "", token_classifier="score", span="qa_outputs"),
+_CLASS_OF_TASK = {
+    "causal": "ForCausalLM",
+    "masked": "ForMaskedLM",
+    "none": "Model",
+    "classification": "ForSequenceClassification",
+    "token_classification": "ForTokenClassification",
+    "span_qa": "ForQuestionAnswering",
 }
-"""``Format.unprefixed_tensors`` of the heads of most decoders in transformers."""
+"""Task -> end of the names of classes with this task in transformers."""
 
 
-def span_qa(table: Format, architecture: str) -> Format:
-    """A copy of ``table`` for the question-answering class ``architecture``, which has the prefix ``transformer.``."""
+def classes(start: str, *tasks: str) -> dict[str, dict[str, str]]:
+    """``Format.architectures`` of classes with usual names, which imply only the task.
+
+    Args:
+        start: the start of the names of all classes.
+
+    Example:
+        >>> classes("Llama", "causal", "none")
+        {'LlamaForCausalLM': {'task': 'causal'}, 'LlamaModel': {'task': 'none'}}
+    """
+    return {start + _CLASS_OF_TASK[task]: {"task": task} for task in tasks}
+
+
+def class_with_prefix(table: Format, architecture: str, task: str, prefix: str) -> Format:
+    """A copy of ``table`` for one class with another ``Format.prefix`` than the other classes of the model type."""
+    default_fields = {**table.default_fields, "task": task}
     return dataclasses.replace(
-        table, architectures={architecture: {"task": "span_qa"}}, prefix="transformer.",
-        default_fields={**table.default_fields, "task": "span_qa"},
-    )  # fmt: skip
+        table, architectures={architecture: {"task": task}}, prefix=prefix, default_fields=default_fields
+    )
 
 
 def shortest_pattern(kinds: Sequence[T]) -> tuple[T, ...]:

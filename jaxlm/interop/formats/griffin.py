@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxlm.config import check_value
-from jaxlm.interop.formats import experts
-from jaxlm.interop.formats.format import Format, linear_tensors, read_integer
+from jaxlm.interop.formats import decoders
+from jaxlm.interop.formats.format import Format, classes, module_tensors, read_integer
 from jaxlm.interop.formats.rotary import read_rotary
 from jaxlm.models.griffin import Config, Mixer, lru_width
 
@@ -43,7 +43,7 @@ _RG_LRU = {"recurrence_gate": "recurrent_gate", "input_gate": "input_gate"}
 
 FORMATS = (
     Format(
-        architectures={"RecurrentGemmaForCausalLM": {"task": "causal"}, "RecurrentGemmaModel": {"task": "none"}},
+        architectures=classes("RecurrentGemma", "causal", "none"),
         model_type="recurrent_gemma",
         prefix="model.",
         hf_name_of_field={
@@ -70,21 +70,18 @@ FORMATS = (
         token_ids={"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2},
         tensors={
             "token_embedding": "embed_tokens.weight",
-            "layers/mixer_norm/scale_minus_one": "layers.{layer}.temporal_pre_norm.weight",
-            "layers/mlp_norm/scale_minus_one": "layers.{layer}.channel_pre_norm.weight",
-            **linear_tensors("layers/recurrent/", _MIXER, gate="linear_y", input="linear_x", output="linear_out"),
-            **linear_tensors("layers/recurrent/", _MIXER, convolution="conv_1d"),
-            **linear_tensors(
-                "layers/attention/", _MIXER, query="q_proj", key="k_proj", value="v_proj", output="o_proj"
-            ),
-            **linear_tensors("layers/mlp/", "layers.{layer}.mlp_block.", **experts.SWIGLU),
+            **module_tensors("layers/", "layers.{layer}.", mixer_norm="temporal_pre_norm", mlp_norm="channel_pre_norm"),
+            **module_tensors("layers/recurrent/", _MIXER, gate="linear_y", input="linear_x", output="linear_out"),
+            **module_tensors("layers/recurrent/", _MIXER, convolution="conv_1d"),
+            **module_tensors("layers/attention/", _MIXER, **decoders.ATTENTION),
+            **module_tensors("layers/mlp/", "layers.{layer}.mlp_block.", **decoders.SWIGLU),
             **{
                 f"layers/recurrent/rg_lru/{path}/{kind}": f"{_MIXER}rg_lru.{name}_{kind}"
                 for path, name in _RG_LRU.items()
                 for kind in ("weight", "bias")
             },
             "layers/recurrent/rg_lru/lambda": f"{_MIXER}rg_lru.recurrent_param",
-            "final_norm/scale_minus_one": "final_norm.weight",
+            **module_tensors("", "", final_norm="final_norm"),
         },
         unprefixed_tensors={"head": "lm_head.weight"},
         tied_tensors={"lm_head.weight": "token_embedding"},

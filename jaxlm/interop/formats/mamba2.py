@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxlm.config import check_value
-from jaxlm.interop.formats import experts
-from jaxlm.interop.formats.format import Format, linear_tensors, read_integer, shortest_pattern
+from jaxlm.interop.formats import decoders
+from jaxlm.interop.formats.format import Format, classes, module_tensors, read_integer, shortest_pattern
 from jaxlm.interop.formats.rotary import read_rotary, write_rotary
 from jaxlm.models.common import layer_kinds
 from jaxlm.models.hybrid import Multipliers
@@ -162,10 +162,9 @@ def _mixer_tensors(module: str) -> dict[str, str]:
     """
     prefix = f"layers.{{layer}}.{module}."
     return {
-        **linear_tensors("layers/mixer/", prefix, zx="in_proj", BC="in_proj", dt="in_proj", output="out_proj"),
-        **linear_tensors("layers/mixer/", prefix, x_convolution="conv1d", BC_convolution="conv1d"),
+        **module_tensors("layers/mixer/", prefix, zx="in_proj", BC="in_proj", dt="in_proj", output="out_proj"),
+        **module_tensors("layers/mixer/", prefix, x_convolution="conv1d", BC_convolution="conv1d", norm="norm"),
         **{f"layers/mixer/{name}": prefix + name for name in ("dt_bias", "A_log", "D")},
-        "layers/mixer/norm/scale": f"{prefix}norm.weight",
     }
 
 
@@ -173,22 +172,15 @@ def _mixer_tensors(module: str) -> dict[str, str]:
 _LAYOUTS = {f"layers/mixer/{name}_convolution/weight": ((1,), (), (0,)) for name in ("x", "BC")}
 _HYBRID_TENSORS = {
     "token_embedding": "embed_tokens.weight",
-    "layers/norm/scale": "layers.{layer}.input_layernorm.weight",
+    **module_tensors("layers/", "layers.{layer}.", norm="input_layernorm", mlp_norm="pre_ff_layernorm"),
     **_mixer_tensors("mamba"),
-    **linear_tensors("layers/attention/", "layers.{layer}.self_attn.", query="q_proj", key="k_proj", value="v_proj"),
-    **linear_tensors("layers/attention/", "layers.{layer}.self_attn.", output="o_proj"),
-    "layers/mlp_norm/scale": "layers.{layer}.pre_ff_layernorm.weight",
-    **{
-        f"layers/mlp/{name}/weight": f"layers.{{layer}}.feed_forward.{hf}.weight" for name, hf in experts.SWIGLU.items()
-    },
-    "final_norm/scale": "final_layernorm.weight",
+    **module_tensors("layers/attention/", "layers.{layer}.self_attn.", **decoders.ATTENTION),
+    **module_tensors("layers/mlp/", "layers.{layer}.feed_forward.", **decoders.SWIGLU),
+    **module_tensors("", "", final_norm="final_layernorm"),
 }
 """``Format.tensors`` of Bamba and Falcon-H1."""
 _HYBRID_FIELDS = {
-    "vocab_size": "vocab_size",
-    "num_layers": "num_hidden_layers",
-    "embed_dim": "hidden_size",
-    "mlp_dim": "intermediate_size",
+    **decoders.FIELDS,
     "state_size": "mamba_d_state",
     "num_groups": "mamba_n_groups",
     "conv_width": "mamba_d_conv",
@@ -196,11 +188,6 @@ _HYBRID_FIELDS = {
     "conv_bias": "mamba_conv_bias",
     "attention_heads": "num_attention_heads",
     "attention_bias": "attention_bias",
-    "rotary_base": "rope_theta",
-    "max_positions": "max_position_embeddings",
-    "norm_epsilon": "rms_norm_eps",
-    "tie_embeddings": "tie_word_embeddings",
-    "init_stddev": "initializer_range",
 }
 """``Format.hf_name_of_field`` that Bamba and Falcon-H1 share."""
 _HYBRID_DEFAULTS = {
@@ -220,7 +207,7 @@ _NONE_MEANS = {"multipliers": lambda cfg: Multipliers()}
 """``Format.none_means`` of Mamba-2 and Bamba."""
 
 _FALCON_H1 = Format(
-    architectures={"FalconH1ForCausalLM": {"task": "causal"}, "FalconH1Model": {"task": "none"}},
+    architectures=classes("FalconH1", "causal", "none"),
     model_type="falcon_h1",
     prefix="model.",
     default_fields={
@@ -244,7 +231,7 @@ _FALCON_H1 = Format(
 )
 _BAMBA = dataclasses.replace(
     _FALCON_H1,
-    architectures={"BambaForCausalLM": {"task": "causal"}, "BambaModel": {"task": "none"}},
+    architectures=classes("Bamba", "causal", "none"),
     model_type="bamba",
     default_fields={
         **_HYBRID_DEFAULTS,
@@ -261,7 +248,7 @@ _BAMBA = dataclasses.replace(
 
 FORMATS = (
     Format(
-        architectures={"Mamba2ForCausalLM": {"task": "causal"}, "Mamba2Model": {"task": "none"}},
+        architectures=classes("Mamba2", "causal", "none"),
         model_type="mamba2",
         prefix="backbone.",
         default_fields={
@@ -305,9 +292,9 @@ FORMATS = (
         token_ids={"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2},
         tensors={
             "token_embedding": "embeddings.weight",
-            "layers/norm/scale": "layers.{layer}.norm.weight",
+            **module_tensors("layers/", "layers.{layer}.", norm="norm"),
             **_mixer_tensors("mixer"),
-            "final_norm/scale": "norm_f.weight",
+            **module_tensors("", "", final_norm="norm_f"),
         },
         unprefixed_tensors={"head": "lm_head.weight"},
         tied_tensors={"lm_head.weight": "token_embedding"},  # in some files of models with a tied head

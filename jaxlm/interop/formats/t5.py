@@ -5,26 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from jaxlm.interop.formats.format import Format, read_integer
+from jaxlm.interop.formats.format import Format, module_tensors, read_integer
 from jaxlm.models.t5 import Config
 
 
 def _stack_names(stack: str, mlp: int) -> dict[str, str]:
     """``Format.tensors`` of one stack, "encoder" or "decoder". ``mlp`` is the index of the MLP among the sublayers."""
-    block, norms = f"{stack}.block.{{layer}}.layer.", {"attention": 0, "cross": 1, "mlp": mlp}
-    names = {
+    path, block = f"{stack}/layers/", f"{stack}.block.{{layer}}.layer."
+    projections = {name: name[0] for name in ("query", "key", "value", "output")}
+    return {
         f"{stack}/relative_bias": f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
-        f"{stack}/layers/relative_bias": f"{block}0.SelfAttention.relative_attention_bias.weight",
-        f"{stack}/final_norm/scale": f"{stack}.final_layer_norm.weight",
+        f"{path}relative_bias": f"{block}0.SelfAttention.relative_attention_bias.weight",
+        **module_tensors(path, block, attention_norm="0.layer_norm", cross_norm="1.layer_norm"),
+        **module_tensors(path, f"{block}{mlp}.", mlp_norm="layer_norm"),
+        **module_tensors(f"{path}attention/", f"{block}0.SelfAttention.", **projections),
+        **module_tensors(f"{path}cross_attention/", f"{block}1.EncDecAttention.", **projections),
+        **module_tensors(f"{path}mlp/", f"{block}{mlp}.DenseReluDense.", up="wi", gate="wi_0", gated="wi_1", down="wo"),
+        **module_tensors(f"{stack}/", f"{stack}.", final_norm="final_layer_norm"),
     }
-    for name, number in norms.items():
-        names[f"{stack}/layers/{name}_norm/scale"] = f"{block}{number}.layer_norm.weight"
-    for name, hf_name in (("attention", "0.SelfAttention"), ("cross_attention", "1.EncDecAttention")):
-        for projection in ("query", "key", "value", "output"):
-            names[f"{stack}/layers/{name}/{projection}/weight"] = f"{block}{hf_name}.{projection[0]}.weight"
-    for name, hf_name in (("up", "wi"), ("gate", "wi_0"), ("gated", "wi_1"), ("down", "wo")):
-        names[f"{stack}/layers/mlp/{name}/weight"] = f"{block}{mlp}.DenseReluDense.{hf_name}.weight"
-    return names
 
 
 # Files may contain these copies of the token embedding. ``lm_head.weight`` is a copy only if the head is tied.
