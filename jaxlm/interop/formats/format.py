@@ -6,10 +6,11 @@ In this package, HF means Hugging Face.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from jaxlm.config import check_value
+from jaxlm.config import check_min, check_value
 
 T = TypeVar("T")
 
@@ -170,15 +171,19 @@ def shortest_pattern(kinds: Sequence[T]) -> tuple[T, ...]:
     return tuple(kinds[: next(sizes, num_layers)])
 
 
-def read_integer(config: Mapping[str, Any], name: str, default: int | None = None, *, nullable: bool = False) -> Any:
+def read_integer(
+    config: Mapping[str, Any], name: str, default: int | None = None, *, minimum: float = -math.inf,
+    nullable: bool = False,
+) -> Any:  # fmt: skip
     """The integer in the field ``name`` of ``config.json``; ``default`` if the field is missing.
 
     Args:
         nullable: whether the result may also be None: the value is null, or the field and the default are missing.
 
     Raises:
-        ValueError: the result would be neither an integer nor, if ``nullable``, None.
+        ValueError: the result would be below ``minimum``, or would be neither an integer nor, if ``nullable``, None.
     """
     value = config.get(name, default)
     check_value(int | None if nullable else int, value, name)
+    check_min(minimum, **{name: value})
     return value

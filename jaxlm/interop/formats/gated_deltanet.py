@@ -33,9 +33,7 @@ def _pattern(config: Mapping[str, Any], num_layers: int) -> tuple[Mixer, ...]:
     """The shortest pattern of mixers whose repetition gives the mixers of all layers, from ``config.json``."""
     types = config.get("layer_types")
     if types is None:
-        interval = read_integer(config, "full_attention_interval", 4)
-        if interval < 1:
-            raise ValueError(f"full_attention_interval={interval} must be at least 1")
+        interval = read_integer(config, "full_attention_interval", 4, minimum=1)
         types = ["linear_attention" if (i + 1) % interval else "full_attention" for i in range(num_layers)]
     if not isinstance(types, list) or len(types) != num_layers or not all(name in _LAYER_TYPES for name in types):
         raise ValueError(

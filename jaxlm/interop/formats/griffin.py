@@ -17,9 +17,7 @@ def _read_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     kv_heads, head_dim = (read_integer(config, name, nullable=True) for name in ("num_key_value_heads", "head_dim"))
     # intermediate_size is twice the hidden width of the MLP, because the authors' code has one matrix for the gate and
     # the up projection.
-    mlp_dim = read_integer(config, "intermediate_size", 7680)
-    if mlp_dim < 2:
-        raise ValueError(f"intermediate_size={mlp_dim} must be at least 2")
+    mlp_dim = read_integer(config, "intermediate_size", 7680, minimum=2)
     pattern = config.get("block_types", list(Config.pattern))
     check_value(list[Mixer], pattern, "block_types")
     if head_dim is not None and head_dim * num_heads != embed_dim:

@@ -52,10 +52,8 @@ def _read_bamba_fields(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _read_attention(config: Mapping[str, Any]) -> dict[str, Any]:
     """The fields ``attention_kv_heads`` and ``attention_head_dim``, from ``config.json``."""
-    heads, width = read_integer(config, "num_attention_heads", 32), read_integer(config, "hidden_size", 4096)
+    heads, width = read_integer(config, "num_attention_heads", 32, minimum=1), read_integer(config, "hidden_size", 4096)
     kv_heads = read_integer(config, "num_key_value_heads", 8, nullable=True)
-    if heads < 1:
-        raise ValueError(f"num_attention_heads={heads} must be at least 1")
     head_dim = read_integer(config, "head_dim", width // heads)
     if head_dim < 4 and "head_dim" not in config:
         raise ValueError(f"hidden_size={width} / num_attention_heads={heads} must be at least 4, or set head_dim")
@@ -125,11 +123,10 @@ def _read_multipliers(config: Mapping[str, Any]) -> Multipliers | None:
 
 
 def _read_falcon_fields(config: Mapping[str, Any]) -> dict[str, Any]:
-    hidden, width = read_integer(config, "hidden_size", 4096), read_integer(config, "mamba_d_ssm", 1024, nullable=True)
+    hidden = read_integer(config, "hidden_size", 4096, minimum=1)
+    width = read_integer(config, "mamba_d_ssm", 1024, nullable=True)
     if width is None:
         width = read_integer(config, "mamba_expand", 2) * hidden
-    if hidden < 1:
-        raise ValueError(f"hidden_size={hidden} must be at least 1")
     biases = [config.get(name, False) for name in ("mamba_proj_bias", "projectors_bias")]
     if biases[0] != biases[1]:
         raise ValueError(f"mamba_proj_bias={biases[0]} and projectors_bias={biases[1]} must be equal")
