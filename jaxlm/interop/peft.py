@@ -30,7 +30,7 @@ from safetensors.numpy import load_file, save_file
 
 from jaxlm import integrity, processes, spec
 from jaxlm.adapt import LORA_A, LORA_B, LoRA, is_table, num_row_axes
-from jaxlm.config import check_value
+from jaxlm.config import check_min, check_value
 from jaxlm.interop import formats
 from jaxlm.interop.config_json import format_of
 from jaxlm.interop.directory import ADAPTER_CONFIG, path_inside, write_json
@@ -439,8 +439,7 @@ def _rank_and_alpha(config: dict[str, Any], path: Path) -> tuple[int, float]:
     check_value(int, rank, f"{path}: r")
     check_value(float, alpha, f"{path}: lora_alpha")
     check_value(bool | None, config.get("use_rslora"), f"{path}: use_rslora")
-    if rank < 1:
-        raise ValueError(f"{path}: r={rank} must be at least 1")
+    check_min(1, **{f"{path}: r": rank})
     if alpha <= 0:
         raise ValueError(f"{path}: lora_alpha={alpha} must be positive")
     if config.get("lora_dropout"):

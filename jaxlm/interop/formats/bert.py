@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from jaxlm.interop.formats.format import Format, classes, module_tensors
+from jaxlm.interop.formats.format import Format, classes, module_tensors, usual_fields
 from jaxlm.models.bert import mlp_dim
 
 _LAYER = "encoder.layer.{layer}"
@@ -18,16 +18,10 @@ BERT = Format(
     model_type="bert",
     prefix="bert.",
     hf_name_of_field={
-        "vocab_size": "vocab_size",
-        "max_positions": "max_position_embeddings",
+        **usual_fields("vocab_size", "max_positions", "num_layers", "num_heads", "embed_dim", "mlp_dim", "init_stddev"),
         "num_token_types": "type_vocab_size",
-        "num_layers": "num_hidden_layers",
-        "num_heads": "num_attention_heads",
-        "embed_dim": "hidden_size",
-        "mlp_dim": "intermediate_size",
         "activation": "hidden_act",
         "norm_epsilon": "layer_norm_eps",
-        "init_stddev": "initializer_range",
         "hidden_dropout": "hidden_dropout_prob",
         "attention_dropout": "attention_probs_dropout_prob",
         "classifier_dropout": "classifier_dropout",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from jaxlm.interop.formats.format import module_tensors
+from jaxlm.interop.formats.format import module_tensors, usual_fields
 
 TASKS = ("causal", "none", "classification", "token_classification")
 """The tasks of the classes whose tensors of the base model have the same prefix."""
@@ -12,17 +12,10 @@ HEADS = {
     **module_tensors("", "", token_classifier="score", span="qa_outputs"),
 }
 """``Format.unprefixed_tensors``."""
-FIELDS = {
-    "vocab_size": "vocab_size",
-    "max_positions": "max_position_embeddings",
-    "num_layers": "num_hidden_layers",
-    "embed_dim": "hidden_size",
-    "mlp_dim": "intermediate_size",
-    "rotary_base": "rope_theta",
-    "norm_epsilon": "rms_norm_eps",
-    "init_stddev": "initializer_range",
-    "tie_embeddings": "tie_word_embeddings",
-}
+FIELDS = usual_fields(
+    "vocab_size", "max_positions", "num_layers", "embed_dim", "mlp_dim", "rotary_base", "norm_epsilon", "init_stddev",
+    "tie_embeddings",
+)  # fmt: skip
 """``Format.hf_name_of_field``."""
 ATTENTION = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "output": "o_proj"}
 """Name of a matrix of attention in jaxlm -> its name in files."""

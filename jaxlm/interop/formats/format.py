@@ -132,6 +132,30 @@ def module_tensors(path: str, name: str, /, **modules: str) -> dict[str, str]:
     }
 
 
+_USUAL_NAMES = {
+    "max_positions": "max_position_embeddings",
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "embed_dim": "hidden_size",
+    "mlp_dim": "intermediate_size",
+    "rotary_base": "rope_theta",
+    "norm_epsilon": "rms_norm_eps",
+    "init_stddev": "initializer_range",
+    "tie_embeddings": "tie_word_embeddings",
+}
+"""jaxlm config field -> usual name of the field in transformers. Most other fields have the same name in both."""
+
+
+def usual_fields(*names: str) -> dict[str, str]:
+    """``Format.hf_name_of_field`` of config fields that have their usual name in transformers.
+
+    Example:
+        >>> usual_fields("vocab_size", "embed_dim")
+        {'vocab_size': 'vocab_size', 'embed_dim': 'hidden_size'}
+    """
+    return {name: _USUAL_NAMES.get(name, name) for name in names}
+
+
 _CLASS_OF_TASK = {
     "causal": "ForCausalLM",
     "masked": "ForMaskedLM",

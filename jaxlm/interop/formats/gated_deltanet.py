@@ -13,6 +13,7 @@ from jaxlm.interop.formats.format import (
     module_tensors,
     read_integer,
     shortest_pattern,
+    usual_fields,
 )
 from jaxlm.interop.formats.rotary import read_rotary, write_rotary
 from jaxlm.models.common import layer_kinds
@@ -73,10 +74,8 @@ _QWEN3_NEXT = Format(
         "delta_key_dim": "linear_key_head_dim",
         "delta_value_dim": "linear_value_head_dim",
         "conv_width": "linear_conv_kernel_dim",
-        "num_heads": "num_attention_heads",
+        **usual_fields("num_heads", "head_dim", "attention_bias"),
         "num_kv_heads": "num_key_value_heads",
-        "head_dim": "head_dim",
-        "attention_bias": "attention_bias",
         "rotary_fraction": "partial_rotary_factor",
     },
     read_fields=_read_fields,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from jaxlm.interop.formats.format import Format, classes, module_tensors
+from jaxlm.interop.formats.format import Format, classes, module_tensors, usual_fields
 
 _GPT2 = Format(
     architectures={
@@ -15,18 +15,16 @@ _GPT2 = Format(
     prefix="transformer.",
     default_fields={"norm_position": "before"},
     hf_name_of_field={
-        "vocab_size": "vocab_size",
+        **usual_fields("vocab_size", "init_stddev", "tie_embeddings"),
         "max_positions": "n_positions",
         "num_layers": "n_layer",
         "num_heads": "n_head",
         "embed_dim": "n_embd",
         "mlp_dim": "n_inner",
         "norm_epsilon": "layer_norm_epsilon",
-        "init_stddev": "initializer_range",
         "embedding_dropout": "embd_pdrop",
         "attention_dropout": "attn_pdrop",
         "residual_dropout": "resid_pdrop",
-        "tie_embeddings": "tie_word_embeddings",
         "activation": "activation_function",
     },
     jaxlm_value_of={

@@ -7,7 +7,7 @@ from typing import Any
 
 from jaxlm.config import check_value
 from jaxlm.interop.formats import decoders
-from jaxlm.interop.formats.format import Format, classes, module_tensors, read_integer
+from jaxlm.interop.formats.format import Format, classes, module_tensors, read_integer, usual_fields
 from jaxlm.interop.formats.rotary import read_rotary
 from jaxlm.models.griffin import Config, Mixer, lru_width
 
@@ -45,18 +45,10 @@ FORMATS = (
         model_type="recurrent_gemma",
         prefix="model.",
         hf_name_of_field={
-            "vocab_size": "vocab_size",
-            "num_layers": "num_hidden_layers",
-            "num_heads": "num_attention_heads",
-            "embed_dim": "hidden_size",
-            "lru_width": "lru_width",
+            **usual_fields("vocab_size", "num_layers", "num_heads", "embed_dim", "rotary_base", "norm_epsilon"),
+            **usual_fields("tie_embeddings", "attention_dropout", "lru_width", "logits_soft_cap"),
             "conv_width": "conv1d_width",
             "window": "attention_window_size",
-            "rotary_base": "rope_theta",
-            "logits_soft_cap": "logits_soft_cap",
-            "norm_epsilon": "rms_norm_eps",
-            "tie_embeddings": "tie_word_embeddings",
-            "attention_dropout": "attention_dropout",
         },
         read_fields=_read_fields,
         write_fields=_write_fields,

@@ -14,6 +14,7 @@ from jaxlm.interop.formats.format import (
     module_tensors,
     read_integer,
     shortest_pattern,
+    usual_fields,
 )
 from jaxlm.interop.formats.rotary import read_rotary, write_rotary
 from jaxlm.models.llama import Config, LayerKind, head_sizes, layer_kinds
@@ -218,11 +219,7 @@ _LLAMA = Format(
         "expert_dim": lambda cfg: cfg.mlp_dim,
         "pattern": lambda cfg: ("full",) if cfg.window is None else ("window",),
     },
-    hf_name_of_field={
-        **decoders.FIELDS,
-        "num_heads": "num_attention_heads",
-        "attention_dropout": "attention_dropout",
-    },
+    hf_name_of_field={**decoders.FIELDS, **usual_fields("num_heads", "attention_dropout")},
     read_fields=_read_fields,
     write_fields=_write_fields,
     required={"hidden_act": "silu", "attention_bias": False, "mlp_bias": False},

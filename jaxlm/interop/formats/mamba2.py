@@ -9,7 +9,7 @@ from typing import Any
 
 from jaxlm.config import check_value
 from jaxlm.interop.formats import decoders
-from jaxlm.interop.formats.format import Format, classes, module_tensors, read_integer, shortest_pattern
+from jaxlm.interop.formats.format import Format, classes, module_tensors, read_integer, shortest_pattern, usual_fields
 from jaxlm.interop.formats.rotary import read_rotary, write_rotary
 from jaxlm.models.common import layer_kinds
 from jaxlm.models.hybrid import Multipliers
@@ -92,27 +92,25 @@ def _write_hybrid_fields(cfg: Config) -> dict[str, Any]:
     }  # fmt: skip
 
 
-_MULTIPLIERS = {
-    "embedding": "embedding_multiplier", "head": "lm_head_multiplier", "mixer_input": "ssm_in_multiplier",
-    "mixer_output": "ssm_out_multiplier", "attention_input": "attention_in_multiplier", "key": "key_multiplier",
-    "attention_output": "attention_out_multiplier",
+_MULTIPLIERS: dict[str, tuple[str, ...]] = {
+    "embedding_multiplier": ("embedding",), "lm_head_multiplier": ("head",), "ssm_in_multiplier": ("mixer_input",),
+    "ssm_out_multiplier": ("mixer_output",), "attention_in_multiplier": ("attention_input",),
+    "key_multiplier": ("key",), "attention_out_multiplier": ("attention_output",),
+    "ssm_multipliers": ("z", "x", "B", "C", "dt"), "mlp_multipliers": ("mlp_gate", "mlp_output"),
 }  # fmt: skip
-"""Field of ``Multipliers`` -> HF config field."""
+"""HF config field -> fields of ``Multipliers``. If there are several, the HF field is a list with their values."""
 _NOT_NULL_MULTIPLIERS = ("embedding_multiplier", "lm_head_multiplier")
 """HF config fields that must not be null. Null in another field of a multiplier means 1."""
-_MULTIPLIER_LISTS = {"ssm_multipliers": ("z", "x", "B", "C", "dt"), "mlp_multipliers": ("mlp_gate", "mlp_output")}
-"""HF config field that contains a list -> the fields of ``Multipliers`` in the order of the list."""
 
 
 def _read_multipliers(config: Mapping[str, Any]) -> Multipliers | None:
     """The field ``multipliers``, from ``config.json``; None if all multipliers are 1."""
-    names_of = {**{hf_name: (name,) for name, hf_name in _MULTIPLIERS.items()}, **_MULTIPLIER_LISTS}
     fields: dict[str, float] = {}
-    for hf_name, names in names_of.items():
+    for hf_name, names in _MULTIPLIERS.items():
         value = config.get(hf_name)
         if value is None and (hf_name not in config or hf_name not in _NOT_NULL_MULTIPLIERS):
             continue  # the multiplier is 1
-        is_list = hf_name in _MULTIPLIER_LISTS
+        is_list = len(names) > 1
         check_value(list[float] if is_list else float, value, hf_name)
         numbers: Any = value if is_list else [value]
         if len(numbers) != len(names):
@@ -145,10 +143,11 @@ def _write_falcon_fields(cfg: Config) -> dict[str, Any]:
             f"norm_groups=num_groups={cfg.num_groups}"
         )
     m = Multipliers() if cfg.multipliers is None else cfg.multipliers
+    values = {hf_name: [getattr(m, name) for name in names] for hf_name, names in _MULTIPLIERS.items()}
     return {
         **_write_hybrid_fields(cfg), "mamba_d_ssm": mixer_width(cfg), "mamba_rms_norm": cfg.norm_groups is not None,
-        "projectors_bias": cfg.linear_bias, **{hf_name: getattr(m, name) for name, hf_name in _MULTIPLIERS.items()},
-        **{hf_name: [getattr(m, name) for name in names] for hf_name, names in _MULTIPLIER_LISTS.items()},
+        "projectors_bias": cfg.linear_bias,
+        **{hf_name: numbers if len(numbers) > 1 else numbers[0] for hf_name, numbers in values.items()},
     }  # fmt: skip
 
 
@@ -265,20 +264,14 @@ FORMATS = (
         },
         none_means=_NONE_MEANS,
         hf_name_of_field={
-            "vocab_size": "vocab_size",
-            "num_layers": "num_hidden_layers",
-            "embed_dim": "hidden_size",
-            "expand": "expand",
-            "head_dim": "head_dim",
-            "state_size": "state_size",
+            **usual_fields("vocab_size", "num_layers", "embed_dim", "tie_embeddings", "init_stddev"),
+            **usual_fields("expand", "head_dim", "state_size"),
             "num_groups": "n_groups",
             "conv_width": "conv_kernel",
             "linear_bias": "use_bias",
             "conv_bias": "use_conv_bias",
             "norm_epsilon": "layer_norm_epsilon",
             "residual_in_float32": "residual_in_fp32",
-            "tie_embeddings": "tie_word_embeddings",
-            "init_stddev": "initializer_range",
             "init_dt_min": "time_step_min",
             "init_dt_max": "time_step_max",
             "init_dt_floor": "time_step_floor",

@@ -6,7 +6,7 @@ architectures and the names of the config fields.
 
 from __future__ import annotations
 
-from jaxlm.interop.formats.format import Format, Layout, module_tensors
+from jaxlm.interop.formats.format import Format, Layout, module_tensors, usual_fields
 
 _ATT, _FFN = "blocks.{layer}.att.", "blocks.{layer}.ffn."
 _LETTERS = {"receptance": "r", "decay": "w", "key": "k", "value": "v", "rate": "a", "gate": "g"}
@@ -22,11 +22,7 @@ FORMATS = (
         model_type="rwkv7",
         prefix="",
         hf_name_of_field={
-            "vocab_size": "vocab_size",
-            "num_layers": "num_hidden_layers",
-            "embed_dim": "hidden_size",
-            "mlp_dim": "intermediate_size",
-            "head_dim": "head_dim",
+            **usual_fields("vocab_size", "num_layers", "embed_dim", "mlp_dim", "head_dim"),
             "decay_rank": "decay_low_rank_dim",
             "rate_rank": "a_low_rank_dim",
             "value_rank": "v_low_rank_dim",

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxlm.config import check_value
-from jaxlm.interop.formats.format import Format, classes, module_tensors, read_integer
+from jaxlm.interop.formats.format import Format, classes, module_tensors, read_integer, usual_fields
 from jaxlm.models.transformer_xl import Config
 
 
@@ -56,7 +56,7 @@ FORMATS = (
         model_type="transfo-xl",
         prefix="transformer.",
         hf_name_of_field={
-            "vocab_size": "vocab_size",
+            **usual_fields("vocab_size", "same_length", "tie_embeddings", "dropout"),
             "embedding_divisor": "div_val",
             "num_layers": "n_layer",
             "num_heads": "n_head",
@@ -65,14 +65,11 @@ FORMATS = (
             "token_dim": "d_embed",
             "mlp_dim": "d_inner",
             "memory_length": "mem_len",
-            "same_length": "same_length",
             "pre_norm": "pre_lnorm",
             "untie_relative": "untie_r",
             "norm_epsilon": "layer_norm_epsilon",
             "init_stddev": "init_std",
             "projection_init_stddev": "proj_init_std",
-            "tie_embeddings": "tie_word_embeddings",
-            "dropout": "dropout",
             "attention_dropout": "dropatt",
         },
         read_fields=_read_fields,

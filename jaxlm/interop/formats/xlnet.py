@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from jaxlm.interop.formats.format import Format, classes, module_tensors, read_integer
+from jaxlm.interop.formats.format import Format, classes, module_tensors, read_integer, usual_fields
 from jaxlm.models.xlnet import Config, pool_dropout
 
 
@@ -38,16 +38,14 @@ FORMATS = (
         model_type="xlnet",
         prefix="transformer.",
         hf_name_of_field={
-            "vocab_size": "vocab_size",
+            **usual_fields("vocab_size", "init_stddev", "dropout"),
             "num_layers": "n_layer",
             "num_heads": "n_head",
             "embed_dim": "d_model",
             "mlp_dim": "d_inner",
             "activation": "ff_activation",
             "norm_epsilon": "layer_norm_eps",
-            "init_stddev": "initializer_range",
             "reuse_length": "reuse_len",
-            "dropout": "dropout",
             "pool_dropout": "summary_last_dropout",
         },
         default_fields={"pool_dropout": 0.1},

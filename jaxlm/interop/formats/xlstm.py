@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from jaxlm.interop.formats.format import Format, classes, module_tensors
+from jaxlm.interop.formats.format import Format, classes, module_tensors, usual_fields
 from jaxlm.models.xlstm import Config
 
 _DUPLICATES = {"embedding_dim": "hidden_size", "num_blocks": "num_hidden_layers"}
@@ -75,15 +75,11 @@ FORMATS = (
         prefix="backbone.",
         default_fields={"pattern": ("mlstm",)},
         hf_name_of_field={
-            "vocab_size": "vocab_size",
-            "num_layers": "num_hidden_layers",
-            "embed_dim": "hidden_size",
+            **usual_fields("vocab_size", "num_layers", "embed_dim", "tie_embeddings", "gate_soft_cap"),
             "num_heads": "num_heads",
-            "gate_soft_cap": "gate_soft_cap",
             "logits_soft_cap": "output_logit_soft_cap",
             "norm_epsilon": "norm_eps",
             "mlstm_epsilon": "eps",
-            "tie_embeddings": "tie_word_embeddings",
         },
         read_fields=_read_fields,
         write_fields=_write_fields,
