@@ -117,9 +117,9 @@ def load_adapter(directory: str | os.PathLike[str], model: Model) -> tuple[LoRA,
     prefix = format_of(model).prefix  # of the base model's tensors, in transformers classes with a head
     weights = _weights(model, with_prefix=any(name.startswith(prefix) for name in tensors))
     weight_of = {name: weight for weight in weights.values() for name in weight.names}
-    names_and_suffixes = [_weight_name_and_suffix(name, weight_of, directory) for name in tensors]
-    lora_paths = {weight_of[name].path_without_layer for name, suffix in names_and_suffixes if suffix}
-    fully_trained = {weight_of[name].path_without_layer for name, suffix in names_and_suffixes if not suffix}
+    owners = [_owner(name, weight_of, directory) for name in tensors]
+    lora_paths = {path for path, is_factor in owners if is_factor}
+    fully_trained = {path for path, is_factor in owners if not is_factor}
     if not lora_paths:
         raise ValueError(f"{directory / WEIGHTS} contains no LoRA factors")
     lora = LoRA(rank, alpha, targets=_exact_patterns(lora_paths), full_training_patterns=_exact_patterns(fully_trained))
@@ -196,7 +196,8 @@ def save_adapter(
             - The name of another module ends with the name of a module that is trained in full. PEFT compares only the
               ends of names, so it would confuse these modules.
     """
-    _require_no_model(Path(directory))
+    directory = Path(directory)
+    _require_no_model(directory)
     spec.require_same(lora.specs(model.specs), trained, f"trained tree of {lora}", dtypes=False)
     is_distributed = any(isinstance(x, jax.Array) and not x.is_fully_addressable for x in jax.tree.leaves(trained))
     table = format_of(model)
@@ -244,7 +245,11 @@ def save_adapter(
         "inference_mode": True,
     }
     if processes.is_first():
-        _write(Path(directory), tensors, config)
+        with integrity.staging_directory(directory) as temporary:
+            file_tensors = {_NAME_PREFIX + name: tensor for name, tensor in tensors.items()}
+            save_file(file_tensors, temporary / WEIGHTS, metadata={"format": "pt"})
+            write_json(temporary / CONFIG, config)
+            integrity.install_files(temporary, directory, (WEIGHTS, CONFIG))
     if is_distributed:
         processes.barrier("adapter saved")
 
@@ -257,16 +262,6 @@ def _require_no_model(directory: Path) -> None:
             f"{directory} contains a model ({MODEL_CONFIG}, {weights[0]}). With {CONFIG} in the same directory, "
             "transformers would load the base model of the adapter instead: save the adapter in another directory"
         )
-
-
-def _write(directory: Path, tensors: dict[str, np.ndarray], config: dict[str, Any]) -> None:
-    """Write both files of an adapter."""
-    with integrity.staging_directory(directory) as temporary:
-        save_file(
-            {_NAME_PREFIX + name: x for name, x in tensors.items()}, temporary / WEIGHTS, metadata={"format": "pt"}
-        )
-        write_json(temporary / CONFIG, config)
-        integrity.install_files(temporary, directory, (WEIGHTS, CONFIG))
 
 
 # ------------------------------------------------------------------------------------------------- one weight
@@ -452,20 +447,20 @@ def _rank_and_alpha(config: dict[str, Any], path: Path) -> tuple[int, float]:
     return rank, float(alpha) * math.sqrt(rank) if config.get("use_rslora") else float(alpha)
 
 
-def _weight_name_and_suffix(name: str, weight_of: dict[str, _Weight], directory: Path) -> tuple[str, str]:
-    """The name of the weight to which a tensor belongs, and the suffix of a LoRA factor (``""`` for the weight itself).
+def _owner(name: str, weight_of: dict[str, _Weight], directory: Path) -> tuple[str, bool]:
+    """The path without layer number of the weight to which a tensor belongs, and whether the tensor is a LoRA factor.
 
     Raises:
         ValueError: the tensor does not belong to the model, is a weight of the base model, or is a LoRA factor of a
             weight that cannot have LoRA factors in PEFT's format.
     """
-    for suffix in (_A_SUFFIX, _B_SUFFIX):
-        weight_name = name.removesuffix(suffix) + ".weight"
-        if name.endswith(suffix):
-            if weight_name not in weight_of:
-                raise ValueError(f"{directory / WEIGHTS}: the model has no module {name.removesuffix(suffix)!r}")
-            weight_of[weight_name].require_linear()
-            return weight_name, suffix
+    module = name.removesuffix(_A_SUFFIX).removesuffix(_B_SUFFIX)
+    if module != name:
+        weight = weight_of.get(f"{module}.weight")
+        if weight is None:
+            raise ValueError(f"{directory / WEIGHTS}: the model has no module {module!r}")
+        weight.require_linear()
+        return weight.path_without_layer, True
     if name.endswith(".base_layer.weight"):
         raise ValueError(
             f"{directory / WEIGHTS}: {name!r} is a weight of the base model: save the adapter with PEFT's "
@@ -473,7 +468,7 @@ def _weight_name_and_suffix(name: str, weight_of: dict[str, _Weight], directory:
         )
     if name not in weight_of:
         raise ValueError(f"{directory / WEIGHTS}: {name!r} is neither a LoRA factor nor a parameter of the model")
-    return name, ""
+    return weight_of[name].path_without_layer, False
 
 
 def _exact_patterns(paths: Iterable[str]) -> tuple[str, ...]:

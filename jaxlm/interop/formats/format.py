@@ -202,6 +202,7 @@ def read_integer(
     """The integer in the field ``name`` of ``config.json``; ``default`` if the field is missing.
 
     Args:
+        minimum: the smallest allowed integer.
         nullable: whether the result may also be None: the value is null, or the field and the default are missing.
 
     Raises:
