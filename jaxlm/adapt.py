@@ -19,6 +19,7 @@ layers have the keys ``layer_0``, ``layer_1``, ..., the paths contain these keys
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Callable, Iterable
@@ -332,28 +333,25 @@ class LoRA:
         targets = self.target_paths(model_specs)
 
         def factor_specs(keys: Any, leaf: ArraySpec) -> dict[str, ArraySpec]:
-            return self._weight_factor_specs(spec.split_layer(spec.path_name(keys))[0], leaf)
+            path, shape, axes = spec.path_name(keys), leaf.shape, leaf.axes
+            rows = num_row_axes(path, leaf)
+            assert rows is not None
+            first_row = num_stack_axes(leaf)
+            first_column = first_row + rows
+            a_init: Initializer = Uniform(math.prod(shape[first_row:first_column]) ** -0.5)
+            b_init: Initializer = ZEROS
+            # For a table or head, A starts at zero and B is random, as for the embeddings of PEFT.
+            if is_table(path, leaf):
+                a_init, b_init = ZEROS, Uniform(math.prod(shape[first_column:]) ** -0.5)
+            b_shape = (*shape[:first_row], self.rank, *shape[first_column:])
+            b_axes = (*axes[:first_row], None, *axes[first_column:])
+            return {
+                LORA_A: ArraySpec((*shape[:first_column], self.rank), (*axes[:first_column], None), a_init, decay=True),
+                LORA_B: ArraySpec(b_shape, b_axes, b_init, decay=True),
+            }
 
         weights = _filter(model_specs, lambda path: path in targets)
         return jax.tree_util.tree_map_with_path(factor_specs, weights)
-
-    def _weight_factor_specs(self, path: str, leaf: ArraySpec) -> dict[str, ArraySpec]:
-        rows = num_row_axes(path, leaf)
-        assert rows is not None
-        shape, axes = leaf.shape, leaf.axes
-        first_row = num_stack_axes(leaf)
-        first_column = first_row + rows
-        a_init: Initializer = Uniform(math.prod(shape[first_row:first_column]) ** -0.5)
-        b_init: Initializer = ZEROS
-        # For a table or head, A starts at zero and B is random, as for the embeddings of PEFT.
-        if is_table(path, leaf):
-            a_init, b_init = ZEROS, Uniform(math.prod(shape[first_column:]) ** -0.5)
-        b_shape = (*shape[:first_row], self.rank, *shape[first_column:])
-        b_axes = (*axes[:first_row], None, *axes[first_column:])
-        return {
-            LORA_A: ArraySpec((*shape[:first_column], self.rank), (*axes[:first_column], None), a_init, decay=True),
-            LORA_B: ArraySpec(b_shape, b_axes, b_init, decay=True),
-        }
 
     def _adapted_weight(self, factors: Any, weight: jax.Array) -> jax.Array:
         if not isinstance(factors, dict):  # a parameter that is trained in full
@@ -362,15 +360,13 @@ class LoRA:
                 "lora.frozen(model.specs, params) instead of params"
             )
         a, b = factors[LORA_A], factors[LORA_B]
-
-        def product(a: jax.Array, b: jax.Array) -> jax.Array:
-            return jnp.tensordot(a, b, 1, precision=jax.lax.Precision.HIGHEST)
-
+        product: Callable[..., jax.Array] = functools.partial(
+            jnp.tensordot, axes=1, precision=jax.lax.Precision.HIGHEST
+        )
         # Each factor has the stack axes and one axis of size ``rank``, so this difference is the number of stack axes.
         for _ in range(a.ndim + b.ndim - 2 - weight.ndim):
             product = jax.vmap(product)
-        delta = product(a, b)
-        return (weight + self.scale * delta).astype(weight.dtype)
+        return (weight + self.scale * product(a, b)).astype(weight.dtype)
 
 
 # ------------------------------------------------------------------------- trees: nested dicts, and tuples of layers

@@ -390,15 +390,14 @@ class Checkpointer:
         """The record of a step. Raises ``CorruptCheckpointError`` if it is damaged."""
         path = self._path(step)
         try:
-            if not ocp.utils.is_checkpoint_finalized(path):
-                raise CorruptCheckpointError(f"{path} was not saved completely")
-            record = ocp.JsonCheckpointHandler().restore(path / "record")
+            is_complete = ocp.utils.is_checkpoint_finalized(path)
+            record = ocp.JsonCheckpointHandler().restore(path / "record") if is_complete else None
         except OSError as error:
             raise CorruptCheckpointError(f"{path / 'record'} cannot be read: {error}") from error
-        except CorruptCheckpointError:
-            raise
         except ValueError as error:  # not JSON, or not UTF-8
             raise CorruptCheckpointError(f"{path / 'record'} is damaged: {error}") from error
+        if not is_complete:
+            raise CorruptCheckpointError(f"{path} was not saved completely")
         if not isinstance(record, dict) or "checksum" not in record:
             raise CorruptCheckpointError(
                 f"{path / 'record'} has no checksum: it is damaged, or jaxlm 0.1 wrote it (then restore it with 0.1)"

@@ -153,8 +153,9 @@ def explain_disk_errors(directory: Path, state_of_files: str) -> Iterator[None]:
             codes = (*_DISK_FULL, *_NOT_WRITABLE, errno.EFBIG)
             error_number = next((code for code in codes if os.strerror(code) in str(error)), None)
         if error_number in _DISK_FULL:
-            free = _format_bytes(shutil.disk_usage(nearest_existing(directory)).free)
-            reason = f"{os.strerror(error_number)}, {free} free"
+            free = shutil.disk_usage(nearest_existing(directory)).free
+            free_text = f"{free / 1e9:.1f} GB" if free >= 1e8 else f"{free / 1e6:.1f} MB"
+            reason = f"{os.strerror(error_number)}, {free_text} free"
             message = f"the disk of {directory} is full ({reason}): {state_of_files}. Free some space and try again"
         elif error_number in _NOT_WRITABLE:
             message = f"{directory} is not writable ({error}): {state_of_files}. Change its permissions and try again"
@@ -165,7 +166,9 @@ def explain_disk_errors(directory: Path, state_of_files: str) -> Iterator[None]:
             )
         else:
             raise
-        raise _os_error(error_number, message) from error
+        explained = (PermissionError if error_number in (errno.EACCES, errno.EPERM) else OSError)(message)
+        explained.errno = error_number  # set afterwards, so that the text of the error is only the message
+        raise explained from error
 
 
 _UNCHANGED = "the previous files are unchanged"
@@ -173,21 +176,9 @@ _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
-def _os_error(error_number: int, message: str) -> OSError:
-    """An ``OSError`` with this ``errno`` whose text is only the message."""
-    error = (PermissionError if error_number in (errno.EACCES, errno.EPERM) else OSError)(message)
-    error.errno = error_number
-    return error
-
-
 def nearest_existing(directory: Path) -> Path:
     """``directory``, or its nearest parent that exists."""
     return next(path for path in (directory.absolute(), *directory.absolute().parents) if path.exists())
-
-
-def _format_bytes(count: int) -> str:
-    """``count`` bytes as text, in GB or MB."""
-    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ In this module, the prefix ``hf_`` marks names and values of ``config.json``.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import typing
 from collections.abc import Mapping
@@ -86,7 +87,9 @@ def format_of(model: Model) -> Format:
 
 def _represents(table: Format, model: Model) -> bool:
     """Whether a published format can represent a model."""
-    if _differing_fields(model, table, _fixed_fields(table)) or _architecture(table, model) is None:
+    # The fields that have no HF field in the format have the same value in all models of the format.
+    fixed = {field: value for field, value in table.default_fields.items() if field not in table.hf_name_of_field}
+    if not _has_fields(model, table, fixed) or _architecture(table, model) is None:
         return False
     try:
         _shape_fields(table, model)
@@ -98,29 +101,22 @@ def _represents(table: Format, model: Model) -> bool:
 
 def _architecture(table: Format, model: Model) -> str | None:
     """The name of the class of a published format that has the model's head; None if there is none."""
-    return next(
-        (name for name, implied in table.architectures.items() if not _differing_fields(model, table, implied)), None
-    )
+    return next((name for name, fields in table.architectures.items() if _has_fields(model, table, fields)), None)
 
 
-def _fixed_fields(table: Format) -> dict[str, Any]:
-    """Config field -> its value in all models of this format, for the fields that have no HF field in the format."""
-    return {field: value for field, value in table.default_fields.items() if field not in table.hf_name_of_field}
-
-
-def _differing_fields(model: Model, table: Format, fields: Mapping[str, Any]) -> list[str]:
-    """The names of the ``fields`` whose value differs from the value in the config of the model.
+def _has_fields(model: Model, table: Format, fields: Mapping[str, Any]) -> bool:
+    """Whether the config of the model has the values of ``fields``.
 
     None equals the value that it stands for (``Format.none_means``).
     """
 
-    def differs(field: str, value: Any) -> bool:
+    def equals(field: str, value: Any) -> bool:
         actual = getattr(model.config, field)
         if actual is not None and value is None and field in table.none_means:
             value = table.none_means[field](model.config)
-        return actual != value
+        return actual == value
 
-    return [field for field, value in fields.items() if differs(field, value)]
+    return all(equals(field, value) for field, value in fields.items())
 
 
 def _native_format(model: Model) -> Format:
@@ -318,12 +314,11 @@ def _token_ids(model: Model, table: Format, config: Mapping[str, Any], path: Pat
     A missing id has the default of the format (``Format.token_ids``), if this default is in the vocabulary.
     """
     implied = {field: token for field, token in table.token_ids.items() if token < model.config.vocab_size}
-    fields = {**implied, **special_token_fields(config, path)}
-    return {field.removesuffix("_token_id"): ids for field, ids in fields.items()}
+    return token_ids_by_role({**implied, **config}, path)
 
 
-def special_token_fields(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """The special token ids in a config: the fields whose names end with ``_token_id``.
+def token_ids_by_role(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """The special token ids in a config, by role: the fields whose names end with ``_token_id``.
 
     Args:
         path: the path of the file that contains the config, for error messages.
@@ -334,7 +329,7 @@ def special_token_fields(config: Mapping[str, Any], path: Path) -> dict[str, Any
     fields = {field: ids for field, ids in config.items() if field.endswith("_token_id")}
     for field, ids in fields.items():
         config_lib.check_value(int | list[int] | None, ids, f"{path}: {field}")
-    return fields
+    return {field.removesuffix("_token_id"): ids for field, ids in fields.items()}
 
 
 # ------------------------------------------------------------------------------------------------------ writing
@@ -411,7 +406,7 @@ def _shape_fields(table: Format, model: Model) -> dict[str, Any]:
     return fields if table.write_fields is None else fields | table.write_fields(model.config)
 
 
-_ROTARY_FIELDS = ("rope_theta", "rope_scaling", "partial_rotary_factor", "rope_local_base_freq", "head_dim")
+_ROTARY_FIELDS = {"rope_theta", "rope_scaling", "partial_rotary_factor", "rope_local_base_freq", "head_dim"}
 """If the value of one of these fields has changed since loading, all of these fields are written."""
 
 
@@ -430,35 +425,33 @@ def _merge_loaded(model: Model, model_fields: dict[str, Any], loaded: Mapping[st
         return dict(model_fields)
     if "architectures" in loaded:
         loaded = {**loaded, "architectures": _architectures(loaded)}
-    result = {**loaded, **model_fields}
-    if model.metadata.initialized:
-        result.pop("problem_type", None)  # it describes the loaded head, which this model does not have
-    try:
+    previous: dict[str, Any] = {}
+    aliases: Mapping[str, str] = {}
+    # If jaxlm does not support the loaded class, whose head was replaced with the override ``task``, all fields count
+    # as changed.
+    with contextlib.suppress(ValueError):
         description = describe_model(dict(loaded), Path("config.json"), {})
-    except ValueError:  # jaxlm does not support the loaded class, whose head was replaced with the override ``task``
-        if "id2label" in model_fields:  # num_labels may contradict the new labels
-            result.pop("num_labels", None)
-        return result
-    previous = _model_fields(description.model, description.format)
-    for field in previous.keys() - model_fields.keys():  # for example the labels of a removed head
-        result.pop(field, None)
-    rotary_changed = any(model_fields.get(field) != previous.get(field) for field in _ROTARY_FIELDS)
-    if rotary_changed:  # in transformers 5, rope_parameters takes precedence over these fields, except head_dim
-        result.pop("rope_parameters", None)
-    for field, value in model_fields.items():
-        if field in previous and previous[field] == value and not (rotary_changed and field in _ROTARY_FIELDS):
-            if field in loaded:
-                result[field] = loaded[field]
-            else:  # the loaded config omits the field, because the value is its default
-                del result[field]
-    for alias, field in description.format.aliases.items():
-        if alias in result:
-            result[alias] = result[field]
-    if model_fields.get("tie_word_embeddings") != previous.get("tie_word_embeddings"):
-        result.pop("scale_decoder_outputs", None)  # in transformers 5, it takes precedence over tie_word_embeddings
-    if model_fields.get("id2label") != previous.get("id2label"):
-        result.pop("num_labels", None)
-    return result
+        aliases = description.format.aliases
+        previous = _model_fields(description.model, description.format)
+    missing = object()
+    changed = {
+        field
+        for field in {**previous, **model_fields}
+        if previous.get(field, missing) != model_fields.get(field, missing)
+    }
+    dropped = changed - model_fields.keys()  # for example the labels of a removed head
+    if model.metadata.initialized:
+        dropped.add("problem_type")  # it describes the loaded head, which this model does not have
+    if "id2label" in changed:
+        dropped.add("num_labels")
+    if previous and changed & _ROTARY_FIELDS:
+        changed |= _ROTARY_FIELDS
+        dropped.add("rope_parameters")  # in transformers 5, it takes precedence over these fields, except head_dim
+    if previous and "tie_word_embeddings" in changed:
+        dropped.add("scale_decoder_outputs")  # in transformers 5, it takes precedence over tie_word_embeddings
+    result = {**loaded, **{field: value for field, value in model_fields.items() if field in changed}}
+    result |= {alias: result[field] for alias, field in aliases.items() if alias in result}
+    return {field: value for field, value in result.items() if field not in dropped}
 
 
 def _describes(config: Mapping[str, Any], model_fields: dict[str, Any]) -> bool:
@@ -511,10 +504,13 @@ def _tokenizer_fields(
                     f"train a tokenizer with template='bos_eos', or save without a tokenizer"
                 )
         elif role in ("pad", "bos", "eos") or field in result:
-            loaded_id = loaded.get(field)
-            keep = ids[role] is None or (isinstance(loaded_id, list) and ids[role] in loaded_id)
-            fields[field] = loaded_id if keep else ids[role]
+            fields[field] = loaded.get(field) if _keeps_id(loaded.get(field), ids[role]) else ids[role]
     return fields
+
+
+def _keeps_id(loaded_id: Any, token_id: int | None) -> bool:
+    """Whether a field keeps its loaded value, if ``token_id`` is the id of the tokenizer (None: it has no such id)."""
+    return token_id is None or (isinstance(loaded_id, list) and token_id in loaded_id)
 
 
 def tokenizer_ids(model: Model, tokenizer: Tokenizer) -> dict[str, int | None]:
@@ -559,8 +555,7 @@ def generation_config_json(model: Model, tokenizer: Tokenizer | None = None) -> 
     if tokenizer is not None:
         for role in roles:
             field, token_id = f"{role}_token_id", tokenizer_ids(model, tokenizer)[role]
-            loaded_id = result.get(field)
-            if token_id is not None and not (isinstance(loaded_id, list) and token_id in loaded_id):
+            if not _keeps_id(result.get(field), token_id):
                 result[field] = token_id
     start = getattr(model.config, "decoder_start_id", None)
     if start is not None and (

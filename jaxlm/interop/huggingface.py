@@ -48,7 +48,7 @@ from jaxlm.interop.config_json import (
     format_of,
     generation_config_json,
     model_config_json,
-    special_token_fields,
+    token_ids_by_role,
 )
 from jaxlm.interop.directory import ADAPTER_CONFIG, CONFIG, GENERATION_CONFIG, path_inside, write_json
 from jaxlm.interop.formats import Format
@@ -175,8 +175,7 @@ def save_pretrained(
     files are removed before the files are moved, unless new files replace them. Old weights that are not replaced are
     removed afterwards.
 
-    Host memory holds at most the tensors of one file, one group of parameters that are saved in the same tensors, and
-    the tensors of which the format has a copy in every layer (Transformer-XL).
+    Host memory holds at most the tensors of one file, and one group of parameters that are saved in the same tensors.
 
     Args:
         directory: created if it does not exist. Only configs, weights, ``checksums.json`` and (with ``tokenizer``)
@@ -216,7 +215,9 @@ def save_pretrained(
 
     is_distributed = any(isinstance(leaf, jax.Array) and not leaf.is_fully_addressable for leaf in flat.values())
     if is_distributed and not processes.is_first():
-        collections.deque(named_tensors(model, params), maxlen=0)  # all processes must take part in each all-gather
+        collections.deque(
+            _tensors_with_copies(model, params), maxlen=0
+        )  # all processes must take part in each all-gather
         processes.barrier("saved")
         return
     with integrity.staging_directory(directory) as temporary:
@@ -249,18 +250,16 @@ def _write_weights(directory: Path, model: Model, params: Params, max_shard_byte
     flat = spec.flatten(params)
     table = format_of(model)
     locations = locations_of(model, table)
+    paths_of = {name: paths for names, paths in tensor_groups(locations).items() for name in names}
+    paths_of |= {name: [path] for name, path in copies_of(model, table, locations).items()}
     sizes = [
         (name, math.prod(locations[paths[0]].tensor_shape) * _common_dtype(flat[path] for path in paths).itemsize)
-        for names, paths in tensor_groups(locations).items()
-        for name in names
+        for name, paths in paths_of.items()
     ]
-    sources = {name: locations[path].names[0] for name, path in copies_of(model, table, locations).items()}
-    size_of = dict(sizes)
-    sizes += [(copy, size_of[name]) for copy, name in sources.items()]
     shards = _split_into_shards(sizes, max_shard_bytes)
     count = len(shards)
     files = [WEIGHTS] if count == 1 else [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
-    tensors = _with_copies(named_tensors(model, params), sources)
+    tensors = _tensors_with_copies(model, params)
     for file, names in zip(files, shards, strict=True):
         # transformers rejects a file without this metadata.
         save_file(dict(itertools.islice(tensors, len(names))), directory / file, metadata={"format": "pt"})
@@ -275,17 +274,13 @@ def _write_weights(directory: Path, model: Model, params: Params, max_shard_byte
     return [*files, INDEX]
 
 
-def _with_copies(
-    tensors: Iterator[tuple[str, np.ndarray]], sources: dict[str, str]
-) -> Iterator[tuple[str, np.ndarray]]:
-    """The pairs of ``tensors``, and then a pair for each copy. ``sources`` maps names of copies to names of tensors."""
-    copied = {}
-    for name, tensor in tensors:
-        if name in sources.values():
-            copied[name] = tensor
-        yield name, tensor
-    for copy, name in sources.items():
-        yield copy, copied[name]
+def _tensors_with_copies(model: Model, params: Params) -> Iterator[tuple[str, np.ndarray]]:
+    """The pairs of :func:`named_tensors`, and then a pair for each copy (:func:`copies_of`)."""
+    yield from named_tensors(model, params)
+    flat, table = spec.flatten(params), format_of(model)
+    locations = locations_of(model, table)
+    for name, path in copies_of(model, table, locations).items():
+        yield name, locations[path].to_file(processes.gather_to_host(flat[path]))
 
 
 def named_tensors(model: Model, tree: spec.Tree) -> Iterator[tuple[str, np.ndarray]]:
@@ -355,8 +350,7 @@ def _read_description(directory: Path, overrides: dict[str, Any]) -> ModelDescri
     metadata = description.model.metadata
     if (directory / GENERATION_CONFIG).exists():
         content = read_object(path_inside(directory, GENERATION_CONFIG))
-        fields = special_token_fields(content, directory / GENERATION_CONFIG)
-        ids = {field.removesuffix("_token_id"): token_id for field, token_id in fields.items()}
+        ids = token_ids_by_role(content, directory / GENERATION_CONFIG)
         metadata = dataclasses.replace(metadata, generation_config=content, token_ids={**metadata.token_ids, **ids})
     return dataclasses.replace(description, model=dataclasses.replace(description.model, metadata=metadata))
 
@@ -600,7 +594,7 @@ def _paths_to_initialize(
     If the files contain only some parameters of a head that is loaded, a later check reports the missing parameters.
     """
     assert description.model_in_files is not None
-    config, stored_config = description.model.config, description.model_in_files.config
+    other_task = description.model.task != description.model_in_files.task
     stored_path_of = {name: path for path, location in locations_in_files.items() for name in location.names}
     # Some families (such as lstm, attention_rnn and resnet) name their layers layer_0, layer_1, ...; the other families
     # have the key ``layers``.
@@ -615,22 +609,18 @@ def _paths_to_initialize(
     for group, paths in paths_of_head.items():
         # Heads of different tasks may use the same tensor name. So a tensor that belongs to another parameter of the
         # saved model does not count as found.
-        found = [
-            path
+        found = any(
+            name in tensors and stored_path_of.get(name, path) == path
             for path in paths
-            if any(name in tensors and stored_path_of.get(name, path) == path for name in locations[path].names)
-        ]
-        resized = any(
-            path in locations_in_files
-            and locations[path].tensor_shape != locations_in_files[path].tensor_shape
-            and all(
-                name in tensors and tensors[name].shape == locations_in_files[path].tensor_shape
-                for name in locations_in_files[path].names
-            )
-            for path in paths
+            for name in locations[path].names
         )
-        other_task = group in LABEL_HEADS.values() and config.task != stored_config.task
-        if other_task or not found or (resized and group in LABEL_HEADS.values()):
+        in_files = [(locations[path], locations_in_files[path]) for path in paths if path in locations_in_files]
+        resized = any(
+            wanted.tensor_shape != stored.tensor_shape
+            and all(name in tensors and tensors[name].shape == stored.tensor_shape for name in stored.names)
+            for wanted, stored in in_files
+        )
+        if not found or (group in LABEL_HEADS.values() and (other_task or resized)):
             initialized += paths
     return initialized
 

@@ -30,7 +30,7 @@ from safetensors.numpy import load_file, save_file
 
 from jaxlm import integrity, processes, spec
 from jaxlm.adapt import LORA_A, LORA_B, LoRA, is_table, num_row_axes
-from jaxlm.config import check_value
+from jaxlm.config import check_min, check_value
 from jaxlm.interop import formats
 from jaxlm.interop.config_json import format_of
 from jaxlm.interop.directory import ADAPTER_CONFIG, path_inside, write_json
@@ -47,6 +47,7 @@ CONFIG = ADAPTER_CONFIG
 WEIGHTS = "adapter_model.safetensors"
 _PICKLE = "adapter_model.bin"
 
+_FACTOR_KEYS = (f"/{LORA_A}", f"/{LORA_B}")
 _NAME_PREFIX = "base_model.model."
 _A_SUFFIX, _B_SUFFIX = ".lora_A.weight", ".lora_B.weight"
 _PEFT_TASKS = {
@@ -116,42 +117,32 @@ def load_adapter(directory: str | os.PathLike[str], model: Model) -> tuple[LoRA,
     prefix = format_of(model).prefix  # of the base model's tensors, in transformers classes with a head
     weights = _weights(model, with_prefix=any(name.startswith(prefix) for name in tensors))
     weight_of = {name: weight for weight in weights.values() for name in weight.names}
-    names_and_suffixes = [_weight_name_and_suffix(name, weight_of, directory) for name in tensors]
-    lora_paths = {weight_of[name].path_without_layer for name, suffix in names_and_suffixes if suffix}
-    fully_trained = {weight_of[name].path_without_layer for name, suffix in names_and_suffixes if not suffix}
+    owners = [_owner(name, weight_of, directory) for name in tensors]
+    lora_paths = {path for path, is_factor in owners if is_factor}
+    fully_trained = {path for path, is_factor in owners if not is_factor}
     if not lora_paths:
         raise ValueError(f"{directory / WEIGHTS} contains no LoRA factors")
     lora = LoRA(rank, alpha, targets=_exact_patterns(lora_paths), full_training_patterns=_exact_patterns(fully_trained))
 
-    def read(name: str, shape: tuple[int, ...], requirement: str) -> np.ndarray:
-        if name not in tensors:
-            raise ValueError(
-                f"{directory / WEIGHTS} lacks {name!r}: adapters for only some of the layers are not supported"
-            )
-        if tensors[name].shape != shape:
-            raise ValueError(
-                f"{directory / WEIGHTS}: {name!r} has shape {list(tensors[name].shape)}, but "
-                f"{requirement} {list(shape)}"
-            )
-        return tensors[name].astype(np.float32)
-
-    leaves = {}
-    for path, weight in weights.items():
-        if weight.path_without_layer in fully_trained:
-            shape = weight.location.tensor_shape
-            leaves[path] = weight.full_weight_to_model(
-                [read(name, shape, "the model requires") for name in weight.names]
-            )
-        elif weight.path_without_layer in lora_paths:
-            modules = [name.removesuffix(".weight") for name in weight.names]
-            a_shape, b_shape = weight.factor_shapes(rank)
-            requirement = f"r={rank} in {CONFIG} and the model require"
-            leaves |= weight.factors_to_model(
-                [read(module + _A_SUFFIX, a_shape, requirement) for module in modules],
-                [read(module + _B_SUFFIX, b_shape, requirement) for module in modules],
-            )
-    trained = jax.tree_util.tree_map_with_path(lambda keys, _: leaves[spec.path_name(keys)], lora.specs(model.specs))
-    return lora, jax.tree.map(jnp.asarray, trained)
+    specs = lora.specs(model.specs)
+    leaves = []
+    for path, leaf in spec.flatten(specs).items():
+        location = _trained_location(path, weights, rank)
+        is_factor = path.endswith(_FACTOR_KEYS)
+        requirement = f"r={rank} in {CONFIG} and the model require" if is_factor else "the model requires"
+        for name in location.names:
+            if name not in tensors:
+                raise ValueError(
+                    f"{directory / WEIGHTS} lacks {name!r}: adapters for only some of the layers are not supported"
+                )
+            if tensors[name].shape != location.tensor_shape:
+                raise ValueError(
+                    f"{directory / WEIGHTS}: {name!r} has shape {list(tensors[name].shape)}, but "
+                    f"{requirement} {list(location.tensor_shape)}"
+                )
+        values = (tensors[name] for name in location.names)
+        leaves.append(jnp.asarray(location.to_parameter(leaf.shape, np.float32, values)))
+    return lora, jax.tree.unflatten(jax.tree.structure(specs), leaves)
 
 
 def _read_tensors(directory: Path) -> dict[str, np.ndarray]:
@@ -205,7 +196,8 @@ def save_adapter(
             - The name of another module ends with the name of a module that is trained in full. PEFT compares only the
               ends of names, so it would confuse these modules.
     """
-    _require_no_model(Path(directory))
+    directory = Path(directory)
+    _require_no_model(directory)
     spec.require_same(lora.specs(model.specs), trained, f"trained tree of {lora}", dtypes=False)
     is_distributed = any(isinstance(x, jax.Array) and not x.is_fully_addressable for x in jax.tree.leaves(trained))
     table = format_of(model)
@@ -216,7 +208,6 @@ def save_adapter(
     flat = {
         name: np.asarray(processes.gather_to_host(leaf), np.float32) for name, leaf in spec.flatten(trained).items()
     }
-    tensors: dict[str, np.ndarray] = {}
     lora_paths = lora.target_paths(model.specs)
     lora_weights = [weight for weight in weights.values() if weight.path_without_layer in lora_paths]
     for weight in lora_weights:
@@ -226,11 +217,12 @@ def save_adapter(
                 f"out_proj in models of type {table.model_type!r}: use other LoRA.targets, or save the merged "
                 "parameters (lora.merge) with save_pretrained"
             )
-        tensors |= weight.factors_to_peft(flat[f"{weight.path}/{LORA_A}"], flat[f"{weight.path}/{LORA_B}"])
+    tensors: dict[str, np.ndarray] = {}
+    for path, array in flat.items():
+        location = _trained_location(path, weights, lora.rank)
+        tensors |= zip(location.names, map(location.to_file, location.matrices(array)), strict=True)
     targets = [name.removesuffix(_A_SUFFIX) for name in tensors if name.endswith(_A_SUFFIX)]
-    fully_trained = [path for path in flat if not path.endswith((f"/{LORA_A}", f"/{LORA_B}"))]
-    for path in fully_trained:
-        tensors |= weights[path].full_weight_to_peft(flat[path])
+    fully_trained = [path for path in flat if not path.endswith(_FACTOR_KEYS)]
     task = _PEFT_TASKS.get(model.task) if has_head else "FEATURE_EXTRACTION"
     # PEFT fails if the file lacks a tensor of a module that PEFT adds to `modules_to_save`. So the task is saved only
     # if all parameters of these modules are trained in full.
@@ -253,7 +245,11 @@ def save_adapter(
         "inference_mode": True,
     }
     if processes.is_first():
-        _write(Path(directory), tensors, config)
+        with integrity.staging_directory(directory) as temporary:
+            file_tensors = {_NAME_PREFIX + name: tensor for name, tensor in tensors.items()}
+            save_file(file_tensors, temporary / WEIGHTS, metadata={"format": "pt"})
+            write_json(temporary / CONFIG, config)
+            integrity.install_files(temporary, directory, (WEIGHTS, CONFIG))
     if is_distributed:
         processes.barrier("adapter saved")
 
@@ -268,16 +264,6 @@ def _require_no_model(directory: Path) -> None:
         )
 
 
-def _write(directory: Path, tensors: dict[str, np.ndarray], config: dict[str, Any]) -> None:
-    """Write both files of an adapter."""
-    with integrity.staging_directory(directory) as temporary:
-        save_file(
-            {_NAME_PREFIX + name: x for name, x in tensors.items()}, temporary / WEIGHTS, metadata={"format": "pt"}
-        )
-        write_json(temporary / CONFIG, config)
-        integrity.install_files(temporary, directory, (WEIGHTS, CONFIG))
-
-
 # ------------------------------------------------------------------------------------------------- one weight
 
 
@@ -288,8 +274,7 @@ class _Weight:
     Attributes:
         path: path of the parameter in the model.
         location: its tensor names and its layout in the files of the transformers class.
-        padded_shape: shape of one matrix in the model (``Location``), with vocabulary padding.
-        num_row_axes: number of leading axes of the shape that form the rows of the weight matrix (see
+        num_row_axes: number of leading axes of one matrix (``Location``) that form the rows of the weight matrix (see
             ``jaxlm.adapt.num_row_axes``); None: the parameter is not a weight matrix, for example a bias.
         is_table: whether the parameter is an embedding table or an output head.
         tied_names: the names of additional tensors that the transformers class ties to this parameter.
@@ -297,7 +282,6 @@ class _Weight:
 
     path: str
     location: Location
-    padded_shape: tuple[int, ...]
     num_row_axes: int | None
     is_table: bool
     tied_names: tuple[str, ...]
@@ -313,28 +297,22 @@ class _Weight:
         return self.location.names
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of one matrix in the model, without vocabulary padding."""
-        return self.location.model_shape
-
-    @property
     def is_conv1d(self) -> bool:
-        """Whether the transformers weight has the shape [in, out], as in GPT-2's ``Conv1D``."""
-        return not self.is_table and self.num_row_axes is not None and self.location.layout == self._rows_and_columns
+        """Whether the weight of a linear module has the shape [in, out] in files, as in GPT-2's ``Conv1D``."""
+        return not self.is_table and self.location.layout == self._rows_and_columns
 
     @property
     def _rows_and_columns(self) -> Layout:
-        """The axes of ``shape`` that form the rows of the matrix, and the axes that form its columns."""
-        assert self.num_row_axes is not None
-        axes = tuple(range(len(self.shape)))
+        """The axes of one matrix in the model that form its rows, and the axes that form its columns."""
+        axes = tuple(range(len(self.location.model_shape)))
         return (axes[: self.num_row_axes], axes[self.num_row_axes :])
 
     def require_linear(self) -> None:
         """Raise ``ValueError`` unless this is the whole weight of a linear module in the transformers class."""
         is_head = self.is_table and self.path.split("/")[0] == "head"
-        matrix_layouts = () if self.num_row_axes is None else (self._rows_and_columns, self._rows_and_columns[::-1])
         if (
-            self.location.layout not in matrix_layouts
+            self.num_row_axes is None
+            or self.location.layout not in (self._rows_and_columns, self._rows_and_columns[::-1])
             or self.location.num_rows is not None
             or (self.is_table and not is_head)
             or not self.names[0].endswith(".weight")
@@ -344,54 +322,20 @@ class _Weight:
                 "class, so its LoRA factors cannot be saved or loaded in PEFT's format"
             )
 
-    def factor_shapes(self, rank: int) -> tuple[tuple[int, int], tuple[int, int]]:
-        """The shapes [rank, in] of PEFT's A and [out, rank] of PEFT's B."""
-        rows, columns = (math.prod(self.shape[axis] for axis in axes) for axes in self._rows_and_columns)
-        inputs, outputs = (columns, rows) if self.is_table else (rows, columns)
-        return (rank, inputs), (outputs, rank)
-
-    def factors_to_peft(self, a: np.ndarray, b: np.ndarray) -> dict[str, np.ndarray]:
-        """PEFT's ``{name: tensor}``, from jaxlm's factors A and B. A stacked weight has stacked factors."""
+    def factor_location(self, key: str, rank: int) -> Location:
+        """The location in PEFT's files of the factor ``key``: A or B of jaxlm. A stacked weight has stacked factors."""
         self.require_linear()
-        tensors = {}
-        for name, a_layer, b_layer in zip(
-            self.names, self.location.matrices(a), self.location.matrices(b), strict=True
-        ):
-            module = name.removesuffix(".weight")
-            a_layer = a_layer[: self.shape[0]] if self.is_table else a_layer
-            left, right = a_layer.reshape(-1, a_layer.shape[-1]), b_layer.reshape(b_layer.shape[0], -1)
-            # The rows of an output head are its outputs. The rows of every other weight are its inputs.
-            peft_a, peft_b = (right, left) if self.is_table else (left.T, right.T)
-            tensors[module + _A_SUFFIX] = np.ascontiguousarray(peft_a)
-            tensors[module + _B_SUFFIX] = np.ascontiguousarray(peft_b)
-        return tensors
+        shape, num_rows = self.location.model_shape, self.num_row_axes
+        factor_shape = (*shape[:num_rows], rank) if key == LORA_A else (rank, *shape[num_rows:])
+        axes = tuple(range(len(factor_shape)))
+        layout = (axes[:-1], axes[-1:]) if key == LORA_A else (axes[:1], axes[1:])
+        # PEFT's A is [rank, in] and PEFT's B is [out, rank]. The rows of an output head are its outputs, so jaxlm's A
+        # is PEFT's B. The rows of every other weight are its inputs, so the factors are transposed.
+        suffix = _A_SUFFIX if (key == LORA_A) != self.is_table else _B_SUFFIX
+        names = tuple(name.removesuffix(".weight") + suffix for name in self.names)
+        return Location(names, self.location.stack, factor_shape, layout if self.is_table else layout[::-1])
 
-    def factors_to_model(self, peft_a: list[np.ndarray], peft_b: list[np.ndarray]) -> dict[str, np.ndarray]:
-        """jaxlm's ``{path: factor}``, from PEFT's A and PEFT's B of each matrix."""
-        num_row_axes = self.num_row_axes
-        assert num_row_axes is not None
-        rank = peft_a[0].shape[0]
-        left = [b if self.is_table else a.T for a, b in zip(peft_a, peft_b, strict=True)]
-        right = [a if self.is_table else b.T for a, b in zip(peft_a, peft_b, strict=True)]
-        lora_a = np.stack([x.reshape(*self.shape[:num_row_axes], rank) for x in left])
-        lora_b = np.stack([x.reshape(rank, *self.shape[num_row_axes:]) for x in right])
-        if self.is_table:
-            lora_a = np.pad(lora_a, ((0, 0), (0, self.padded_shape[0] - self.shape[0]), (0, 0)))
-        factors = {f"{self.path}/{LORA_A}": lora_a, f"{self.path}/{LORA_B}": lora_b}
-        return {path: x.reshape(*self.location.stack, *x.shape[1:]) for path, x in factors.items()}
-
-    def full_weight_to_peft(self, x: np.ndarray) -> dict[str, np.ndarray]:
-        """PEFT's ``{name: tensor}``, from a parameter that is trained in full."""
-        self._require_own_tensor()
-        matrices = zip(self.names, self.location.matrices(x), strict=True)
-        return {name: self.location.to_file(matrix) for name, matrix in matrices}
-
-    def full_weight_to_model(self, tensors: list[np.ndarray]) -> np.ndarray:
-        """A parameter that is trained in full, in the layout of the model, from the tensor of each matrix."""
-        self._require_own_tensor()
-        return self.location.to_parameter((*self.location.stack, *self.padded_shape), np.float32, tensors)
-
-    def _require_own_tensor(self) -> None:
+    def require_own_tensor(self) -> None:
         """Raise ``ValueError`` if the tensor has other parameters too, or is tied to a tensor outside its module."""
         if self.location.num_rows is not None:
             raise ValueError(
@@ -409,6 +353,15 @@ class _Weight:
                 "with the merged parameters (lora.merge). To load: merge the adapter with PEFT (merge_and_unload), "
                 "and load the result"
             )
+
+
+def _trained_location(path: str, weights: dict[str, _Weight], rank: int) -> Location:
+    """The location in PEFT's files of a trained parameter: a LoRA factor, or a parameter that is trained in full."""
+    weight_path, _, key = path.rpartition("/")
+    if path.endswith(_FACTOR_KEYS):
+        return weights[weight_path].factor_location(key, rank)
+    weights[path].require_own_tensor()
+    return weights[path].location
 
 
 def _weights(model: Model, *, with_prefix: bool) -> dict[str, _Weight]:
@@ -432,7 +385,6 @@ def _weights(model: Model, *, with_prefix: bool) -> dict[str, _Weight]:
         path: _Weight(
             path=path,
             location=locations[path],
-            padded_shape=leaf.shape[len(locations[path].stack) :],
             num_row_axes=num_row_axes(path, leaf),
             is_table=is_table(path, leaf),
             tied_names=tuple(name for name, tied_path in tied_names.items() if tied_path == path),
@@ -482,8 +434,7 @@ def _rank_and_alpha(config: dict[str, Any], path: Path) -> tuple[int, float]:
     check_value(int, rank, f"{path}: r")
     check_value(float, alpha, f"{path}: lora_alpha")
     check_value(bool | None, config.get("use_rslora"), f"{path}: use_rslora")
-    if rank < 1:
-        raise ValueError(f"{path}: r={rank} must be at least 1")
+    check_min(1, **{f"{path}: r": rank})
     if alpha <= 0:
         raise ValueError(f"{path}: lora_alpha={alpha} must be positive")
     if config.get("lora_dropout"):
@@ -496,20 +447,20 @@ def _rank_and_alpha(config: dict[str, Any], path: Path) -> tuple[int, float]:
     return rank, float(alpha) * math.sqrt(rank) if config.get("use_rslora") else float(alpha)
 
 
-def _weight_name_and_suffix(name: str, weight_of: dict[str, _Weight], directory: Path) -> tuple[str, str]:
-    """The name of the weight to which a tensor belongs, and the suffix of a LoRA factor (``""`` for the weight itself).
+def _owner(name: str, weight_of: dict[str, _Weight], directory: Path) -> tuple[str, bool]:
+    """The path without layer number of the weight to which a tensor belongs, and whether the tensor is a LoRA factor.
 
     Raises:
         ValueError: the tensor does not belong to the model, is a weight of the base model, or is a LoRA factor of a
             weight that cannot have LoRA factors in PEFT's format.
     """
-    for suffix in (_A_SUFFIX, _B_SUFFIX):
-        weight_name = name.removesuffix(suffix) + ".weight"
-        if name.endswith(suffix):
-            if weight_name not in weight_of:
-                raise ValueError(f"{directory / WEIGHTS}: the model has no module {name.removesuffix(suffix)!r}")
-            weight_of[weight_name].require_linear()
-            return weight_name, suffix
+    module = name.removesuffix(_A_SUFFIX).removesuffix(_B_SUFFIX)
+    if module != name:
+        weight = weight_of.get(f"{module}.weight")
+        if weight is None:
+            raise ValueError(f"{directory / WEIGHTS}: the model has no module {module!r}")
+        weight.require_linear()
+        return weight.path_without_layer, True
     if name.endswith(".base_layer.weight"):
         raise ValueError(
             f"{directory / WEIGHTS}: {name!r} is a weight of the base model: save the adapter with PEFT's "
@@ -517,7 +468,7 @@ def _weight_name_and_suffix(name: str, weight_of: dict[str, _Weight], directory:
         )
     if name not in weight_of:
         raise ValueError(f"{directory / WEIGHTS}: {name!r} is neither a LoRA factor nor a parameter of the model")
-    return name, ""
+    return weight_of[name].path_without_layer, False
 
 
 def _exact_patterns(paths: Iterable[str]) -> tuple[str, ...]:

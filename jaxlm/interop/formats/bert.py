@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from jaxlm.interop.formats.format import Format, linear_tensors, norm_tensors
+from jaxlm.interop.formats.format import Format, classes, module_tensors, usual_fields
 from jaxlm.models.bert import mlp_dim
 
 _LAYER = "encoder.layer.{layer}"
@@ -13,23 +13,15 @@ BERT = Format(
         "BertForPreTraining": {"task": "masked", "next_sentence": True},
         "BertModel": {"task": "none", "next_sentence": False},
         "BertForNextSentencePrediction": {"task": "none", "next_sentence": True},
-        "BertForSequenceClassification": {"task": "classification"},
-        "BertForTokenClassification": {"task": "token_classification"},
-        "BertForQuestionAnswering": {"task": "span_qa"},
+        **classes("Bert", "classification", "token_classification", "span_qa"),
     },
     model_type="bert",
     prefix="bert.",
     hf_name_of_field={
-        "vocab_size": "vocab_size",
-        "max_positions": "max_position_embeddings",
+        **usual_fields("vocab_size", "max_positions", "num_layers", "num_heads", "embed_dim", "mlp_dim", "init_stddev"),
         "num_token_types": "type_vocab_size",
-        "num_layers": "num_hidden_layers",
-        "num_heads": "num_attention_heads",
-        "embed_dim": "hidden_size",
-        "mlp_dim": "intermediate_size",
         "activation": "hidden_act",
         "norm_epsilon": "layer_norm_eps",
-        "init_stddev": "initializer_range",
         "hidden_dropout": "hidden_dropout_prob",
         "attention_dropout": "attention_probs_dropout_prob",
         "classifier_dropout": "classifier_dropout",
@@ -52,21 +44,19 @@ BERT = Format(
         "token_embedding": "embeddings.word_embeddings.weight",
         "position_embedding": "embeddings.position_embeddings.weight",
         "token_type_embedding": "embeddings.token_type_embeddings.weight",
-        **norm_tensors("", "embeddings.", embedding_norm="LayerNorm"),
-        **linear_tensors("layers/attention/", f"{_LAYER}.attention.self.", query="query", key="key", value="value"),
-        **linear_tensors("layers/attention/", f"{_LAYER}.attention.output.", output="dense"),
-        **norm_tensors(
-            "layers/", f"{_LAYER}.", attention_norm="attention.output.LayerNorm", mlp_norm="output.LayerNorm"
-        ),
-        **linear_tensors("layers/mlp/", f"{_LAYER}.", up="intermediate.dense", down="output.dense"),
-        **linear_tensors("", "", pooler="pooler.dense"),
+        **module_tensors("", "embeddings.", embedding_norm="LayerNorm"),
+        **module_tensors("layers/attention/", f"{_LAYER}.attention.self.", query="query", key="key", value="value"),
+        **module_tensors("layers/", f"{_LAYER}.attention.output.", attention_norm="LayerNorm"),
+        **module_tensors("layers/attention/", f"{_LAYER}.attention.output.", output="dense"),
+        **module_tensors("layers/mlp/", f"{_LAYER}.", up="intermediate.dense", down="output.dense"),
+        **module_tensors("layers/", f"{_LAYER}.output.", mlp_norm="LayerNorm"),
+        **module_tensors("", "", pooler="pooler.dense"),
     },
     unprefixed_tensors={
         "masked/bias": "cls.predictions.bias",
-        **linear_tensors("masked/", "cls.predictions.transform.", dense="dense"),
-        **norm_tensors("masked/", "cls.predictions.transform.", norm="LayerNorm"),
-        **linear_tensors("", "", next_sentence="cls.seq_relationship"),
-        **linear_tensors("", "", classifier="classifier", token_classifier="classifier", span="qa_outputs"),
+        **module_tensors("masked/", "cls.predictions.transform.", dense="dense", norm="LayerNorm"),
+        **module_tensors("", "", next_sentence="cls.seq_relationship"),
+        **module_tensors("", "", classifier="classifier", token_classifier="classifier", span="qa_outputs"),
     },
     tied_tensors={"cls.predictions.decoder.weight": "token_embedding", "cls.predictions.decoder.bias": "masked/bias"},
     renamed={"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"},  # in the first published files

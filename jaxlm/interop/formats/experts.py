@@ -1,11 +1,12 @@
-"""The names of mixtures of experts in files of Qwen3-MoE and Qwen3-Next, and of SwiGLU matrices in many files."""
+"""The names of mixtures of experts in files of Qwen3-MoE and Qwen3-Next."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from jaxlm.interop.formats.format import read_integer
+from jaxlm.interop.formats.decoders import SWIGLU
+from jaxlm.interop.formats.format import module_tensors, read_integer
 from jaxlm.models.experts import ExpertsConfig
 
 HF_NAME_OF_FIELD = {
@@ -15,15 +16,9 @@ HF_NAME_OF_FIELD = {
 }
 """``Format.hf_name_of_field`` of the fields about experts that need no computation."""
 
-SWIGLU = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
-"""Name of a SwiGLU matrix in jaxlm -> its name in files."""
-
 TENSORS = {
-    "layers/experts/router/weight": "layers.{layer}.mlp.gate.weight",
-    **{
-        f"layers/experts/{name}/weight": f"layers.{{layer}}.mlp.experts.{{expert}}.{hf_name}.weight"
-        for name, hf_name in SWIGLU.items()
-    },
+    **module_tensors("layers/experts/", "layers.{layer}.mlp.", router="gate"),
+    **module_tensors("layers/experts/", "layers.{layer}.mlp.experts.{expert}.", **SWIGLU),
 }
 """``Format.tensors`` of the experts."""
 

@@ -6,10 +6,11 @@ In this package, HF means Hugging Face.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from jaxlm.config import check_value
+from jaxlm.config import check_min, check_value
 
 T = TypeVar("T")
 
@@ -108,43 +109,83 @@ class Format:
         return self.model_type.startswith(JAXLM_PREFIX)
 
 
-def linear_tensors(path: str, name: str, /, **layers: str) -> dict[str, str]:
-    """``Format.tensors`` of linear layers and convolutions, which have a weight and a bias.
+def module_tensors(path: str, name: str, /, **modules: str) -> dict[str, str]:
+    """``Format.tensors`` of modules: linear layers, convolutions and norms.
+
+    A module has some of the parameters ``weight``, ``scale``, ``scale_minus_one`` and ``bias``. The result has an entry
+    for each of them, because files contain only the tensors whose parameters the model has.
 
     Args:
-        path: the start of the paths of all layers.
-        name: the start of the names of all layers in files.
-        layers: rest of the path of a layer -> rest of its name in files.
+        path: the start of the paths of all modules.
+        name: the start of the names of all modules in files.
+        modules: rest of the path of a module -> rest of its name in files.
 
     Example:
-        >>> linear_tensors("layers/mlp/", "h.{layer}.mlp.", up="c_fc")
-        {'layers/mlp/up/weight': 'h.{layer}.mlp.c_fc.weight', 'layers/mlp/up/bias': 'h.{layer}.mlp.c_fc.bias'}
+        >>> tensors = module_tensors("layers/", "h.{layer}.", norm="ln_1")
+        >>> tensors["layers/norm/scale"], tensors["layers/norm/bias"]
+        ('h.{layer}.ln_1.weight', 'h.{layer}.ln_1.bias')
     """
     return {
-        f"{path}{key}/{kind}": f"{name}{layer}.{kind}" for key, layer in layers.items() for kind in ("weight", "bias")
+        f"{path}{key}/{parameter}": f"{name}{module}.{'bias' if parameter == 'bias' else 'weight'}"
+        for key, module in modules.items()
+        for parameter in ("weight", "scale", "scale_minus_one", "bias")
     }
 
 
-def norm_tensors(path: str, name: str, /, **norms: str) -> dict[str, str]:
-    """``Format.tensors`` of norms with a scale (``weight`` in files) and a bias. See :func:`linear_tensors`."""
-    kinds = {"scale": "weight", "bias": "bias"}
-    return {f"{path}{key}/{kind}": f"{name}{norm}.{kinds[kind]}" for key, norm in norms.items() for kind in kinds}
-
-
-DECODER_HEADS = {
-    "head": "lm_head.weight",
-    "classifier/weight": "score.weight",
-    **linear_tensors("", "", token_classifier="score", span="qa_outputs"),
+_USUAL_NAMES = {
+    "max_positions": "max_position_embeddings",
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "embed_dim": "hidden_size",
+    "mlp_dim": "intermediate_size",
+    "rotary_base": "rope_theta",
+    "norm_epsilon": "rms_norm_eps",
+    "init_stddev": "initializer_range",
+    "tie_embeddings": "tie_word_embeddings",
 }
-"""``Format.unprefixed_tensors`` of the heads of most decoders in transformers."""
+"""jaxlm config field -> usual name of the field in transformers. Most other fields have the same name in both."""
 
 
-def span_qa(table: Format, architecture: str) -> Format:
-    """A copy of ``table`` for the question-answering class ``architecture``, which has the prefix ``transformer.``."""
+def usual_fields(*names: str) -> dict[str, str]:
+    """``Format.hf_name_of_field`` of config fields that have their usual name in transformers.
+
+    Example:
+        >>> usual_fields("vocab_size", "embed_dim")
+        {'vocab_size': 'vocab_size', 'embed_dim': 'hidden_size'}
+    """
+    return {name: _USUAL_NAMES.get(name, name) for name in names}
+
+
+_CLASS_OF_TASK = {
+    "causal": "ForCausalLM",
+    "masked": "ForMaskedLM",
+    "none": "Model",
+    "classification": "ForSequenceClassification",
+    "token_classification": "ForTokenClassification",
+    "span_qa": "ForQuestionAnswering",
+}
+"""Task -> end of the names of classes with this task in transformers."""
+
+
+def classes(start: str, *tasks: str) -> dict[str, dict[str, str]]:
+    """``Format.architectures`` of classes with usual names, which imply only the task.
+
+    Args:
+        start: the start of the names of all classes.
+
+    Example:
+        >>> classes("Llama", "causal", "none")
+        {'LlamaForCausalLM': {'task': 'causal'}, 'LlamaModel': {'task': 'none'}}
+    """
+    return {start + _CLASS_OF_TASK[task]: {"task": task} for task in tasks}
+
+
+def class_with_prefix(table: Format, architecture: str, task: str, prefix: str) -> Format:
+    """A copy of ``table`` for one class with another ``Format.prefix`` than the other classes of the model type."""
+    default_fields = {**table.default_fields, "task": task}
     return dataclasses.replace(
-        table, architectures={architecture: {"task": "span_qa"}}, prefix="transformer.",
-        default_fields={**table.default_fields, "task": "span_qa"},
-    )  # fmt: skip
+        table, architectures={architecture: {"task": task}}, prefix=prefix, default_fields=default_fields
+    )
 
 
 def shortest_pattern(kinds: Sequence[T]) -> tuple[T, ...]:
@@ -154,15 +195,20 @@ def shortest_pattern(kinds: Sequence[T]) -> tuple[T, ...]:
     return tuple(kinds[: next(sizes, num_layers)])
 
 
-def read_integer(config: Mapping[str, Any], name: str, default: int | None = None, *, nullable: bool = False) -> Any:
+def read_integer(
+    config: Mapping[str, Any], name: str, default: int | None = None, *, minimum: float = -math.inf,
+    nullable: bool = False,
+) -> Any:  # fmt: skip
     """The integer in the field ``name`` of ``config.json``; ``default`` if the field is missing.
 
     Args:
+        minimum: the smallest allowed integer.
         nullable: whether the result may also be None: the value is null, or the field and the default are missing.
 
     Raises:
-        ValueError: the result would be neither an integer nor, if ``nullable``, None.
+        ValueError: the result would be below ``minimum``, or would be neither an integer nor, if ``nullable``, None.
     """
     value = config.get(name, default)
     check_value(int | None if nullable else int, value, name)
+    check_min(minimum, **{name: value})
     return value

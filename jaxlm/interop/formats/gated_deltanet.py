@@ -5,8 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from jaxlm.interop.formats import experts
-from jaxlm.interop.formats.format import DECODER_HEADS, Format, linear_tensors, read_integer, shortest_pattern, span_qa
+from jaxlm.interop.formats import decoders, experts
+from jaxlm.interop.formats.format import (
+    Format,
+    class_with_prefix,
+    classes,
+    module_tensors,
+    read_integer,
+    shortest_pattern,
+    usual_fields,
+)
 from jaxlm.interop.formats.rotary import read_rotary, write_rotary
 from jaxlm.models.common import layer_kinds
 from jaxlm.models.gated_deltanet import Config, Mixer
@@ -26,9 +34,7 @@ def _pattern(config: Mapping[str, Any], num_layers: int) -> tuple[Mixer, ...]:
     """The shortest pattern of mixers whose repetition gives the mixers of all layers, from ``config.json``."""
     types = config.get("layer_types")
     if types is None:
-        interval = read_integer(config, "full_attention_interval", 4)
-        if interval < 1:
-            raise ValueError(f"full_attention_interval={interval} must be at least 1")
+        interval = read_integer(config, "full_attention_interval", 4, minimum=1)
         types = ["linear_attention" if (i + 1) % interval else "full_attention" for i in range(num_layers)]
     if not isinstance(types, list) or len(types) != num_layers or not all(name in _LAYER_TYPES for name in types):
         raise ValueError(
@@ -53,69 +59,47 @@ def _write_fields(cfg: Config) -> dict[str, Any]:
     }
 
 
+_LAYER = "layers.{layer}."
+_DELTA, _ATTENTION = f"{_LAYER}linear_attn.", f"{_LAYER}self_attn."
 _QWEN3_NEXT = Format(
-    architectures={
-        "Qwen3NextForCausalLM": {"task": "causal"},
-        "Qwen3NextModel": {"task": "none"},
-        "Qwen3NextForSequenceClassification": {"task": "classification"},
-        "Qwen3NextForTokenClassification": {"task": "token_classification"},
-    },
+    architectures=classes("Qwen3Next", *decoders.TASKS),
     model_type="qwen3_next",
     prefix="model.",
     default_fields={"negative_eigenvalues": False, "expert_dim": 512, "experts_per_token": 10},
     hf_name_of_field={
-        "vocab_size": "vocab_size",
-        "max_positions": "max_position_embeddings",
-        "num_layers": "num_hidden_layers",
-        "embed_dim": "hidden_size",
-        "mlp_dim": "intermediate_size",
+        **decoders.FIELDS,
         **experts.HF_NAME_OF_FIELD,
         "delta_key_heads": "linear_num_key_heads",
         "delta_value_heads": "linear_num_value_heads",
         "delta_key_dim": "linear_key_head_dim",
         "delta_value_dim": "linear_value_head_dim",
         "conv_width": "linear_conv_kernel_dim",
-        "num_heads": "num_attention_heads",
+        **usual_fields("num_heads", "head_dim", "attention_bias"),
         "num_kv_heads": "num_key_value_heads",
-        "head_dim": "head_dim",
-        "attention_bias": "attention_bias",
         "rotary_fraction": "partial_rotary_factor",
-        "rotary_base": "rope_theta",
-        "norm_epsilon": "rms_norm_eps",
-        "init_stddev": "initializer_range",
-        "tie_embeddings": "tie_word_embeddings",
     },
     read_fields=_read_fields,
     write_fields=_write_fields,
     required={"hidden_act": "silu", "attention_dropout": 0.0},
     tensors={
         "token_embedding": "embed_tokens.weight",
-        "layers/mixer_norm/scale_minus_one": "layers.{layer}.input_layernorm.weight",
-        "layers/delta_rule/query_key_value_gate/weight": "layers.{layer}.linear_attn.in_proj_qkvz.weight",
-        "layers/delta_rule/beta_decay/weight": "layers.{layer}.linear_attn.in_proj_ba.weight",
-        "layers/delta_rule/convolution/weight": "layers.{layer}.linear_attn.conv1d.weight",
-        "layers/delta_rule/A_log": "layers.{layer}.linear_attn.A_log",
-        "layers/delta_rule/dt_bias": "layers.{layer}.linear_attn.dt_bias",
-        "layers/delta_rule/norm/scale": "layers.{layer}.linear_attn.norm.weight",
-        "layers/delta_rule/output/weight": "layers.{layer}.linear_attn.out_proj.weight",
-        **linear_tensors("layers/attention/", "layers.{layer}.self_attn.", query_gate="q_proj", output="o_proj"),
-        **linear_tensors("layers/attention/", "layers.{layer}.self_attn.", key="k_proj", value="v_proj"),
-        "layers/attention/query_norm/scale_minus_one": "layers.{layer}.self_attn.q_norm.weight",
-        "layers/attention/key_norm/scale_minus_one": "layers.{layer}.self_attn.k_norm.weight",
-        "layers/mlp_norm/scale_minus_one": "layers.{layer}.post_attention_layernorm.weight",
-        **{f"layers/mlp/{name}/weight": f"layers.{{layer}}.mlp.{hf}.weight" for name, hf in experts.SWIGLU.items()},
+        **module_tensors("layers/", _LAYER, mixer_norm="input_layernorm", mlp_norm="post_attention_layernorm"),
+        **module_tensors("layers/delta_rule/", _DELTA, query_key_value_gate="in_proj_qkvz", beta_decay="in_proj_ba"),
+        **module_tensors("layers/delta_rule/", _DELTA, convolution="conv1d", norm="norm", output="out_proj"),
+        **{f"layers/delta_rule/{name}": _DELTA + name for name in ("A_log", "dt_bias")},
+        **module_tensors("layers/attention/", _ATTENTION, query_gate="q_proj", output="o_proj"),
+        **module_tensors("layers/attention/", _ATTENTION, key="k_proj", value="v_proj"),
+        **module_tensors("layers/attention/", _ATTENTION, query_norm="q_norm", key_norm="k_norm"),
+        **module_tensors("layers/mlp/", f"{_LAYER}mlp.", **decoders.SWIGLU),
         **experts.TENSORS,
-        **{
-            f"layers/experts/shared/{name}/weight": f"layers.{{layer}}.mlp.shared_expert.{hf}.weight"
-            for name, hf in experts.SWIGLU.items()
-        },
-        "layers/experts/shared_gate/weight": "layers.{layer}.mlp.shared_expert_gate.weight",
-        "final_norm/scale_minus_one": "norm.weight",
+        **module_tensors("layers/experts/shared/", f"{_LAYER}mlp.shared_expert.", **decoders.SWIGLU),
+        **module_tensors("layers/experts/", f"{_LAYER}mlp.", shared_gate="shared_expert_gate"),
+        **module_tensors("", "", final_norm="norm"),
     },
-    unprefixed_tensors=DECODER_HEADS,
+    unprefixed_tensors=decoders.HEADS,
     tied_tensors={"lm_head.weight": "token_embedding"},  # in some files of models with a tied head
     layouts={"layers/delta_rule/convolution/weight": ((1,), (), (0,))},
     ignored=(r"mtp\..*",),  # multi-token prediction layers, which transformers also ignores
 )
 
-FORMATS = (span_qa(_QWEN3_NEXT, "Qwen3NextForQuestionAnswering"), _QWEN3_NEXT)
+FORMATS = (class_with_prefix(_QWEN3_NEXT, "Qwen3NextForQuestionAnswering", "span_qa", "transformer."), _QWEN3_NEXT)

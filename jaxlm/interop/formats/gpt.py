@@ -4,32 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 
-from jaxlm.interop.formats.format import Format, linear_tensors, norm_tensors
+from jaxlm.interop.formats.format import Format, classes, module_tensors, usual_fields
 
 _GPT2 = Format(
     architectures={
         "GPT2LMHeadModel": {"task": "causal"},
-        "GPT2Model": {"task": "none"},
-        "GPT2ForSequenceClassification": {"task": "classification"},
-        "GPT2ForTokenClassification": {"task": "token_classification"},
-        "GPT2ForQuestionAnswering": {"task": "span_qa"},
+        **classes("GPT2", "none", "classification", "token_classification", "span_qa"),
     },
     model_type="gpt2",
     prefix="transformer.",
     default_fields={"norm_position": "before"},
     hf_name_of_field={
-        "vocab_size": "vocab_size",
+        **usual_fields("vocab_size", "init_stddev", "tie_embeddings"),
         "max_positions": "n_positions",
         "num_layers": "n_layer",
         "num_heads": "n_head",
         "embed_dim": "n_embd",
         "mlp_dim": "n_inner",
         "norm_epsilon": "layer_norm_epsilon",
-        "init_stddev": "initializer_range",
         "embedding_dropout": "embd_pdrop",
         "attention_dropout": "attn_pdrop",
         "residual_dropout": "resid_pdrop",
-        "tie_embeddings": "tie_word_embeddings",
         "activation": "activation_function",
     },
     jaxlm_value_of={
@@ -57,15 +52,15 @@ _GPT2 = Format(
     tensors={
         "token_embedding": "wte.weight",
         "position_embedding": "wpe.weight",
-        **linear_tensors("layers/attention/", "h.{layer}.attn.", qkv="c_attn", output="c_proj"),
-        **linear_tensors("layers/mlp/", "h.{layer}.mlp.", up="c_fc", down="c_proj"),
-        **norm_tensors("layers/", "h.{layer}.", attention_norm="ln_1", mlp_norm="ln_2"),
-        **norm_tensors("", "", final_norm="ln_f"),
+        **module_tensors("layers/attention/", "h.{layer}.attn.", qkv="c_attn", output="c_proj"),
+        **module_tensors("layers/mlp/", "h.{layer}.mlp.", up="c_fc", down="c_proj"),
+        **module_tensors("layers/", "h.{layer}.", attention_norm="ln_1", mlp_norm="ln_2"),
+        **module_tensors("", "", final_norm="ln_f"),
     },
     unprefixed_tensors={
         "head": "lm_head.weight",
         "classifier/weight": "score.weight",
-        **linear_tensors("", "", token_classifier="classifier", span="qa_outputs"),
+        **module_tensors("", "", token_classifier="classifier", span="qa_outputs"),
     },
     tied_tensors={"lm_head.weight": "token_embedding"},  # in some files of models with a tied head
     # GPT-2's Conv1D stores weights as [in, out]. So these weights are not transposed; only axes are merged.
@@ -81,8 +76,7 @@ _GPT1 = dataclasses.replace(
     _GPT2,
     architectures={
         "OpenAIGPTLMHeadModel": {"task": "causal"},
-        "OpenAIGPTModel": {"task": "none"},
-        "OpenAIGPTForSequenceClassification": {"task": "classification"},
+        **classes("OpenAIGPT", "none", "classification"),
     },
     model_type="openai-gpt",
     default_fields={"norm_position": "after", "mlp_dim": None, "vocab_size": 40478, "max_positions": 512},

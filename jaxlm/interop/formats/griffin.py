@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxlm.config import check_value
-from jaxlm.interop.formats import experts
-from jaxlm.interop.formats.format import Format, linear_tensors, read_integer
+from jaxlm.interop.formats import decoders
+from jaxlm.interop.formats.format import Format, classes, module_tensors, read_integer, usual_fields
 from jaxlm.interop.formats.rotary import read_rotary
 from jaxlm.models.griffin import Config, Mixer, lru_width
 
@@ -17,9 +17,7 @@ def _read_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     kv_heads, head_dim = (read_integer(config, name, nullable=True) for name in ("num_key_value_heads", "head_dim"))
     # intermediate_size is twice the hidden width of the MLP, because the authors' code has one matrix for the gate and
     # the up projection.
-    mlp_dim = read_integer(config, "intermediate_size", 7680)
-    if mlp_dim < 2:
-        raise ValueError(f"intermediate_size={mlp_dim} must be at least 2")
+    mlp_dim = read_integer(config, "intermediate_size", 7680, minimum=2)
     pattern = config.get("block_types", list(Config.pattern))
     check_value(list[Mixer], pattern, "block_types")
     if head_dim is not None and head_dim * num_heads != embed_dim:
@@ -43,22 +41,14 @@ _RG_LRU = {"recurrence_gate": "recurrent_gate", "input_gate": "input_gate"}
 
 FORMATS = (
     Format(
-        architectures={"RecurrentGemmaForCausalLM": {"task": "causal"}, "RecurrentGemmaModel": {"task": "none"}},
+        architectures=classes("RecurrentGemma", "causal", "none"),
         model_type="recurrent_gemma",
         prefix="model.",
         hf_name_of_field={
-            "vocab_size": "vocab_size",
-            "num_layers": "num_hidden_layers",
-            "num_heads": "num_attention_heads",
-            "embed_dim": "hidden_size",
-            "lru_width": "lru_width",
+            **usual_fields("vocab_size", "num_layers", "num_heads", "embed_dim", "rotary_base", "norm_epsilon"),
+            **usual_fields("tie_embeddings", "attention_dropout", "lru_width", "logits_soft_cap"),
             "conv_width": "conv1d_width",
             "window": "attention_window_size",
-            "rotary_base": "rope_theta",
-            "logits_soft_cap": "logits_soft_cap",
-            "norm_epsilon": "rms_norm_eps",
-            "tie_embeddings": "tie_word_embeddings",
-            "attention_dropout": "attention_dropout",
         },
         read_fields=_read_fields,
         write_fields=_write_fields,
@@ -70,21 +60,18 @@ FORMATS = (
         token_ids={"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2},
         tensors={
             "token_embedding": "embed_tokens.weight",
-            "layers/mixer_norm/scale_minus_one": "layers.{layer}.temporal_pre_norm.weight",
-            "layers/mlp_norm/scale_minus_one": "layers.{layer}.channel_pre_norm.weight",
-            **linear_tensors("layers/recurrent/", _MIXER, gate="linear_y", input="linear_x", output="linear_out"),
-            **linear_tensors("layers/recurrent/", _MIXER, convolution="conv_1d"),
-            **linear_tensors(
-                "layers/attention/", _MIXER, query="q_proj", key="k_proj", value="v_proj", output="o_proj"
-            ),
-            **linear_tensors("layers/mlp/", "layers.{layer}.mlp_block.", **experts.SWIGLU),
+            **module_tensors("layers/", "layers.{layer}.", mixer_norm="temporal_pre_norm", mlp_norm="channel_pre_norm"),
+            **module_tensors("layers/recurrent/", _MIXER, gate="linear_y", input="linear_x", output="linear_out"),
+            **module_tensors("layers/recurrent/", _MIXER, convolution="conv_1d"),
+            **module_tensors("layers/attention/", _MIXER, **decoders.ATTENTION),
+            **module_tensors("layers/mlp/", "layers.{layer}.mlp_block.", **decoders.SWIGLU),
             **{
                 f"layers/recurrent/rg_lru/{path}/{kind}": f"{_MIXER}rg_lru.{name}_{kind}"
                 for path, name in _RG_LRU.items()
                 for kind in ("weight", "bias")
             },
             "layers/recurrent/rg_lru/lambda": f"{_MIXER}rg_lru.recurrent_param",
-            "final_norm/scale_minus_one": "final_norm.weight",
+            **module_tensors("", "", final_norm="final_norm"),
         },
         unprefixed_tensors={"head": "lm_head.weight"},
         tied_tensors={"lm_head.weight": "token_embedding"},

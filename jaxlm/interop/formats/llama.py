@@ -6,8 +6,16 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from jaxlm.interop.formats import experts
-from jaxlm.interop.formats.format import DECODER_HEADS, Format, linear_tensors, read_integer, shortest_pattern, span_qa
+from jaxlm.interop.formats import decoders, experts
+from jaxlm.interop.formats.format import (
+    Format,
+    class_with_prefix,
+    classes,
+    module_tensors,
+    read_integer,
+    shortest_pattern,
+    usual_fields,
+)
 from jaxlm.interop.formats.rotary import read_rotary, write_rotary
 from jaxlm.models.llama import Config, LayerKind, head_sizes, layer_kinds
 
@@ -194,88 +202,61 @@ def _write_gemma3(cfg: Config) -> dict[str, Any]:
     return {**_write_fields(cfg), **fields}
 
 
-_LLAMA_BLOCK = {"block": "llama", "attention_scale": None, "window_rotary_base": None}
+_LLAMA_BLOCK = {
+    "block": "llama", "attention_scale": None, "window_rotary_base": None, "qk_norm": False, "qkv_bias": False,
+}  # fmt: skip
 _NO_PATTERN = {**_LLAMA_BLOCK, "pattern": None}
-_NO_EXPERTS = {**_NO_PATTERN, "qk_norm": False, "num_experts": None}
+_NO_EXPERTS = {**_NO_PATTERN, "num_experts": None}
+_LAYER = "layers.{layer}."
+_HEAD_NORMS = module_tensors("layers/attention/", f"{_LAYER}self_attn.", query_norm="q_norm", key_norm="k_norm")
 _LLAMA = Format(
-    architectures={
-        "LlamaForCausalLM": {"task": "causal"},
-        "LlamaModel": {"task": "none"},
-        "LlamaForSequenceClassification": {"task": "classification"},
-        "LlamaForTokenClassification": {"task": "token_classification"},
-    },
+    architectures=classes("Llama", *decoders.TASKS),
     model_type="llama",
     prefix="model.",
-    default_fields={**_NO_EXPERTS, "qkv_bias": False, "window": None},
+    default_fields={**_NO_EXPERTS, "window": None},
     none_means={
         "attention_scale": lambda cfg: head_sizes(cfg)[2] ** -0.5,
         "expert_dim": lambda cfg: cfg.mlp_dim,
         "pattern": lambda cfg: ("full",) if cfg.window is None else ("window",),
     },
-    hf_name_of_field={
-        "vocab_size": "vocab_size",
-        "max_positions": "max_position_embeddings",
-        "num_layers": "num_hidden_layers",
-        "num_heads": "num_attention_heads",
-        "embed_dim": "hidden_size",
-        "mlp_dim": "intermediate_size",
-        "rotary_base": "rope_theta",
-        "norm_epsilon": "rms_norm_eps",
-        "init_stddev": "initializer_range",
-        "tie_embeddings": "tie_word_embeddings",
-        "attention_dropout": "attention_dropout",
-    },
+    hf_name_of_field={**decoders.FIELDS, **usual_fields("num_heads", "attention_dropout")},
     read_fields=_read_fields,
     write_fields=_write_fields,
     required={"hidden_act": "silu", "attention_bias": False, "mlp_bias": False},
     token_ids={"bos_token_id": 1, "eos_token_id": 2},
     tensors={
         "token_embedding": "embed_tokens.weight",
-        "layers/attention_norm/scale": "layers.{layer}.input_layernorm.weight",
-        **linear_tensors(
-            "layers/attention/", "layers.{layer}.self_attn.", query="q_proj", key="k_proj", value="v_proj"
-        ),
-        "layers/attention/output/weight": "layers.{layer}.self_attn.o_proj.weight",
-        "layers/mlp_norm/scale": "layers.{layer}.post_attention_layernorm.weight",
-        **{
-            f"layers/mlp/{name}/weight": f"layers.{{layer}}.mlp.{hf_name}.weight"
-            for name, hf_name in experts.SWIGLU.items()
-        },
-        "final_norm/scale": "norm.weight",
+        **module_tensors("layers/attention/", f"{_LAYER}self_attn.", **decoders.ATTENTION),
+        **module_tensors("layers/mlp/", f"{_LAYER}mlp.", **decoders.SWIGLU),
+        **module_tensors("layers/", _LAYER, attention_norm="input_layernorm", mlp_norm="post_attention_layernorm"),
+        **module_tensors("", "", final_norm="norm"),
     },
-    unprefixed_tensors=DECODER_HEADS,
+    unprefixed_tensors=decoders.HEADS,
     tied_tensors={"lm_head.weight": "token_embedding"},  # in some files of models with a tied head
     ignored=(r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq",),  # in old files
 )
 _MISTRAL = dataclasses.replace(
     _LLAMA,
-    architectures={
-        **{name.replace("Llama", "Mistral"): fields for name, fields in _LLAMA.architectures.items()},
-        "MistralForQuestionAnswering": {"task": "span_qa"},
-    },
+    architectures=classes("Mistral", *decoders.TASKS, "span_qa"),
     model_type="mistral",
-    default_fields={**_NO_EXPERTS, "qkv_bias": False, "mlp_dim": 14336, "max_positions": 131072},
+    default_fields={**_NO_EXPERTS, "mlp_dim": 14336, "max_positions": 131072},
     read_fields=_read_mistral,
     write_fields=_write_mistral,
     required={"hidden_act": "silu"},
 )
 _MIXTRAL = dataclasses.replace(
     _MISTRAL,
-    architectures={name.replace("Mistral", "Mixtral"): fields for name, fields in _MISTRAL.architectures.items()},
+    architectures=classes("Mixtral", *decoders.TASKS, "span_qa"),
     model_type="mixtral",
     not_null=("num_local_experts",),
     default_fields={
-        **_NO_PATTERN,
-        "qkv_bias": False,
-        "qk_norm": False,
+        **_MISTRAL.default_fields,
         "expert_dim": None,
         "expert_interval": 1,
         "dense_layers": (),
         "renormalize_experts": True,
         "num_experts": 8,
         "experts_per_token": 2,
-        "mlp_dim": 14336,
-        "max_positions": 131072,
         "rotary_base": 1e6,
         "norm_epsilon": 1e-5,
     },
@@ -289,16 +270,15 @@ _MIXTRAL = dataclasses.replace(
     required={"hidden_act": "silu", "router_jitter_noise": 0.0},
     tensors={
         **_LLAMA.tensors,
-        "layers/experts/router/weight": "layers.{layer}.block_sparse_moe.gate.weight",
-        **{
-            f"layers/experts/{name}/weight": f"layers.{{layer}}.block_sparse_moe.experts.{{expert}}.{hf_name}.weight"
-            for name, hf_name in (("gate", "w1"), ("up", "w3"), ("down", "w2"))
-        },
+        **module_tensors("layers/experts/", f"{_LAYER}block_sparse_moe.", router="gate"),
+        **module_tensors(
+            "layers/experts/", f"{_LAYER}block_sparse_moe.experts.{{expert}}.", gate="w1", up="w3", down="w2"
+        ),
     },
 )
 _QWEN2 = dataclasses.replace(
     _LLAMA,
-    architectures={name.replace("Llama", "Qwen2"): fields for name, fields in _LLAMA.architectures.items()},
+    architectures=classes("Qwen2", *decoders.TASKS),
     model_type="qwen2",
     default_fields={**_NO_EXPERTS, "qkv_bias": True, "vocab_size": 151936, "mlp_dim": 22016, "max_positions": 32768},
     read_fields=_read_qwen2,
@@ -308,34 +288,21 @@ _QWEN2 = dataclasses.replace(
 )
 _QWEN3 = dataclasses.replace(
     _QWEN2,
-    architectures={name.replace("Qwen2", "Qwen3"): fields for name, fields in _QWEN2.architectures.items()},
+    architectures=classes("Qwen3", *decoders.TASKS),
     model_type="qwen3",
-    default_fields={
-        **_NO_PATTERN,
-        "qk_norm": True,
-        "num_experts": None,
-        "qkv_bias": False,
-        "vocab_size": 151936,
-        "mlp_dim": 22016,
-        "max_positions": 32768,
-    },
+    default_fields={**_QWEN2.default_fields, "qk_norm": True, "qkv_bias": False},
     read_fields=_read_qwen3,
     write_fields=_write_qwen3,
     required={"hidden_act": "silu", "attention_bias": False},
-    tensors={
-        **_LLAMA.tensors,
-        "layers/attention/query_norm/scale": "layers.{layer}.self_attn.q_norm.weight",
-        "layers/attention/key_norm/scale": "layers.{layer}.self_attn.k_norm.weight",
-    },
+    tensors={**_LLAMA.tensors, **_HEAD_NORMS},
 )
 _QWEN3_MOE = dataclasses.replace(
     _QWEN3,
-    architectures={name.replace("Qwen2", "Qwen3Moe"): fields for name, fields in _QWEN2.architectures.items()},
+    architectures=classes("Qwen3Moe", *decoders.TASKS),
     model_type="qwen3_moe",
     default_fields={
         **_NO_PATTERN,
         "qk_norm": True,
-        "qkv_bias": False,
         "vocab_size": 151936,
         "num_layers": 24,
         "embed_dim": 2048,
@@ -354,13 +321,11 @@ _QWEN3_MOE = dataclasses.replace(
 
 _SMOLLM3 = dataclasses.replace(
     _LLAMA,
-    architectures={name.replace("Llama", "SmolLM3"): fields for name, fields in _LLAMA.architectures.items()},
+    architectures=classes("SmolLM3", *decoders.TASKS),
     model_type="smollm3",
     default_fields={
         **_LLAMA_BLOCK,
-        "qk_norm": False,
         "num_experts": None,
-        "qkv_bias": False,
         "window": None,
         "vocab_size": 128256,
         "num_layers": 36,
@@ -408,36 +373,28 @@ _GEMMA3 = dataclasses.replace(
     },
     token_ids={"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2},
     tensors={
-        **{path: name for path, name in _LLAMA.tensors.items() if "norm" not in path},
-        "layers/attention_norm/scale_minus_one": "layers.{layer}.input_layernorm.weight",
-        "layers/attention_output_norm/scale_minus_one": "layers.{layer}.post_attention_layernorm.weight",
-        "layers/mlp_norm/scale_minus_one": "layers.{layer}.pre_feedforward_layernorm.weight",
-        "layers/mlp_output_norm/scale_minus_one": "layers.{layer}.post_feedforward_layernorm.weight",
-        "layers/attention/query_norm/scale_minus_one": "layers.{layer}.self_attn.q_norm.weight",
-        "layers/attention/key_norm/scale_minus_one": "layers.{layer}.self_attn.k_norm.weight",
-        "final_norm/scale_minus_one": "norm.weight",
+        **_LLAMA.tensors,
+        **_HEAD_NORMS,
+        **module_tensors("layers/", _LAYER, attention_output_norm="post_attention_layernorm"),
+        **module_tensors("layers/", _LAYER, mlp_norm="pre_feedforward_layernorm"),
+        **module_tensors("layers/", _LAYER, mlp_output_norm="post_feedforward_layernorm"),
     },
 )
 
 
 FORMATS = (
-    span_qa(_LLAMA, "LlamaForQuestionAnswering"),
+    class_with_prefix(_LLAMA, "LlamaForQuestionAnswering", "span_qa", "transformer."),
     _LLAMA,
     _MISTRAL,
     _MIXTRAL,
-    span_qa(_QWEN2, "Qwen2ForQuestionAnswering"),
+    class_with_prefix(_QWEN2, "Qwen2ForQuestionAnswering", "span_qa", "transformer."),
     _QWEN2,
-    span_qa(_QWEN3, "Qwen3ForQuestionAnswering"),
+    class_with_prefix(_QWEN3, "Qwen3ForQuestionAnswering", "span_qa", "transformer."),
     _QWEN3,
-    span_qa(_QWEN3_MOE, "Qwen3MoeForQuestionAnswering"),
+    class_with_prefix(_QWEN3_MOE, "Qwen3MoeForQuestionAnswering", "span_qa", "transformer."),
     _QWEN3_MOE,
-    span_qa(_SMOLLM3, "SmolLM3ForQuestionAnswering"),
+    class_with_prefix(_SMOLLM3, "SmolLM3ForQuestionAnswering", "span_qa", "transformer."),
     _SMOLLM3,
-    dataclasses.replace(  # in files of the base class, tensor names have no prefix
-        _GEMMA3,
-        architectures={"Gemma3TextModel": {"task": "none"}},
-        prefix="",
-        default_fields={**_GEMMA3.default_fields, "task": "none"},
-    ),
+    class_with_prefix(_GEMMA3, "Gemma3TextModel", "none", ""),
     _GEMMA3,  # the last format is the default for files without architectures
 )

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxlm.config import check_value
-from jaxlm.interop.formats import experts
-from jaxlm.interop.formats.format import Format, linear_tensors, read_integer, shortest_pattern
+from jaxlm.interop.formats import decoders
+from jaxlm.interop.formats.format import Format, classes, module_tensors, read_integer, shortest_pattern, usual_fields
 from jaxlm.interop.formats.rotary import read_rotary, write_rotary
 from jaxlm.models.common import layer_kinds
 from jaxlm.models.hybrid import Multipliers
@@ -52,10 +52,8 @@ def _read_bamba_fields(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _read_attention(config: Mapping[str, Any]) -> dict[str, Any]:
     """The fields ``attention_kv_heads`` and ``attention_head_dim``, from ``config.json``."""
-    heads, width = read_integer(config, "num_attention_heads", 32), read_integer(config, "hidden_size", 4096)
+    heads, width = read_integer(config, "num_attention_heads", 32, minimum=1), read_integer(config, "hidden_size", 4096)
     kv_heads = read_integer(config, "num_key_value_heads", 8, nullable=True)
-    if heads < 1:
-        raise ValueError(f"num_attention_heads={heads} must be at least 1")
     head_dim = read_integer(config, "head_dim", width // heads)
     if head_dim < 4 and "head_dim" not in config:
         raise ValueError(f"hidden_size={width} / num_attention_heads={heads} must be at least 4, or set head_dim")
@@ -94,27 +92,25 @@ def _write_hybrid_fields(cfg: Config) -> dict[str, Any]:
     }  # fmt: skip
 
 
-_MULTIPLIERS = {
-    "embedding": "embedding_multiplier", "head": "lm_head_multiplier", "mixer_input": "ssm_in_multiplier",
-    "mixer_output": "ssm_out_multiplier", "attention_input": "attention_in_multiplier", "key": "key_multiplier",
-    "attention_output": "attention_out_multiplier",
+_MULTIPLIERS: dict[str, tuple[str, ...]] = {
+    "embedding_multiplier": ("embedding",), "lm_head_multiplier": ("head",), "ssm_in_multiplier": ("mixer_input",),
+    "ssm_out_multiplier": ("mixer_output",), "attention_in_multiplier": ("attention_input",),
+    "key_multiplier": ("key",), "attention_out_multiplier": ("attention_output",),
+    "ssm_multipliers": ("z", "x", "B", "C", "dt"), "mlp_multipliers": ("mlp_gate", "mlp_output"),
 }  # fmt: skip
-"""Field of ``Multipliers`` -> HF config field."""
+"""HF config field -> fields of ``Multipliers``. If there are several, the HF field is a list with their values."""
 _NOT_NULL_MULTIPLIERS = ("embedding_multiplier", "lm_head_multiplier")
 """HF config fields that must not be null. Null in another field of a multiplier means 1."""
-_MULTIPLIER_LISTS = {"ssm_multipliers": ("z", "x", "B", "C", "dt"), "mlp_multipliers": ("mlp_gate", "mlp_output")}
-"""HF config field that contains a list -> the fields of ``Multipliers`` in the order of the list."""
 
 
 def _read_multipliers(config: Mapping[str, Any]) -> Multipliers | None:
     """The field ``multipliers``, from ``config.json``; None if all multipliers are 1."""
-    names_of = {**{hf_name: (name,) for name, hf_name in _MULTIPLIERS.items()}, **_MULTIPLIER_LISTS}
     fields: dict[str, float] = {}
-    for hf_name, names in names_of.items():
+    for hf_name, names in _MULTIPLIERS.items():
         value = config.get(hf_name)
         if value is None and (hf_name not in config or hf_name not in _NOT_NULL_MULTIPLIERS):
             continue  # the multiplier is 1
-        is_list = hf_name in _MULTIPLIER_LISTS
+        is_list = len(names) > 1
         check_value(list[float] if is_list else float, value, hf_name)
         numbers: Any = value if is_list else [value]
         if len(numbers) != len(names):
@@ -125,11 +121,10 @@ def _read_multipliers(config: Mapping[str, Any]) -> Multipliers | None:
 
 
 def _read_falcon_fields(config: Mapping[str, Any]) -> dict[str, Any]:
-    hidden, width = read_integer(config, "hidden_size", 4096), read_integer(config, "mamba_d_ssm", 1024, nullable=True)
+    hidden = read_integer(config, "hidden_size", 4096, minimum=1)
+    width = read_integer(config, "mamba_d_ssm", 1024, nullable=True)
     if width is None:
         width = read_integer(config, "mamba_expand", 2) * hidden
-    if hidden < 1:
-        raise ValueError(f"hidden_size={hidden} must be at least 1")
     biases = [config.get(name, False) for name in ("mamba_proj_bias", "projectors_bias")]
     if biases[0] != biases[1]:
         raise ValueError(f"mamba_proj_bias={biases[0]} and projectors_bias={biases[1]} must be equal")
@@ -148,10 +143,11 @@ def _write_falcon_fields(cfg: Config) -> dict[str, Any]:
             f"norm_groups=num_groups={cfg.num_groups}"
         )
     m = Multipliers() if cfg.multipliers is None else cfg.multipliers
+    values = {hf_name: [getattr(m, name) for name in names] for hf_name, names in _MULTIPLIERS.items()}
     return {
         **_write_hybrid_fields(cfg), "mamba_d_ssm": mixer_width(cfg), "mamba_rms_norm": cfg.norm_groups is not None,
-        "projectors_bias": cfg.linear_bias, **{hf_name: getattr(m, name) for name, hf_name in _MULTIPLIERS.items()},
-        **{hf_name: [getattr(m, name) for name in names] for hf_name, names in _MULTIPLIER_LISTS.items()},
+        "projectors_bias": cfg.linear_bias,
+        **{hf_name: numbers if len(numbers) > 1 else numbers[0] for hf_name, numbers in values.items()},
     }  # fmt: skip
 
 
@@ -162,10 +158,9 @@ def _mixer_tensors(module: str) -> dict[str, str]:
     """
     prefix = f"layers.{{layer}}.{module}."
     return {
-        **linear_tensors("layers/mixer/", prefix, zx="in_proj", BC="in_proj", dt="in_proj", output="out_proj"),
-        **linear_tensors("layers/mixer/", prefix, x_convolution="conv1d", BC_convolution="conv1d"),
+        **module_tensors("layers/mixer/", prefix, zx="in_proj", BC="in_proj", dt="in_proj", output="out_proj"),
+        **module_tensors("layers/mixer/", prefix, x_convolution="conv1d", BC_convolution="conv1d", norm="norm"),
         **{f"layers/mixer/{name}": prefix + name for name in ("dt_bias", "A_log", "D")},
-        "layers/mixer/norm/scale": f"{prefix}norm.weight",
     }
 
 
@@ -173,22 +168,15 @@ def _mixer_tensors(module: str) -> dict[str, str]:
 _LAYOUTS = {f"layers/mixer/{name}_convolution/weight": ((1,), (), (0,)) for name in ("x", "BC")}
 _HYBRID_TENSORS = {
     "token_embedding": "embed_tokens.weight",
-    "layers/norm/scale": "layers.{layer}.input_layernorm.weight",
+    **module_tensors("layers/", "layers.{layer}.", norm="input_layernorm", mlp_norm="pre_ff_layernorm"),
     **_mixer_tensors("mamba"),
-    **linear_tensors("layers/attention/", "layers.{layer}.self_attn.", query="q_proj", key="k_proj", value="v_proj"),
-    **linear_tensors("layers/attention/", "layers.{layer}.self_attn.", output="o_proj"),
-    "layers/mlp_norm/scale": "layers.{layer}.pre_ff_layernorm.weight",
-    **{
-        f"layers/mlp/{name}/weight": f"layers.{{layer}}.feed_forward.{hf}.weight" for name, hf in experts.SWIGLU.items()
-    },
-    "final_norm/scale": "final_layernorm.weight",
+    **module_tensors("layers/attention/", "layers.{layer}.self_attn.", **decoders.ATTENTION),
+    **module_tensors("layers/mlp/", "layers.{layer}.feed_forward.", **decoders.SWIGLU),
+    **module_tensors("", "", final_norm="final_layernorm"),
 }
 """``Format.tensors`` of Bamba and Falcon-H1."""
 _HYBRID_FIELDS = {
-    "vocab_size": "vocab_size",
-    "num_layers": "num_hidden_layers",
-    "embed_dim": "hidden_size",
-    "mlp_dim": "intermediate_size",
+    **decoders.FIELDS,
     "state_size": "mamba_d_state",
     "num_groups": "mamba_n_groups",
     "conv_width": "mamba_d_conv",
@@ -196,11 +184,6 @@ _HYBRID_FIELDS = {
     "conv_bias": "mamba_conv_bias",
     "attention_heads": "num_attention_heads",
     "attention_bias": "attention_bias",
-    "rotary_base": "rope_theta",
-    "max_positions": "max_position_embeddings",
-    "norm_epsilon": "rms_norm_eps",
-    "tie_embeddings": "tie_word_embeddings",
-    "init_stddev": "initializer_range",
 }
 """``Format.hf_name_of_field`` that Bamba and Falcon-H1 share."""
 _HYBRID_DEFAULTS = {
@@ -220,7 +203,7 @@ _NONE_MEANS = {"multipliers": lambda cfg: Multipliers()}
 """``Format.none_means`` of Mamba-2 and Bamba."""
 
 _FALCON_H1 = Format(
-    architectures={"FalconH1ForCausalLM": {"task": "causal"}, "FalconH1Model": {"task": "none"}},
+    architectures=classes("FalconH1", "causal", "none"),
     model_type="falcon_h1",
     prefix="model.",
     default_fields={
@@ -244,7 +227,7 @@ _FALCON_H1 = Format(
 )
 _BAMBA = dataclasses.replace(
     _FALCON_H1,
-    architectures={"BambaForCausalLM": {"task": "causal"}, "BambaModel": {"task": "none"}},
+    architectures=classes("Bamba", "causal", "none"),
     model_type="bamba",
     default_fields={
         **_HYBRID_DEFAULTS,
@@ -261,7 +244,7 @@ _BAMBA = dataclasses.replace(
 
 FORMATS = (
     Format(
-        architectures={"Mamba2ForCausalLM": {"task": "causal"}, "Mamba2Model": {"task": "none"}},
+        architectures=classes("Mamba2", "causal", "none"),
         model_type="mamba2",
         prefix="backbone.",
         default_fields={
@@ -281,20 +264,14 @@ FORMATS = (
         },
         none_means=_NONE_MEANS,
         hf_name_of_field={
-            "vocab_size": "vocab_size",
-            "num_layers": "num_hidden_layers",
-            "embed_dim": "hidden_size",
-            "expand": "expand",
-            "head_dim": "head_dim",
-            "state_size": "state_size",
+            **usual_fields("vocab_size", "num_layers", "embed_dim", "tie_embeddings", "init_stddev"),
+            **usual_fields("expand", "head_dim", "state_size"),
             "num_groups": "n_groups",
             "conv_width": "conv_kernel",
             "linear_bias": "use_bias",
             "conv_bias": "use_conv_bias",
             "norm_epsilon": "layer_norm_epsilon",
             "residual_in_float32": "residual_in_fp32",
-            "tie_embeddings": "tie_word_embeddings",
-            "init_stddev": "initializer_range",
             "init_dt_min": "time_step_min",
             "init_dt_max": "time_step_max",
             "init_dt_floor": "time_step_floor",
@@ -305,9 +282,9 @@ FORMATS = (
         token_ids={"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2},
         tensors={
             "token_embedding": "embeddings.weight",
-            "layers/norm/scale": "layers.{layer}.norm.weight",
+            **module_tensors("layers/", "layers.{layer}.", norm="norm"),
             **_mixer_tensors("mixer"),
-            "final_norm/scale": "norm_f.weight",
+            **module_tensors("", "", final_norm="norm_f"),
         },
         unprefixed_tensors={"head": "lm_head.weight"},
         tied_tensors={"lm_head.weight": "token_embedding"},  # in some files of models with a tied head

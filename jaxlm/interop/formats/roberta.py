@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxlm.interop.formats.bert import BERT
-from jaxlm.interop.formats.format import linear_tensors, norm_tensors
+from jaxlm.interop.formats.format import classes, module_tensors
 from jaxlm.models.roberta import FIRST_POSITION, Config
 
 
@@ -27,13 +27,7 @@ def _write_fields(cfg: Config) -> dict[str, Any]:
 
 _ROBERTA = dataclasses.replace(
     BERT,
-    architectures={
-        "RobertaForMaskedLM": {"task": "masked"},
-        "RobertaModel": {"task": "none"},
-        "RobertaForSequenceClassification": {"task": "classification"},
-        "RobertaForTokenClassification": {"task": "token_classification"},
-        "RobertaForQuestionAnswering": {"task": "span_qa"},
-    },
+    architectures=classes("Roberta", "masked", "none", "classification", "token_classification", "span_qa"),
     model_type="roberta",
     prefix="roberta.",
     hf_name_of_field={name: hf_name for name, hf_name in BERT.hf_name_of_field.items() if name != "max_positions"},
@@ -46,10 +40,9 @@ _ROBERTA = dataclasses.replace(
     token_ids={"bos_token_id": 0, "eos_token_id": 2},
     unprefixed_tensors={
         "masked/bias": "lm_head.bias",
-        **linear_tensors("masked/", "lm_head.", dense="dense"),
-        **norm_tensors("masked/", "lm_head.", norm="layer_norm"),
-        **linear_tensors("", "classifier.", classifier_dense="dense", classifier="out_proj"),
-        **linear_tensors("", "", token_classifier="classifier", span="qa_outputs"),
+        **module_tensors("masked/", "lm_head.", dense="dense", norm="layer_norm"),
+        **module_tensors("", "classifier.", classifier_dense="dense", classifier="out_proj"),
+        **module_tensors("", "", token_classifier="classifier", span="qa_outputs"),
     },
     tied_tensors={"lm_head.decoder.weight": "token_embedding", "lm_head.decoder.bias": "masked/bias"},
 )

@@ -6,7 +6,7 @@ architectures and the names of the config fields.
 
 from __future__ import annotations
 
-from jaxlm.interop.formats.format import Format, Layout, norm_tensors
+from jaxlm.interop.formats.format import Format, Layout, module_tensors, usual_fields
 
 _ATT, _FFN = "blocks.{layer}.att.", "blocks.{layer}.ffn."
 _LETTERS = {"receptance": "r", "decay": "w", "key": "k", "value": "v", "rate": "a", "gate": "g"}
@@ -22,11 +22,7 @@ FORMATS = (
         model_type="rwkv7",
         prefix="",
         hf_name_of_field={
-            "vocab_size": "vocab_size",
-            "num_layers": "num_hidden_layers",
-            "embed_dim": "hidden_size",
-            "mlp_dim": "intermediate_size",
-            "head_dim": "head_dim",
+            **usual_fields("vocab_size", "num_layers", "embed_dim", "mlp_dim", "head_dim"),
             "decay_rank": "decay_low_rank_dim",
             "rate_rank": "a_low_rank_dim",
             "value_rank": "v_low_rank_dim",
@@ -37,8 +33,8 @@ FORMATS = (
         token_ids={"pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0},
         tensors={
             "token_embedding": "emb.weight",
-            **norm_tensors("", "", embedding_norm="blocks.0.ln0", final_norm="ln_out"),
-            **norm_tensors("layers/", "blocks.{layer}.", time_mix_norm="ln1", channel_mix_norm="ln2"),
+            **module_tensors("", "", embedding_norm="blocks.0.ln0", final_norm="ln_out"),
+            **module_tensors("layers/", "blocks.{layer}.", time_mix_norm="ln1", channel_mix_norm="ln2"),
             **{f"layers/time_mix/shift/{name}": f"{_ATT}x_{letter}" for name, letter in _LETTERS.items()},
             **{
                 f"layers/time_mix/{name}/{part}": f"{_ATT}{letter}{number}"
@@ -46,14 +42,10 @@ FORMATS = (
                 for number, part in enumerate(("up/bias", "down/weight", "up/weight"))
             },
             **{f"layers/time_mix/{name}": f"{_ATT}{tensor}" for name, tensor in _PER_CHANNEL.items()},
-            **{
-                f"layers/time_mix/{name}/weight": f"{_ATT}{name}.weight"
-                for name in ("receptance", "key", "value", "output")
-            },
-            **norm_tensors("layers/time_mix/", _ATT, norm="ln_x"),
+            **module_tensors("layers/time_mix/", _ATT, receptance="receptance", key="key", value="value"),
+            **module_tensors("layers/time_mix/", _ATT, output="output", norm="ln_x"),
+            **module_tensors("layers/channel_mix/", _FFN, key="key", value="value"),
             "layers/channel_mix/shift/key": f"{_FFN}x_k",
-            "layers/channel_mix/key/weight": f"{_FFN}key.weight",
-            "layers/channel_mix/value/weight": f"{_FFN}value.weight",
             "head": "head.weight",
         },
         layouts={

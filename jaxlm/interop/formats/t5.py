@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Mapping
 from typing import Any
 
-from jaxlm.interop.formats.format import Format, read_integer
+from jaxlm.interop.formats.format import Format, module_tensors, read_integer
 from jaxlm.models.t5 import Config
 
 
 def _stack_names(stack: str, mlp: int) -> dict[str, str]:
     """``Format.tensors`` of one stack, "encoder" or "decoder". ``mlp`` is the index of the MLP among the sublayers."""
-    block, norms = f"{stack}.block.{{layer}}.layer.", {"attention": 0, "cross": 1, "mlp": mlp}
-    names = {
+    path, block = f"{stack}/layers/", f"{stack}.block.{{layer}}.layer."
+    projections = {name: name[0] for name in ("query", "key", "value", "output")}
+    return {
         f"{stack}/relative_bias": f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
-        f"{stack}/layers/relative_bias": f"{block}0.SelfAttention.relative_attention_bias.weight",
-        f"{stack}/final_norm/scale": f"{stack}.final_layer_norm.weight",
+        f"{path}relative_bias": f"{block}0.SelfAttention.relative_attention_bias.weight",
+        **module_tensors(path, block, attention_norm="0.layer_norm", cross_norm="1.layer_norm"),
+        **module_tensors(path, f"{block}{mlp}.", mlp_norm="layer_norm"),
+        **module_tensors(f"{path}attention/", f"{block}0.SelfAttention.", **projections),
+        **module_tensors(f"{path}cross_attention/", f"{block}1.EncDecAttention.", **projections),
+        **module_tensors(f"{path}mlp/", f"{block}{mlp}.DenseReluDense.", up="wi", gate="wi_0", gated="wi_1", down="wo"),
+        **module_tensors(f"{stack}/", f"{stack}.", final_norm="final_layer_norm"),
     }
-    for name, number in norms.items():
-        names[f"{stack}/layers/{name}_norm/scale"] = f"{block}{number}.layer_norm.weight"
-    for name, hf_name in (("attention", "0.SelfAttention"), ("cross_attention", "1.EncDecAttention")):
-        for projection in ("query", "key", "value", "output"):
-            names[f"{stack}/layers/{name}/{projection}/weight"] = f"{block}{hf_name}.{projection[0]}.weight"
-    for name, hf_name in (("up", "wi"), ("gate", "wi_0"), ("gated", "wi_1"), ("down", "wo")):
-        names[f"{stack}/layers/mlp/{name}/weight"] = f"{block}{mlp}.DenseReluDense.{hf_name}.weight"
-    return names
 
 
 # Files may contain these copies of the token embedding. ``lm_head.weight`` is a copy only if the head is tied.
@@ -46,43 +45,39 @@ def _write_fields(cfg: Config) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _reader(default: str) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
+def _read_fields(default: str, config: Mapping[str, Any]) -> dict[str, Any]:
     """The function ``Format.read_fields``. ``default`` is the value of a missing field ``feed_forward_proj``."""
-
-    def read(config: Mapping[str, Any]) -> dict[str, Any]:
-        fields: dict[str, Any] = {}
-        projection = config.get("feed_forward_proj", default)
-        defaults = {name: (activation, is_gated) for name, activation, is_gated in _MLPS.values()}
-        if projection not in list(defaults):
-            raise ValueError(f"feed_forward_proj={projection!r} is not supported: choose from {', '.join(defaults)}")
-        # transformers derives dense_act_fn and is_gated_act from feed_forward_proj, but values in the config take
-        # precedence.
-        default_activation, default_is_gated = defaults[projection]
-        activation = config.get("dense_act_fn", default_activation)
-        is_gated = config.get("is_gated_act", default_is_gated)
-        known_activation = "gelu_new" if activation == "gelu_pytorch_tanh" else activation
-        mlp = [name for name, (_, *values) in _MLPS.items() if values == [known_activation, is_gated]]
-        if not mlp:
-            raise ValueError(
-                f"feed_forward_proj={projection!r} with dense_act_fn={activation!r} and is_gated_act={is_gated!r} is "
-                "not supported: only 'relu' without a gate and 'gelu_new' with a gate are supported"
-            )
-        fields["mlp"] = mlp[0]
-        # transformers 5 writes tie_word_embeddings=True for all models. If scale_decoder_outputs is present, it tells
-        # whether the head is tied.
-        scale_outputs = config.get("scale_decoder_outputs")
-        if isinstance(scale_outputs, bool):
-            fields["tie_embeddings"] = scale_outputs
-        buckets = config.get("relative_attention_num_buckets", Config.num_buckets)
-        if buckets < 4 or buckets % 2:
-            raise ValueError(f"relative_attention_num_buckets={buckets} must be even and at least 4")
-        # Without decoder_start_token_id, a target starts with the padding id.
-        start, pad = read_integer(config, "decoder_start_token_id", nullable=True), config.get("pad_token_id")
-        if start is None and type(pad) is int:
-            start = pad
-        return fields if start is None else {**fields, "decoder_start_id": start}
-
-    return read
+    fields: dict[str, Any] = {}
+    projection = config.get("feed_forward_proj", default)
+    defaults = {name: (activation, is_gated) for name, activation, is_gated in _MLPS.values()}
+    if projection not in list(defaults):
+        raise ValueError(f"feed_forward_proj={projection!r} is not supported: choose from {', '.join(defaults)}")
+    # transformers derives dense_act_fn and is_gated_act from feed_forward_proj, but values in the config take
+    # precedence.
+    default_activation, default_is_gated = defaults[projection]
+    activation = config.get("dense_act_fn", default_activation)
+    is_gated = config.get("is_gated_act", default_is_gated)
+    known_activation = "gelu_new" if activation == "gelu_pytorch_tanh" else activation
+    mlp = [name for name, (_, *values) in _MLPS.items() if values == [known_activation, is_gated]]
+    if not mlp:
+        raise ValueError(
+            f"feed_forward_proj={projection!r} with dense_act_fn={activation!r} and is_gated_act={is_gated!r} is "
+            "not supported: only 'relu' without a gate and 'gelu_new' with a gate are supported"
+        )
+    fields["mlp"] = mlp[0]
+    # transformers 5 writes tie_word_embeddings=True for all models. If scale_decoder_outputs is present, it tells
+    # whether the head is tied.
+    scale_outputs = config.get("scale_decoder_outputs")
+    if isinstance(scale_outputs, bool):
+        fields["tie_embeddings"] = scale_outputs
+    buckets = config.get("relative_attention_num_buckets", Config.num_buckets)
+    if buckets < 4 or buckets % 2:
+        raise ValueError(f"relative_attention_num_buckets={buckets} must be even and at least 4")
+    # Without decoder_start_token_id, a target starts with the padding id.
+    start, pad = read_integer(config, "decoder_start_token_id", nullable=True), config.get("pad_token_id")
+    if start is None and type(pad) is int:
+        start = pad
+    return fields if start is None else {**fields, "decoder_start_id": start}
 
 
 def _format(model_type: str, class_prefix: str, default_fields: dict[str, Any], *, mlp: str) -> Format:
@@ -107,7 +102,7 @@ def _format(model_type: str, class_prefix: str, default_fields: dict[str, Any], 
             "norm_epsilon": "layer_norm_epsilon", "dropout": "dropout_rate",
         },
         default_fields=default_fields,
-        read_fields=_reader(_MLPS[mlp][0]),
+        read_fields=functools.partial(_read_fields, _MLPS[mlp][0]),
         write_fields=_write_fields,
         required={"tie_encoder_decoder": False, "pruned_heads": {}},
         aliases={

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxlm.config import check_value
-from jaxlm.interop.formats.format import Format, linear_tensors, norm_tensors, read_integer
+from jaxlm.interop.formats.format import Format, classes, module_tensors, read_integer, usual_fields
 from jaxlm.models.transformer_xl import Config
 
 
@@ -51,13 +51,12 @@ FORMATS = (
     Format(
         architectures={
             "TransfoXLLMHeadModel": {"task": "causal"},
-            "TransfoXLModel": {"task": "none"},
-            "TransfoXLForSequenceClassification": {"task": "classification"},
+            **classes("TransfoXL", "none", "classification"),
         },
         model_type="transfo-xl",
         prefix="transformer.",
         hf_name_of_field={
-            "vocab_size": "vocab_size",
+            **usual_fields("vocab_size", "same_length", "tie_embeddings", "dropout"),
             "embedding_divisor": "div_val",
             "num_layers": "n_layer",
             "num_heads": "n_head",
@@ -66,14 +65,11 @@ FORMATS = (
             "token_dim": "d_embed",
             "mlp_dim": "d_inner",
             "memory_length": "mem_len",
-            "same_length": "same_length",
             "pre_norm": "pre_lnorm",
             "untie_relative": "untie_r",
             "norm_epsilon": "layer_norm_epsilon",
             "init_stddev": "init_std",
             "projection_init_stddev": "proj_init_std",
-            "tie_embeddings": "tie_word_embeddings",
-            "dropout": "dropout",
             "attention_dropout": "dropatt",
         },
         read_fields=_read_fields,
@@ -95,13 +91,12 @@ FORMATS = (
             "position_bias": "r_r_bias",
             "layers/attention/content_bias": "layers.{layer}.dec_attn.r_w_bias",
             "layers/attention/position_bias": "layers.{layer}.dec_attn.r_r_bias",
-            "layers/attention/qkv/weight": "layers.{layer}.dec_attn.qkv_net.weight",
-            "layers/attention/relative/weight": "layers.{layer}.dec_attn.r_net.weight",
-            "layers/attention/output/weight": "layers.{layer}.dec_attn.o_net.weight",
-            **linear_tensors("layers/mlp/", "layers.{layer}.pos_ff.CoreNet.", up="0", down="3"),
-            **norm_tensors(
-                "layers/", "layers.{layer}.", attention_norm="dec_attn.layer_norm", mlp_norm="pos_ff.layer_norm"
+            **module_tensors(
+                "layers/attention/", "layers.{layer}.dec_attn.", qkv="qkv_net", relative="r_net", output="o_net"
             ),
+            **module_tensors("layers/", "layers.{layer}.dec_attn.", attention_norm="layer_norm"),
+            **module_tensors("layers/mlp/", "layers.{layer}.pos_ff.CoreNet.", up="0", down="3"),
+            **module_tensors("layers/", "layers.{layer}.pos_ff.", mlp_norm="layer_norm"),
         },
         unprefixed_tensors={
             "head/bias": "crit.out_layers.0.bias",

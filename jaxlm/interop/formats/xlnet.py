@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from jaxlm.interop.formats.format import Format, linear_tensors, norm_tensors, read_integer
+from jaxlm.interop.formats.format import Format, classes, module_tensors, read_integer, usual_fields
 from jaxlm.models.xlnet import Config, pool_dropout
 
 
@@ -26,28 +26,26 @@ def _write_fields(cfg: Config) -> dict[str, Any]:
     }
 
 
+_PROJECTIONS = ("query", "key", "value", "relative", "output")
+
 FORMATS = (
     Format(
         architectures={
             "XLNetLMHeadModel": {"task": "permutation"},
-            "XLNetModel": {"task": "none"},
-            "XLNetForSequenceClassification": {"task": "classification"},
-            "XLNetForTokenClassification": {"task": "token_classification"},
+            **classes("XLNet", "none", "classification", "token_classification"),
             "XLNetForQuestionAnsweringSimple": {"task": "span_qa"},
         },
         model_type="xlnet",
         prefix="transformer.",
         hf_name_of_field={
-            "vocab_size": "vocab_size",
+            **usual_fields("vocab_size", "init_stddev", "dropout"),
             "num_layers": "n_layer",
             "num_heads": "n_head",
             "embed_dim": "d_model",
             "mlp_dim": "d_inner",
             "activation": "ff_activation",
             "norm_epsilon": "layer_norm_eps",
-            "init_stddev": "initializer_range",
             "reuse_length": "reuse_len",
-            "dropout": "dropout",
             "pool_dropout": "summary_last_dropout",
         },
         default_fields={"pool_dropout": 0.1},
@@ -76,28 +74,25 @@ FORMATS = (
         tensors={
             "token_embedding": "word_embedding.weight",
             "mask_embedding": "mask_emb",
-            "layers/attention/query/weight": "layer.{layer}.rel_attn.q",
-            "layers/attention/key/weight": "layer.{layer}.rel_attn.k",
-            "layers/attention/value/weight": "layer.{layer}.rel_attn.v",
-            "layers/attention/relative/weight": "layer.{layer}.rel_attn.r",
-            "layers/attention/output/weight": "layer.{layer}.rel_attn.o",
+            **{f"layers/attention/{name}/weight": f"layer.{{layer}}.rel_attn.{name[0]}" for name in _PROJECTIONS},
             "layers/attention/content_bias": "layer.{layer}.rel_attn.r_w_bias",
             "layers/attention/position_bias": "layer.{layer}.rel_attn.r_r_bias",
             "layers/attention/type_bias": "layer.{layer}.rel_attn.r_s_bias",
             "layers/attention/type_embedding": "layer.{layer}.rel_attn.seg_embed",
-            **norm_tensors("layers/", "layer.{layer}.", attention_norm="rel_attn.layer_norm", mlp_norm="ff.layer_norm"),
-            **linear_tensors("layers/mlp/", "layer.{layer}.ff.", up="layer_1", down="layer_2"),
+            **module_tensors("layers/", "layer.{layer}.rel_attn.", attention_norm="layer_norm"),
+            **module_tensors("layers/mlp/", "layer.{layer}.ff.", up="layer_1", down="layer_2"),
+            **module_tensors("layers/", "layer.{layer}.ff.", mlp_norm="layer_norm"),
         },
         unprefixed_tensors={
             "output_bias": "lm_loss.bias",
-            **linear_tensors("", "", pool="sequence_summary.summary", classifier="logits_proj"),
-            **linear_tensors("", "", token_classifier="classifier", span="qa_outputs"),
+            **module_tensors("", "", pool="sequence_summary.summary", classifier="logits_proj"),
+            **module_tensors("", "", token_classifier="classifier", span="qa_outputs"),
         },
         tied_tensors={"lm_loss.weight": "token_embedding"},
         layouts={
             "mask_embedding": ((), (), (0,)),
+            **{f"layers/attention/{name}/weight": ((0,), (1,), (2,)) for name in _PROJECTIONS},
             "layers/attention/output/weight": ((2,), (0,), (1,)),
-            **{f"layers/attention/{name}/weight": ((0,), (1,), (2,)) for name in ("query", "key", "value", "relative")},
         },
     ),
 )

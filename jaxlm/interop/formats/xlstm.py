@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from jaxlm.interop.formats.format import Format, linear_tensors
+from jaxlm.interop.formats.format import Format, classes, module_tensors, usual_fields
 from jaxlm.models.xlstm import Config
 
 _DUPLICATES = {"embedding_dim": "hidden_size", "num_blocks": "num_hidden_layers"}
@@ -64,26 +64,22 @@ _MLSTM = {
     "input_gate": "igate_preact",
     "forget_gate": "fgate_preact",
     "output": "out_proj",
+    "norm": "multihead_norm",
 }
-_MLP = {"gate": "proj_up_gate", "up": "proj_up", "down": "proj_down"}
 _LAYER = "blocks.{layer}."
 
 FORMATS = (
     Format(
-        architectures={"xLSTMForCausalLM": {"task": "causal"}, "xLSTMModel": {"task": "none"}},
+        architectures=classes("xLSTM", "causal", "none"),
         model_type="xlstm",
         prefix="backbone.",
         default_fields={"pattern": ("mlstm",)},
         hf_name_of_field={
-            "vocab_size": "vocab_size",
-            "num_layers": "num_hidden_layers",
-            "embed_dim": "hidden_size",
+            **usual_fields("vocab_size", "num_layers", "embed_dim", "tie_embeddings", "gate_soft_cap"),
             "num_heads": "num_heads",
-            "gate_soft_cap": "gate_soft_cap",
             "logits_soft_cap": "output_logit_soft_cap",
             "norm_epsilon": "norm_eps",
             "mlstm_epsilon": "eps",
-            "tie_embeddings": "tie_word_embeddings",
         },
         read_fields=_read_fields,
         write_fields=_write_fields,
@@ -91,12 +87,10 @@ FORMATS = (
         token_ids={"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2},
         tensors={
             "token_embedding": "embeddings.weight",
-            "layers/mixer_norm/scale": _LAYER + "norm_mlstm.weight",
-            **linear_tensors("layers/mlstm/", f"{_LAYER}mlstm_layer.", **_MLSTM),
-            "layers/mlstm/norm/scale": _LAYER + "mlstm_layer.multihead_norm.weight",
-            "layers/mlp_norm/scale": _LAYER + "norm_ffn.weight",
-            **{f"layers/mlp/{name}/weight": f"{_LAYER}ffn.{hf_name}.weight" for name, hf_name in _MLP.items()},
-            "final_norm/scale": "out_norm.weight",
+            **module_tensors("layers/", _LAYER, mixer_norm="norm_mlstm", mlp_norm="norm_ffn"),
+            **module_tensors("layers/mlstm/", f"{_LAYER}mlstm_layer.", **_MLSTM),
+            **module_tensors("layers/mlp/", f"{_LAYER}ffn.", gate="proj_up_gate", up="proj_up", down="proj_down"),
+            **module_tensors("", "", final_norm="out_norm"),
         },
         unprefixed_tensors={"head": "lm_head.weight"},
         tied_tensors={"lm_head.weight": "token_embedding"},  # in some files of models with a tied head
