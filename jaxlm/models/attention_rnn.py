@@ -296,7 +296,7 @@ def state_specs(cfg: Config, batch: int, length: int, source_length: int = 1) ->
 
 def specs(cfg: Config) -> dict[str, Any]:
     """The specs of all parameters."""
-    E, H, D, V = cfg.embed_dim, cfg.hidden_dim, cfg.output_dim, round_up(cfg.vocab_size, cfg.vocab_multiple)
+    E, H, D = cfg.embed_dim, cfg.hidden_dim, cfg.output_dim
     form, uniform = _FORMS[cfg.attention], Uniform(cfg.init_bound)
     tree: dict[str, Any] = {"token_embedding": heads.table_specs(cfg, E, uniform)}
     if cfg.source_vocab_size is not None:
@@ -311,7 +311,7 @@ def specs(cfg: Config) -> dict[str, Any]:
     if cfg.copy:
         tree["copy"] = copy_gate_specs(H, E, C, uniform)
     if cfg.task == "seq2seq":
-        tree["head"] = {"weight": heads.table_specs(cfg, D, uniform), "bias": ArraySpec((V,), ("vocab",))}
+        tree["head"] = {"weight": heads.table_specs(cfg, D, uniform), "bias": heads.vocab_bias_specs(cfg)}
     return tree
 
 

@@ -21,7 +21,7 @@ from jaxlm.nn.activation import Activation, activation
 from jaxlm.nn.attention import Implementation, attention
 from jaxlm.nn.attention.mask import Mask, document_mask
 from jaxlm.nn.dropout import dropout
-from jaxlm.nn.embedding import Unembedding, embed, round_up, widen_ids
+from jaxlm.nn.embedding import Unembedding, embed, widen_ids
 from jaxlm.nn.linear import linear, linear_specs
 from jaxlm.nn.norm import layer_norm, layer_norm_specs
 from jaxlm.nn.segments import positions_in_segments
@@ -251,7 +251,6 @@ def specs(cfg: Config) -> dict[str, Any]:
     As in Hugging Face, only models with the task classification or none, or with ``next_sentence``, have a pooler.
     """
     D, H, K, F = cfg.embed_dim, cfg.num_heads, cfg.embed_dim // cfg.num_heads, mlp_dim(cfg)
-    V = round_up(cfg.vocab_size, cfg.vocab_multiple)
     normal = Normal(cfg.init_stddev)
     block = {
         "attention": {
@@ -279,7 +278,7 @@ def specs(cfg: Config) -> dict[str, Any]:
         tree["masked"] = {
             "dense": linear_specs((D, D), ("embed", None), normal),
             "norm": layer_norm_specs(D),
-            "bias": ArraySpec((V,), ("vocab",)),
+            "bias": heads.vocab_bias_specs(cfg),
         }
     if cfg.task in ("classification", "none") or cfg.next_sentence:
         tree["pooler"] = linear_specs((D, D), ("embed", None), normal)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm import config as config_lib
+from jaxlm import spec
 from jaxlm.nn import choices
 from jaxlm.nn.attention import cache, tile_scores
 from jaxlm.nn.experts import dropless
@@ -28,7 +29,7 @@ class ModelConfig:
     A value must have the type of its field. An integer field must be at least the ``minimum`` in the metadata of its
     ``dataclasses.field`` (default: 1). A field whose name ends in ``dropout`` is a rate in [0, 1). A field whose name
     ends in ``epsilon``, ``init_bound`` or ``init_stddev`` must be at least 0. A rotary base must exceed 1, and a number
-    of layers has an upper limit.
+    of layers has an upper limit. A field whose name ends in ``soft_cap`` must be positive.
     """
 
     vocab_multiple: int = 1
@@ -54,6 +55,9 @@ class ModelConfig:
                 raise ValueError(f"{name}={value} must be in [0, 1)")
             if name.endswith(("epsilon", "init_bound", "init_stddev")) and value < 0:
                 raise ValueError(f"{name}={value} must be at least 0")
+            if name.endswith("soft_cap") and value <= 0:
+                or_none = ", or None for no cap" if types[name] == float | None else ""
+                raise ValueError(f"{name}={value} must be positive{or_none}")
             config_lib.check_num_layers(name, value, name)
             if name in ("rotary_base", "window_rotary_base") and not value > 1:
                 raise ValueError(f"{name}={value} must exceed 1")
@@ -251,12 +255,13 @@ def check_values(cfg: ModelConfig, reason: str, **required: Any) -> None:
             raise ValueError(f"{reason} needs {name}={value!r}, got {getattr(cfg, name)!r}: change one of them")
 
 
-def check_divides(cfg: ModelConfig, divisor: str, dividend: str) -> None:
-    """Raise ``ValueError`` unless the field ``divisor`` divides the field ``dividend``."""
-    if getattr(cfg, dividend) % getattr(cfg, divisor):
-        raise ValueError(
-            f"{divisor}={getattr(cfg, divisor)} does not divide {dividend}={getattr(cfg, dividend)}: change one of them"
-        )
+def check_divides(cfg: ModelConfig, divisor: str, *dividends: str) -> None:
+    """Raise ``ValueError`` unless the field ``divisor`` divides the fields ``dividends``. None needs no check."""
+    divisor_value = getattr(cfg, divisor)
+    for dividend in dividends:
+        value = getattr(cfg, dividend)
+        if value is not None and divisor_value is not None and value % divisor_value:
+            raise ValueError(f"{divisor}={divisor_value} does not divide {dividend}={value}: change one of them")
 
 
 def check_start_id(cfg: Any) -> None:
@@ -327,6 +332,11 @@ def layer_kinds(cfg: Any) -> tuple[Any, ...]:
     ``cfg.num_layers`` layers.
     """
     return tuple(cfg.pattern[layer % len(cfg.pattern)] for layer in range(cfg.num_layers))
+
+
+def layers_of_kinds(cfg: Any, specs_of: dict[str, Any]) -> Any:
+    """The specs of all layers (``spec.layers``), from the specs of a layer of each kind."""
+    return spec.layers((specs_of[kind] for kind in layer_kinds(cfg)), stacked=cfg.scan_layers)
 
 
 def check_source(tokens: jax.Array, source: Any, source_segment_ids: Any, state: State | None) -> None:

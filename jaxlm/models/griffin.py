@@ -17,7 +17,6 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from jaxlm import spec
 from jaxlm.models import common, heads
 from jaxlm.nn.attention import Implementation, attention, window_cache
 from jaxlm.nn.attention.rotary import rotary_angles, rotate
@@ -77,19 +76,13 @@ class Config(common.TransformerConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         common.check_pattern(self)
-        common.check_divides(self, "num_heads", "embed_dim")
+        common.check_divides(self, "num_heads", "embed_dim", "lru_width")
         common.check_divides(self, "num_kv_heads", "num_heads")
-        if lru_width(self) % self.num_heads:
-            raise ValueError(
-                f"lru_width={self.lru_width} must be a multiple of num_heads={self.num_heads}: change one of them"
-            )
         if self.embed_dim // self.num_heads % 4:
             raise ValueError(
                 f"a head width of {self.embed_dim // self.num_heads} (embed_dim / num_heads) is not a multiple of 4: "
                 "rotary positions rotate pairs in half of each head, so change embed_dim or num_heads"
             )
-        if self.logits_soft_cap <= 0.0:
-            raise ValueError(f"logits_soft_cap={self.logits_soft_cap} must be positive")
 
 
 def apply(
@@ -213,19 +206,10 @@ def specs(cfg: Config) -> dict[str, Any]:
         "up": linear_specs((D, F), ("embed", "mlp"), normal),
         "down": linear_specs((F, D), ("mlp", "embed"), mlp_output_init),
     }
-    blocks = {"recurrent": recurrent, "attention": attention}
-    return {
-        "token_embedding": heads.table_specs(cfg, D, normal),
-        "layers": spec.layers(
-            (
-                {"mixer_norm": norm, mixer: blocks[mixer], "mlp_norm": norm, "mlp": mlp}
-                for mixer in common.layer_kinds(cfg)
-            ),
-            stacked=cfg.scan_layers,
-        ),
-        "final_norm": norm,
-        **heads.decoder_head_specs(cfg, D, normal),
-    }
+    shared = {"mixer_norm": norm, "mlp_norm": norm, "mlp": mlp}
+    specs_of = {"recurrent": {"recurrent": recurrent, **shared}, "attention": {"attention": attention, **shared}}
+    layers = common.layers_of_kinds(cfg, specs_of)
+    return heads.decoder_specs(cfg, layers, norm, normal)
 
 
 def state_specs(cfg: Config, batch: int, length: int) -> dict[str, Any]:
@@ -236,7 +220,7 @@ def state_specs(cfg: Config, batch: int, length: int) -> dict[str, Any]:
     the last ``conv_width - 1`` real tokens), ``num_tokens`` and ``document_start`` (``window_cache``).
     """
     dtype, W, head_dim = jnp.dtype(cfg.dtype), lru_width(cfg), cfg.embed_dim // cfg.num_heads
-    layer_specs = {
+    specs_of = {
         "recurrent": {
             "tail": window.tail_specs(batch, cfg.conv_width - 1, W, dtype),
             "hidden": ArraySpec((batch, W), ("batch", "mlp")),
@@ -244,7 +228,7 @@ def state_specs(cfg: Config, batch: int, length: int) -> dict[str, Any]:
         "attention": window_cache.layer_specs(batch, cfg.window, cfg.num_kv_heads, head_dim, dtype),
     }
     return {
-        "layers": spec.layers((layer_specs[mixer] for mixer in common.layer_kinds(cfg)), stacked=cfg.scan_layers),
+        "layers": common.layers_of_kinds(cfg, specs_of),
         "segment_ids": window.past_segment_specs(batch, cfg.conv_width - 1),
         **window_cache.token_count_specs(batch),
     }

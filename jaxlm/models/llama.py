@@ -103,9 +103,8 @@ class Config(experts.ExpertsConfig):
         _check_pattern(self)
         if self.head_dim is None and self.embed_dim % self.num_heads:
             raise ValueError(f"num_heads={self.num_heads} does not divide embed_dim={self.embed_dim}: set head_dim")
-        _, kv_heads, head_dim = head_sizes(self)
-        if self.num_heads % kv_heads:
-            raise ValueError(f"num_kv_heads={kv_heads} does not divide num_heads={self.num_heads}: change one of them")
+        common.check_divides(self, "num_kv_heads", "num_heads")
+        head_dim = head_sizes(self)[2]
         if head_dim % 2:
             raise ValueError(
                 f"the head width {head_dim} is odd, but rotary positions rotate pairs: set an even head_dim"
@@ -269,12 +268,7 @@ def specs(cfg: Config) -> dict[str, Any]:
         **({"attention_output_norm": norm, "mlp_output_norm": norm} if is_gemma else {}),
     }
     layers = ({**block, **experts.mlp_specs(cfg, layer, normal)} for layer in range(cfg.num_layers))
-    return {
-        "token_embedding": heads.table_specs(cfg, D, normal),
-        "layers": spec.layers(layers, stacked=cfg.scan_layers),
-        "final_norm": norm,
-        **heads.decoder_head_specs(cfg, D, normal),
-    }
+    return heads.decoder_specs(cfg, spec.layers(layers, stacked=cfg.scan_layers), norm, normal)
 
 
 def state_specs(cfg: Config, batch: int, length: int) -> dict[str, ArraySpec]:
