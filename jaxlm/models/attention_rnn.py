@@ -112,7 +112,7 @@ def apply(
         ValueError: the inputs are not integers of matching shapes; both or none of ``source`` and ``state`` are given;
             or ``source_segment_ids`` are given with a state.
     """
-    common.check_tokens(tokens, segment_ids, None, None)
+    common.check_tokens(tokens, segment_ids)
     common.check_source(tokens, source, source_segment_ids, state)
     form, params = _FORMS[cfg.attention], _gather_weights(cfg, params)
     decode_state = state
@@ -228,7 +228,7 @@ def _encode(
     For luong, the dict also has ``states``, the LSTM state of each layer after each token. With ``copy``, it also has
     ``tokens``, the source ids.
     """
-    common.check_tokens(source, segment_ids, None, None, name="source")
+    common.check_tokens(source, segment_ids, name="source")
     key, weights = fold_in_name(key, "encoder"), _gather_weights(cfg, params)["encoder"]
     table, size = params["token_embedding"], cfg.vocab_size
     if cfg.source_vocab_size is not None:

@@ -105,7 +105,7 @@ def apply(
     Raises:
         ValueError: the inputs are not integers of the same shape, or there is a state and the task is not causal.
     """
-    common.check_tokens(tokens, segment_ids, None, None)
+    common.check_tokens(tokens, segment_ids)
     if state is not None and cfg.task != "causal":
         raise ValueError(f"task={cfg.task!r} reads the whole sequence at once and carries no state: leave state=None")
     segments = common.segment_ids_or_ones(tokens, segment_ids)

@@ -160,9 +160,7 @@ def _embed(
 
 
 def _attention(cfg: Config, weights: Params, x: jax.Array, mask: Mask, key: jax.Array | None) -> jax.Array:
-    q, k, v = (
-        constrain(linear(weights[name], x), ("batch", "seq", "heads", "kv")) for name in ("query", "key", "value")
-    )
+    q, k, v = common.project_heads(weights, x, "query", "key", "value")
     x = attention(
         q, k, v, mask, dropout=cfg.attention_dropout, key=fold_in_name(key, "attention"),
         implementation=cfg.attention_implementation,
@@ -258,10 +256,7 @@ def specs(cfg: Config) -> dict[str, Any]:
             "output": linear_specs((H, K, D), ("heads", "kv", "embed"), normal, num_input_axes=2),
         },
         "attention_norm": layer_norm_specs(D),
-        "mlp": {
-            "up": linear_specs((D, F), ("embed", "mlp"), normal),
-            "down": linear_specs((F, D), ("mlp", "embed"), normal),
-        },
+        "mlp": common.mlp_specs(D, F, normal),
         "mlp_norm": layer_norm_specs(D),
     }
     tree = {

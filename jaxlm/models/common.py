@@ -14,9 +14,12 @@ from jaxlm import config as config_lib
 from jaxlm import spec
 from jaxlm.nn import choices
 from jaxlm.nn.attention import cache, tile_scores
+from jaxlm.nn.convolution.window import pad_to_length
+from jaxlm.nn.embedding import embed
 from jaxlm.nn.experts import dropless
+from jaxlm.nn.linear import linear, linear_specs
 from jaxlm.sharding import constrain
-from jaxlm.spec import Array, ArraySpec, LayerTrees, Params, State, require_arrays
+from jaxlm.spec import Array, ArraySpec, Initializer, LayerTrees, Params, State, require_arrays
 
 ComputeDtype = Literal["float32", "bfloat16", "float16"]
 Remat = Literal["none", "dots", "full"]
@@ -212,6 +215,36 @@ def gather_weights(specs: Any, params: Params) -> Any:
     return jax.tree.map(gather, specs, params)
 
 
+def project_heads(weights: Params, x_BTD: jax.Array, *names: str) -> list[jax.Array]:
+    """The outputs of the linear layers ``names``, such as queries and keys: a list of arrays [B, T, H, K]."""
+    return [constrain(linear(weights[name], x_BTD), ("batch", "seq", "heads", "kv")) for name in names]
+
+
+def mlp_specs(width: int, hidden: int, init: Initializer, down_init: Initializer | None = None) -> dict[str, Any]:
+    """The specs of an MLP without a gate: ``up`` and ``down``. ``down_init`` is ``init`` by default."""
+    return {
+        "up": linear_specs((width, hidden), ("embed", "mlp"), init),
+        "down": linear_specs((hidden, width), ("mlp", "embed"), init if down_init is None else down_init),
+    }
+
+
+def embed_padded_text(
+    cfg: Any, table_VD: jax.Array, tokens_BT: jax.Array, segment_ids: jax.Array | None, *, reverse: bool = False
+) -> jax.Array:
+    """The embedded text of each row and then zeros, [B, cfg.max_positions, D]; NaN for a row with several documents.
+
+    Padding inside the text is moved to the end of the row. ``reverse`` reverses the order of the real tokens.
+    """
+    tokens, is_real_BT, is_one_text_B = pad_to_length(tokens_BT, segment_ids, cfg.max_positions, reverse=reverse)
+    x = jnp.where(is_real_BT[:, :, None], embed(table_VD, tokens, jnp.dtype(cfg.dtype), size=cfg.vocab_size), 0.0)
+    return jnp.where(is_one_text_B[:, None, None], x, jnp.nan)
+
+
+def length_of_constant_state(cfg: Any) -> int:
+    """The ``length`` that training passes to ``state_specs`` if every ``length`` gives the same state: 1."""
+    return 1
+
+
 def time_axis_name(length: int, num_tokens: int) -> str | None:
     """The name of a time axis: ``seq`` if its size ``length`` is a multiple of ``num_tokens``, otherwise None.
 
@@ -274,7 +307,12 @@ def check_start_id(cfg: Any) -> None:
 
 
 def check_tokens(
-    tokens: Array, segment_ids: Array | None, positions: Any, max_positions: int | None, *, name: str = "tokens"
+    tokens: Array,
+    segment_ids: Array | None,
+    positions: Any = None,
+    max_positions: int | None = None,
+    *,
+    name: str = "tokens",
 ) -> None:
     """Raise ``ValueError`` unless the inputs of ``apply`` are integer arrays of the same shape [B, T].
 

@@ -145,7 +145,7 @@ def apply_with_routing(
     key: jax.Array | None = None,
 ) -> tuple[jax.Array, State | None, RouterStatistics | None]:
     """The results of :func:`apply`, and the router statistics of layers with experts, stacked (None: no experts)."""
-    common.check_tokens(tokens, segment_ids, None, cfg.max_positions)
+    common.check_tokens(tokens, segment_ids, max_positions=cfg.max_positions)
     tokens, layout = move_padding_last(tokens, segment_ids, None if state is None else state["past"])
     masks = layout.recurrence_masks()
     if "attention" in common.layer_kinds(cfg):
@@ -208,7 +208,7 @@ def _attention(
     """The output of gated attention, [B, T, D], and its new cache (None without a state)."""
     query_gate = constrain(linear(weights["query_gate"], x), ("batch", "seq", "heads", None, "kv"))
     q, gate = query_gate[:, :, :, 0], query_gate[:, :, :, 1]
-    k, v = (constrain(linear(weights[name], x), ("batch", "seq", "heads", "kv")) for name in ("key", "value"))
+    k, v = common.project_heads(weights, x, "key", "value")
     q, k = (rms_norm(weights[f"{name}_norm"], y, cfg.norm_epsilon) for name, y in (("query", q), ("key", k)))
     kv, (k, v) = cache.append_and_read(kv, (rotate(k, angles), v), context)
     x = attention(rotate(q, angles), k, v, context.mask, implementation=cfg.attention_implementation)

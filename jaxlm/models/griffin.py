@@ -25,7 +25,6 @@ from jaxlm.nn.embedding import embed
 from jaxlm.nn.linear import linear, linear_specs
 from jaxlm.nn.norm import rms_norm, rms_norm_specs
 from jaxlm.nn.recurrence import rg_lru, rg_lru_specs
-from jaxlm.nn.segments import segment_boundaries
 from jaxlm.nn.swiglu import swiglu
 from jaxlm.sharding import constrain
 from jaxlm.spec import ArraySpec, Normal, Params, State, fold_in_name
@@ -102,13 +101,12 @@ def apply(
         segment_ids: [B, T] int32, 0 for padding and n for document n. Documents do not interact. Default: one document.
         key: random key for dropout; None: no dropout.
     """
-    common.check_tokens(tokens, segment_ids, None, None)
+    common.check_tokens(tokens, segment_ids)
     tokens, layout = window.move_padding_last(tokens, segment_ids, None if state is None else state["segment_ids"])
-    is_first, is_real = None, None  # None: each row is one document without padding
-    if layout.segment_ids is not None:
-        last_segment = None if state is None else state["segment_ids"][:, -1]
-        is_first, is_real, _ = segment_boundaries(layout.segment_ids, last_segment, include_first=True)
-    context, new_state = window_cache.make_context(tokens, state, is_first, is_real, cfg.window)
+    masks = layout.recurrence_masks(include_first=True)
+    context, new_state = window_cache.make_context(
+        tokens, state, masks.get("reset_BT"), masks.get("keep_BT"), cfg.window
+    )
     angles = rotary_angles(context.positions, cfg.embed_dim // cfg.num_heads // 2, cfg.rotary_base)
 
     x = embed(params["token_embedding"], tokens, jnp.dtype(cfg.dtype), size=cfg.vocab_size)
@@ -124,7 +122,7 @@ def apply(
                 cfg, weights["attention"], normed, layer_state, context, angles, fold_in_name(layer_key, "attention")
             )
         else:
-            mixed, layer_state = _recurrent(weights["recurrent"], normed, layer_state, layout, is_first, is_real)
+            mixed, layer_state = _recurrent(weights["recurrent"], normed, layer_state, layout, masks)
         x = constrain(x + mixed, ("batch", "seq", "activation_embed"))
         x = x + swiglu(weights["mlp"], rms_norm(weights["mlp_norm"], x, cfg.norm_epsilon), jax.nn.gelu)
         return constrain(x, ("batch", "seq", "activation_embed")), layer_state
@@ -136,13 +134,13 @@ def apply(
 
 
 def _recurrent(
-    weights: Params, x: jax.Array, state: State | None, layout: window.TokenLayout, is_first: Any, is_real: Any
+    weights: Params, x: jax.Array, state: State | None, layout: window.TokenLayout, masks: dict[str, Any]
 ) -> tuple[jax.Array, Any]:
     """The output of a recurrent block, [B, T, D], and its new state (None without a state)."""
     gate, x = (constrain(linear(weights[name], x), ("batch", "seq", "mlp")) for name in ("gate", "input"))
     tail, hidden = (None, None) if state is None else (state["tail"], state["hidden"])
     x, tail = causal_depthwise_convolution(weights["convolution"], layout, x, tail)
-    x, hidden = rg_lru(weights["rg_lru"], x, hidden, reset_BT=is_first, keep_BT=is_real)
+    x, hidden = rg_lru(weights["rg_lru"], x, hidden, **masks)
     x = linear(weights["output"], jax.nn.gelu(gate) * x)
     return x, None if state is None else {"tail": tail, "hidden": hidden}
 
@@ -234,9 +232,7 @@ def state_specs(cfg: Config, batch: int, length: int) -> dict[str, Any]:
     }
 
 
-def carried_state_length(cfg: Config) -> int:
-    """The ``length`` that training passes to :func:`state_specs`. Any ``length`` gives the same state."""
-    return 1
+carried_state_length = common.length_of_constant_state
 
 
 VARIANTS = {

@@ -185,9 +185,7 @@ def _attention(
     angles: tuple[jax.Array, jax.Array] | None,
     key: jax.Array | None,
 ) -> tuple[jax.Array, Any]:
-    q, k, v = (
-        constrain(linear(weights[name], x), ("batch", "seq", "heads", "kv")) for name in ("query", "key", "value")
-    )
+    q, k, v = common.project_heads(weights, x, "query", "key", "value")
     if cfg.qk_norm:
         q, k = (rms_norm(weights[f"{name}_norm"], y, cfg.norm_epsilon) for name, y in (("query", q), ("key", k)))
     if angles is not None:

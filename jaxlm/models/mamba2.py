@@ -137,7 +137,7 @@ def apply(
         segment_ids: [B, T] int32, 0 for padding and n for document n. Documents do not interact. Default: one document.
         key: not used, because the model has no dropout.
     """
-    common.check_tokens(tokens, segment_ids, None, cfg.max_positions)
+    common.check_tokens(tokens, segment_ids, max_positions=cfg.max_positions)
     tokens, layout = move_padding_last(tokens, segment_ids, None if state is None else state["past"])
     masks = layout.recurrence_masks()
     if has_attention(cfg):

@@ -134,7 +134,7 @@ def apply_with_outputs(
 
     :func:`regularization` needs both outputs.
     """
-    common.check_tokens(tokens, segment_ids, None, None)
+    common.check_tokens(tokens, segment_ids)
     if state is not None and cfg.direction == "both":
         raise ValueError("direction='both' needs the whole sequence at once and carries no state: leave state out")
     layer = cfg.cell.layer
@@ -297,6 +297,4 @@ def state_specs(cfg: RecurrentConfig, batch: int, length: int) -> dict[str, Any]
     return {**layers, "last_segment": ArraySpec((batch,), ("batch",), dtype=jnp.int32)}
 
 
-def carried_state_length(cfg: RecurrentConfig) -> int:
-    """The ``length`` that training passes to :func:`state_specs`. Any ``length`` gives the same state."""
-    return 1
+carried_state_length = common.length_of_constant_state

@@ -110,7 +110,7 @@ def apply(
         ValueError: the inputs have wrong shapes or dtypes, only one of ``order`` and ``targets`` is given, or they are
             given for another task than permutation.
     """
-    common.check_tokens(tokens, segment_ids, None, None)
+    common.check_tokens(tokens, segment_ids)
     _check_inputs(cfg, tokens, token_types, right_to_left, order, targets)
     targets = None if targets is None else widen_ids(targets)
     dtype = jnp.dtype(cfg.dtype)
@@ -303,10 +303,7 @@ def specs(cfg: Config) -> dict[str, Any]:
             "type_embedding": ArraySpec((2, H, K), (None, "heads", "kv"), normal, decay=True),
         },
         "attention_norm": layer_norm_specs(D),
-        "mlp": {
-            "up": linear_specs((D, F), ("embed", "mlp"), normal),
-            "down": linear_specs((F, D), ("mlp", "embed"), normal),
-        },
+        "mlp": common.mlp_specs(D, F, normal),
         "mlp_norm": layer_norm_specs(D),
     }
     tree = {

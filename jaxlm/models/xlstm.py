@@ -99,7 +99,7 @@ def apply(
         segment_ids: [B, T] int32, 0 for padding and n for document n. Documents do not interact. Default: one document.
         key: not used, because the model has no dropout.
     """
-    common.check_tokens(tokens, segment_ids, None, None)
+    common.check_tokens(tokens, segment_ids)
     tokens, layout = move_padding_last(tokens, segment_ids, None if state is None else state["past"])
     masks = layout.recurrence_masks()
 
@@ -127,10 +127,7 @@ def _mlstm(
     cfg: Config, weights: Params, x: jax.Array, state: State | None, masks: dict[str, Any]
 ) -> tuple[jax.Array, Any]:
     """The output of an mLSTM layer, [B, T, D], and its new state."""
-    q, k, v, o = (
-        constrain(linear(weights[name], x), ("batch", "seq", "heads", "kv"))
-        for name in ("query", "key", "value", "output_gate")
-    )
+    q, k, v, o = common.project_heads(weights, x, "query", "key", "value", "output_gate")
     log_input, forget = (
         soft_cap(linear(weights[name], x).astype(jnp.float32), cfg.gate_soft_cap)
         for name in ("input_gate", "forget_gate")
@@ -248,9 +245,7 @@ def state_specs(cfg: Config, batch: int, length: int) -> dict[str, Any]:
     return {"layers": common.layers_of_kinds(cfg, specs_of), "past": past}
 
 
-def carried_state_length(cfg: Config) -> int:
-    """The ``length`` that training passes to :func:`state_specs`. Any ``length`` gives the same state."""
-    return 1
+carried_state_length = common.length_of_constant_state
 
 
 _TINY = Config(vocab_size=128, num_layers=2, embed_dim=32, mlp_dim=48, num_heads=4, key_dim=64, value_dim=64)
