@@ -147,7 +147,8 @@ def apply_with_routing(
     common.check_tokens(tokens, segment_ids, positions, cfg.max_positions)
     context, state = cache.make_context(tokens, state, segment_ids, positions)
     is_gemma, kinds = cfg.block == "gemma", layer_kinds(cfg)
-    attention_inputs = {kind: _attention_inputs(cfg, kind, context, state) for kind in set(kinds)}
+    # The order of a set differs between processes, but all processes must trace the same program.
+    attention_inputs = {kind: _attention_inputs(cfg, kind, context, state) for kind in dict.fromkeys(kinds)}
 
     x = embed(params["token_embedding"], tokens, jnp.dtype(cfg.dtype), size=cfg.vocab_size) * embedding_multiplier(cfg)
     x = constrain(x if added_embeddings is None else x + added_embeddings, ("batch", "seq", "activation_embed"))
