@@ -28,7 +28,7 @@ import jax.numpy as jnp
 from jaxlm.models import common, heads
 from jaxlm.nn.convolution import causal_convolution, convolution, convolution_specs
 from jaxlm.nn.convolution.pooling import causal_max_pool, max_pool
-from jaxlm.nn.convolution.window import move_padding_last, pad_to_length, past_segment_specs, restore_order, tail_specs
+from jaxlm.nn.convolution.window import move_padding_last, past_segment_specs, restore_order, tail_specs
 from jaxlm.nn.dropout import dropout
 from jaxlm.nn.embedding import embed, round_up
 from jaxlm.nn.linear import linear, linear_specs
@@ -110,7 +110,7 @@ def apply(
         ValueError: the inputs are not integers of the same shape; a classifier gets a state; or a classifier gets more
             than ``max_positions`` tokens per row.
     """
-    common.check_tokens(tokens, segment_ids, None, None)
+    common.check_tokens(tokens, segment_ids)
     table = params["token_embedding"]
     if cfg.embedding == "one_hot":
         table = jax.lax.stop_gradient(table)
@@ -125,9 +125,7 @@ def _text_features(
     cfg: Config, params: Params, table: jax.Array, tokens: jax.Array, segment_ids: jax.Array | None
 ) -> jax.Array:
     """The features of the classifier after all convolutions and poolings, [B, S, C]."""
-    tokens, is_real_BT, is_one_text_B = pad_to_length(tokens, segment_ids, cfg.max_positions, reverse=cfg.reverse)
-    x = jnp.where(is_real_BT[:, :, None], embed(table, tokens, jnp.dtype(cfg.dtype), size=cfg.vocab_size), 0.0)
-    x = jnp.where(is_one_text_B[:, None, None], x, jnp.nan)
+    x = common.embed_padded_text(cfg, table, tokens, segment_ids, reverse=cfg.reverse)
     for layer, window in enumerate(cfg.pools):
         x = jax.nn.relu(convolution(params[f"layer_{layer}"], x, padding="valid"))
         if window > 1:

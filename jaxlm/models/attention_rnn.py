@@ -112,7 +112,7 @@ def apply(
         ValueError: the inputs are not integers of matching shapes; both or none of ``source`` and ``state`` are given;
             or ``source_segment_ids`` are given with a state.
     """
-    common.check_tokens(tokens, segment_ids, None, None)
+    common.check_tokens(tokens, segment_ids)
     common.check_source(tokens, source, source_segment_ids, state)
     form, params = _FORMS[cfg.attention], _gather_weights(cfg, params)
     decode_state = state
@@ -228,7 +228,7 @@ def _encode(
     For luong, the dict also has ``states``, the LSTM state of each layer after each token. With ``copy``, it also has
     ``tokens``, the source ids.
     """
-    common.check_tokens(source, segment_ids, None, None, name="source")
+    common.check_tokens(source, segment_ids, name="source")
     key, weights = fold_in_name(key, "encoder"), _gather_weights(cfg, params)["encoder"]
     table, size = params["token_embedding"], cfg.vocab_size
     if cfg.source_vocab_size is not None:
@@ -296,7 +296,7 @@ def state_specs(cfg: Config, batch: int, length: int, source_length: int = 1) ->
 
 def specs(cfg: Config) -> dict[str, Any]:
     """The specs of all parameters."""
-    E, H, D, V = cfg.embed_dim, cfg.hidden_dim, cfg.output_dim, round_up(cfg.vocab_size, cfg.vocab_multiple)
+    E, H, D = cfg.embed_dim, cfg.hidden_dim, cfg.output_dim
     form, uniform = _FORMS[cfg.attention], Uniform(cfg.init_bound)
     tree: dict[str, Any] = {"token_embedding": heads.table_specs(cfg, E, uniform)}
     if cfg.source_vocab_size is not None:
@@ -311,7 +311,7 @@ def specs(cfg: Config) -> dict[str, Any]:
     if cfg.copy:
         tree["copy"] = copy_gate_specs(H, E, C, uniform)
     if cfg.task == "seq2seq":
-        tree["head"] = {"weight": heads.table_specs(cfg, D, uniform), "bias": ArraySpec((V,), ("vocab",))}
+        tree["head"] = {"weight": heads.table_specs(cfg, D, uniform), "bias": heads.vocab_bias_specs(cfg)}
     return tree
 
 

@@ -35,7 +35,7 @@ from jaxlm.nn.alignment import (
 )
 from jaxlm.nn.attention import memory
 from jaxlm.nn.dropout import dropout
-from jaxlm.nn.embedding import Unembedding, embed, round_up
+from jaxlm.nn.embedding import embed
 from jaxlm.nn.linear import linear, linear_specs
 from jaxlm.nn.recurrence import lstm, lstm_specs, lstm_state_specs
 from jaxlm.nn.segments import segment_boundaries
@@ -105,7 +105,7 @@ def apply(
     Raises:
         ValueError: the inputs are not integers of the same shape, or there is a state and the task is not causal.
     """
-    common.check_tokens(tokens, segment_ids, None, None)
+    common.check_tokens(tokens, segment_ids)
     if state is not None and cfg.task != "causal":
         raise ValueError(f"task={cfg.task!r} reads the whole sequence at once and carries no state: leave state=None")
     segments = common.segment_ids_or_ones(tokens, segment_ids)
@@ -170,14 +170,7 @@ def _attend(
     return jnp.tanh(projected_context_BTK + linear(output_weights["state"], prediction_BTK)), new_memory
 
 
-def logits(cfg: Config, params: Params, hidden: jax.Array) -> jax.Array | Unembedding:
-    """The logits of the task's head: of the next token, as an ``Unembedding``, or of labels, float32.
-
-    For the task classification, the logits have shape [B, 1, num_labels], and ``hidden`` must come from :func:`pool`.
-    """
-    if cfg.task == "classification":
-        return heads.head_logits(cfg.task, params, hidden)
-    return Unembedding(params["head"]["weight"], hidden, params["head"]["bias"], vocab_size=cfg.vocab_size)
+logits = heads.decoder_logits
 
 
 def pool(
@@ -227,7 +220,7 @@ def redundancy(weights_BRT: jax.Array) -> jax.Array:
 
 def specs(cfg: Config) -> dict[str, Any]:
     """The specs of all parameters."""
-    V, H, K = round_up(cfg.vocab_size, cfg.vocab_multiple), cfg.hidden_dim, cfg.hidden_dim // cfg.parts
+    H, K = cfg.hidden_dim, cfg.hidden_dim // cfg.parts
     uniform = Uniform(cfg.init_bound)
     recurrent_init = None if cfg.recurrent_init_bound is None else Uniform(cfg.recurrent_init_bound)
     tree: dict[str, Any] = {"token_embedding": heads.table_specs(cfg, cfg.embed_dim, uniform)}
@@ -245,7 +238,7 @@ def specs(cfg: Config) -> dict[str, Any]:
         "found": linear_specs((K, K), ("embed", "mlp"), uniform, bias=False),
         "state": linear_specs((K, K), ("embed", "mlp"), uniform),
     }
-    tree["head"] = {"weight": heads.table_specs(cfg, K, uniform), "bias": ArraySpec((V,), ("vocab",))}
+    tree["head"] = {"weight": heads.table_specs(cfg, K, uniform), "bias": heads.vocab_bias_specs(cfg)}
     return tree
 
 

@@ -21,7 +21,7 @@ from jaxlm.nn.activation import Activation, activation
 from jaxlm.nn.attention import Implementation, attention
 from jaxlm.nn.attention.mask import Mask, document_mask
 from jaxlm.nn.dropout import dropout
-from jaxlm.nn.embedding import Unembedding, embed, round_up, widen_ids
+from jaxlm.nn.embedding import Unembedding, embed, widen_ids
 from jaxlm.nn.linear import linear, linear_specs
 from jaxlm.nn.norm import layer_norm, layer_norm_specs
 from jaxlm.nn.segments import positions_in_segments
@@ -160,9 +160,7 @@ def _embed(
 
 
 def _attention(cfg: Config, weights: Params, x: jax.Array, mask: Mask, key: jax.Array | None) -> jax.Array:
-    q, k, v = (
-        constrain(linear(weights[name], x), ("batch", "seq", "heads", "kv")) for name in ("query", "key", "value")
-    )
+    q, k, v = common.project_heads(weights, x, "query", "key", "value")
     x = attention(
         q, k, v, mask, dropout=cfg.attention_dropout, key=fold_in_name(key, "attention"),
         implementation=cfg.attention_implementation,
@@ -251,7 +249,6 @@ def specs(cfg: Config) -> dict[str, Any]:
     As in Hugging Face, only models with the task classification or none, or with ``next_sentence``, have a pooler.
     """
     D, H, K, F = cfg.embed_dim, cfg.num_heads, cfg.embed_dim // cfg.num_heads, mlp_dim(cfg)
-    V = round_up(cfg.vocab_size, cfg.vocab_multiple)
     normal = Normal(cfg.init_stddev)
     block = {
         "attention": {
@@ -259,10 +256,7 @@ def specs(cfg: Config) -> dict[str, Any]:
             "output": linear_specs((H, K, D), ("heads", "kv", "embed"), normal, num_input_axes=2),
         },
         "attention_norm": layer_norm_specs(D),
-        "mlp": {
-            "up": linear_specs((D, F), ("embed", "mlp"), normal),
-            "down": linear_specs((F, D), ("mlp", "embed"), normal),
-        },
+        "mlp": common.mlp_specs(D, F, normal),
         "mlp_norm": layer_norm_specs(D),
     }
     tree = {
@@ -279,7 +273,7 @@ def specs(cfg: Config) -> dict[str, Any]:
         tree["masked"] = {
             "dense": linear_specs((D, D), ("embed", None), normal),
             "norm": layer_norm_specs(D),
-            "bias": ArraySpec((V,), ("vocab",)),
+            "bias": heads.vocab_bias_specs(cfg),
         }
     if cfg.task in ("classification", "none") or cfg.next_sentence:
         tree["pooler"] = linear_specs((D, D), ("embed", None), normal)

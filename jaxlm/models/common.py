@@ -11,11 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm import config as config_lib
+from jaxlm import spec
 from jaxlm.nn import choices
 from jaxlm.nn.attention import cache, tile_scores
+from jaxlm.nn.convolution.window import pad_to_length
+from jaxlm.nn.embedding import embed
 from jaxlm.nn.experts import dropless
+from jaxlm.nn.linear import linear, linear_specs
 from jaxlm.sharding import constrain
-from jaxlm.spec import Array, ArraySpec, LayerTrees, Params, State, require_arrays
+from jaxlm.spec import Array, ArraySpec, Initializer, LayerTrees, Params, State, require_arrays
 
 ComputeDtype = Literal["float32", "bfloat16", "float16"]
 Remat = Literal["none", "dots", "full"]
@@ -28,7 +32,7 @@ class ModelConfig:
     A value must have the type of its field. An integer field must be at least the ``minimum`` in the metadata of its
     ``dataclasses.field`` (default: 1). A field whose name ends in ``dropout`` is a rate in [0, 1). A field whose name
     ends in ``epsilon``, ``init_bound`` or ``init_stddev`` must be at least 0. A rotary base must exceed 1, and a number
-    of layers has an upper limit.
+    of layers has an upper limit. A field whose name ends in ``soft_cap`` must be positive.
     """
 
     vocab_multiple: int = 1
@@ -54,6 +58,9 @@ class ModelConfig:
                 raise ValueError(f"{name}={value} must be in [0, 1)")
             if name.endswith(("epsilon", "init_bound", "init_stddev")) and value < 0:
                 raise ValueError(f"{name}={value} must be at least 0")
+            if name.endswith("soft_cap") and value <= 0:
+                or_none = ", or None for no cap" if types[name] == float | None else ""
+                raise ValueError(f"{name}={value} must be positive{or_none}")
             config_lib.check_num_layers(name, value, name)
             if name in ("rotary_base", "window_rotary_base") and not value > 1:
                 raise ValueError(f"{name}={value} must exceed 1")
@@ -208,6 +215,36 @@ def gather_weights(specs: Any, params: Params) -> Any:
     return jax.tree.map(gather, specs, params)
 
 
+def project_heads(weights: Params, x_BTD: jax.Array, *names: str) -> list[jax.Array]:
+    """The outputs of the linear layers ``names``, such as queries and keys: a list of arrays [B, T, H, K]."""
+    return [constrain(linear(weights[name], x_BTD), ("batch", "seq", "heads", "kv")) for name in names]
+
+
+def mlp_specs(width: int, hidden: int, init: Initializer, down_init: Initializer | None = None) -> dict[str, Any]:
+    """The specs of an MLP without a gate: ``up`` and ``down``. ``down_init`` is ``init`` by default."""
+    return {
+        "up": linear_specs((width, hidden), ("embed", "mlp"), init),
+        "down": linear_specs((hidden, width), ("mlp", "embed"), init if down_init is None else down_init),
+    }
+
+
+def embed_padded_text(
+    cfg: Any, table_VD: jax.Array, tokens_BT: jax.Array, segment_ids: jax.Array | None, *, reverse: bool = False
+) -> jax.Array:
+    """The embedded text of each row and then zeros, [B, cfg.max_positions, D]; NaN for a row with several documents.
+
+    Padding inside the text is moved to the end of the row. ``reverse`` reverses the order of the real tokens.
+    """
+    tokens, is_real_BT, is_one_text_B = pad_to_length(tokens_BT, segment_ids, cfg.max_positions, reverse=reverse)
+    x = jnp.where(is_real_BT[:, :, None], embed(table_VD, tokens, jnp.dtype(cfg.dtype), size=cfg.vocab_size), 0.0)
+    return jnp.where(is_one_text_B[:, None, None], x, jnp.nan)
+
+
+def length_of_constant_state(cfg: Any) -> int:
+    """The ``length`` that training passes to ``state_specs`` if every ``length`` gives the same state: 1."""
+    return 1
+
+
 def time_axis_name(length: int, num_tokens: int) -> str | None:
     """The name of a time axis: ``seq`` if its size ``length`` is a multiple of ``num_tokens``, otherwise None.
 
@@ -251,12 +288,13 @@ def check_values(cfg: ModelConfig, reason: str, **required: Any) -> None:
             raise ValueError(f"{reason} needs {name}={value!r}, got {getattr(cfg, name)!r}: change one of them")
 
 
-def check_divides(cfg: ModelConfig, divisor: str, dividend: str) -> None:
-    """Raise ``ValueError`` unless the field ``divisor`` divides the field ``dividend``."""
-    if getattr(cfg, dividend) % getattr(cfg, divisor):
-        raise ValueError(
-            f"{divisor}={getattr(cfg, divisor)} does not divide {dividend}={getattr(cfg, dividend)}: change one of them"
-        )
+def check_divides(cfg: ModelConfig, divisor: str, *dividends: str) -> None:
+    """Raise ``ValueError`` unless the field ``divisor`` divides the fields ``dividends``. None needs no check."""
+    divisor_value = getattr(cfg, divisor)
+    for dividend in dividends:
+        value = getattr(cfg, dividend)
+        if value is not None and divisor_value is not None and value % divisor_value:
+            raise ValueError(f"{divisor}={divisor_value} does not divide {dividend}={value}: change one of them")
 
 
 def check_start_id(cfg: Any) -> None:
@@ -269,7 +307,12 @@ def check_start_id(cfg: Any) -> None:
 
 
 def check_tokens(
-    tokens: Array, segment_ids: Array | None, positions: Any, max_positions: int | None, *, name: str = "tokens"
+    tokens: Array,
+    segment_ids: Array | None,
+    positions: Any = None,
+    max_positions: int | None = None,
+    *,
+    name: str = "tokens",
 ) -> None:
     """Raise ``ValueError`` unless the inputs of ``apply`` are integer arrays of the same shape [B, T].
 
@@ -327,6 +370,11 @@ def layer_kinds(cfg: Any) -> tuple[Any, ...]:
     ``cfg.num_layers`` layers.
     """
     return tuple(cfg.pattern[layer % len(cfg.pattern)] for layer in range(cfg.num_layers))
+
+
+def layers_of_kinds(cfg: Any, specs_of: dict[str, Any]) -> Any:
+    """The specs of all layers (``spec.layers``), from the specs of a layer of each kind."""
+    return spec.layers((specs_of[kind] for kind in layer_kinds(cfg)), stacked=cfg.scan_layers)
 
 
 def check_source(tokens: jax.Array, source: Any, source_segment_ids: Any, state: State | None) -> None:

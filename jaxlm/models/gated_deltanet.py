@@ -145,7 +145,7 @@ def apply_with_routing(
     key: jax.Array | None = None,
 ) -> tuple[jax.Array, State | None, RouterStatistics | None]:
     """The results of :func:`apply`, and the router statistics of layers with experts, stacked (None: no experts)."""
-    common.check_tokens(tokens, segment_ids, None, cfg.max_positions)
+    common.check_tokens(tokens, segment_ids, max_positions=cfg.max_positions)
     tokens, layout = move_padding_last(tokens, segment_ids, None if state is None else state["past"])
     masks = layout.recurrence_masks()
     if "attention" in common.layer_kinds(cfg):
@@ -208,7 +208,7 @@ def _attention(
     """The output of gated attention, [B, T, D], and its new cache (None without a state)."""
     query_gate = constrain(linear(weights["query_gate"], x), ("batch", "seq", "heads", None, "kv"))
     q, gate = query_gate[:, :, :, 0], query_gate[:, :, :, 1]
-    k, v = (constrain(linear(weights[name], x), ("batch", "seq", "heads", "kv")) for name in ("key", "value"))
+    k, v = common.project_heads(weights, x, "key", "value")
     q, k = (rms_norm(weights[f"{name}_norm"], y, cfg.norm_epsilon) for name, y in (("query", q), ("key", k)))
     kv, (k, v) = cache.append_and_read(kv, (rotate(k, angles), v), context)
     x = attention(rotate(q, angles), k, v, context.mask, implementation=cfg.attention_implementation)
@@ -268,12 +268,7 @@ def specs(cfg: Config) -> dict[str, Any]:
         }
         for layer, mixer in enumerate(common.layer_kinds(cfg))
     )
-    return {
-        "token_embedding": heads.table_specs(cfg, D, normal),
-        "layers": spec.layers(layers, stacked=cfg.scan_layers),
-        "final_norm": norm,
-        **heads.decoder_head_specs(cfg, D, normal),
-    }
+    return heads.decoder_specs(cfg, spec.layers(layers, stacked=cfg.scan_layers), norm, normal)
 
 
 def state_specs(cfg: Config, batch: int, length: int) -> dict[str, Any]:
@@ -287,11 +282,11 @@ def state_specs(cfg: Config, batch: int, length: int) -> dict[str, Any]:
     dtype, H, tail_length = jnp.dtype(cfg.dtype), cfg.delta_value_heads, cfg.conv_width - 1
     memory = ArraySpec((batch, H, cfg.delta_key_dim, cfg.delta_value_dim), ("batch", "heads", None, None))
     delta_rule = {"tail": tail_specs(batch, tail_length, conv_channels(cfg), dtype), "memory": memory}
-    layer_specs, caches = {"delta_rule": delta_rule}, {}
+    specs_of, caches = {"delta_rule": delta_rule}, {}
     if "attention" in common.layer_kinds(cfg):
         caches = cache.cache_specs(1, batch, length, cfg.num_kv_heads, cfg.head_dim, dtype, stacked=False)
-        layer_specs["attention"] = caches["layers"][0]
-    layers = spec.layers((layer_specs[mixer] for mixer in common.layer_kinds(cfg)), stacked=cfg.scan_layers)
+        specs_of["attention"] = caches["layers"][0]
+    layers = common.layers_of_kinds(cfg, specs_of)
     return {**caches, "layers": layers, "past": past_segment_specs(batch, tail_length)}
 
 

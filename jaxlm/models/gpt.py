@@ -178,10 +178,7 @@ def specs(cfg: Config) -> dict[str, Any]:
             "output": linear_specs((H, K, D), ("heads", "kv", "embed"), residual_init, num_input_axes=2),
         },
         "mlp_norm": layer_norm_specs(D),
-        "mlp": {
-            "up": linear_specs((D, F), ("embed", "mlp"), normal),
-            "down": linear_specs((F, D), ("mlp", "embed"), residual_init),
-        },
+        "mlp": common.mlp_specs(D, F, normal, residual_init),
     }
     return {
         "token_embedding": heads.table_specs(cfg, D, normal),
@@ -198,14 +195,13 @@ def state_specs(cfg: Config, batch: int, length: int) -> dict[str, ArraySpec]:
     return cache.cache_specs(*shape, jnp.dtype(cfg.dtype), stacked=cfg.scan_layers)
 
 
+_TINY = Config(vocab_size=128, max_positions=64, num_layers=2, num_heads=4, embed_dim=32)
 VARIANTS = {
     "gpt2": Config(),
     "gpt2-medium": Config(num_layers=24, num_heads=16, embed_dim=1024),
     "gpt2-large": Config(num_layers=36, num_heads=20, embed_dim=1280),
     "gpt2-xl": Config(num_layers=48, num_heads=25, embed_dim=1600),
     "openai-gpt": Config(vocab_size=40478, max_positions=512, norm_position="after"),
-    "gpt2-tiny": Config(vocab_size=128, max_positions=64, num_layers=2, num_heads=4, embed_dim=32),
-    "openai-gpt-tiny": Config(
-        vocab_size=128, max_positions=64, num_layers=2, num_heads=4, embed_dim=32, norm_position="after"
-    ),
+    "gpt2-tiny": _TINY,
+    "openai-gpt-tiny": dataclasses.replace(_TINY, norm_position="after"),
 }

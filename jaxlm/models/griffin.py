@@ -17,7 +17,6 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from jaxlm import spec
 from jaxlm.models import common, heads
 from jaxlm.nn.attention import Implementation, attention, window_cache
 from jaxlm.nn.attention.rotary import rotary_angles, rotate
@@ -26,7 +25,6 @@ from jaxlm.nn.embedding import embed
 from jaxlm.nn.linear import linear, linear_specs
 from jaxlm.nn.norm import rms_norm, rms_norm_specs
 from jaxlm.nn.recurrence import rg_lru, rg_lru_specs
-from jaxlm.nn.segments import segment_boundaries
 from jaxlm.nn.swiglu import swiglu
 from jaxlm.sharding import constrain
 from jaxlm.spec import ArraySpec, Normal, Params, State, fold_in_name
@@ -77,19 +75,13 @@ class Config(common.TransformerConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         common.check_pattern(self)
-        common.check_divides(self, "num_heads", "embed_dim")
+        common.check_divides(self, "num_heads", "embed_dim", "lru_width")
         common.check_divides(self, "num_kv_heads", "num_heads")
-        if lru_width(self) % self.num_heads:
-            raise ValueError(
-                f"lru_width={self.lru_width} must be a multiple of num_heads={self.num_heads}: change one of them"
-            )
         if self.embed_dim // self.num_heads % 4:
             raise ValueError(
                 f"a head width of {self.embed_dim // self.num_heads} (embed_dim / num_heads) is not a multiple of 4: "
                 "rotary positions rotate pairs in half of each head, so change embed_dim or num_heads"
             )
-        if self.logits_soft_cap <= 0.0:
-            raise ValueError(f"logits_soft_cap={self.logits_soft_cap} must be positive")
 
 
 def apply(
@@ -109,13 +101,12 @@ def apply(
         segment_ids: [B, T] int32, 0 for padding and n for document n. Documents do not interact. Default: one document.
         key: random key for dropout; None: no dropout.
     """
-    common.check_tokens(tokens, segment_ids, None, None)
+    common.check_tokens(tokens, segment_ids)
     tokens, layout = window.move_padding_last(tokens, segment_ids, None if state is None else state["segment_ids"])
-    is_first, is_real = None, None  # None: each row is one document without padding
-    if layout.segment_ids is not None:
-        last_segment = None if state is None else state["segment_ids"][:, -1]
-        is_first, is_real, _ = segment_boundaries(layout.segment_ids, last_segment, include_first=True)
-    context, new_state = window_cache.make_context(tokens, state, is_first, is_real, cfg.window)
+    masks = layout.recurrence_masks(include_first=True)
+    context, new_state = window_cache.make_context(
+        tokens, state, masks.get("reset_BT"), masks.get("keep_BT"), cfg.window
+    )
     angles = rotary_angles(context.positions, cfg.embed_dim // cfg.num_heads // 2, cfg.rotary_base)
 
     x = embed(params["token_embedding"], tokens, jnp.dtype(cfg.dtype), size=cfg.vocab_size)
@@ -131,7 +122,7 @@ def apply(
                 cfg, weights["attention"], normed, layer_state, context, angles, fold_in_name(layer_key, "attention")
             )
         else:
-            mixed, layer_state = _recurrent(weights["recurrent"], normed, layer_state, layout, is_first, is_real)
+            mixed, layer_state = _recurrent(weights["recurrent"], normed, layer_state, layout, masks)
         x = constrain(x + mixed, ("batch", "seq", "activation_embed"))
         x = x + swiglu(weights["mlp"], rms_norm(weights["mlp_norm"], x, cfg.norm_epsilon), jax.nn.gelu)
         return constrain(x, ("batch", "seq", "activation_embed")), layer_state
@@ -143,13 +134,13 @@ def apply(
 
 
 def _recurrent(
-    weights: Params, x: jax.Array, state: State | None, layout: window.TokenLayout, is_first: Any, is_real: Any
+    weights: Params, x: jax.Array, state: State | None, layout: window.TokenLayout, masks: dict[str, Any]
 ) -> tuple[jax.Array, Any]:
     """The output of a recurrent block, [B, T, D], and its new state (None without a state)."""
     gate, x = (constrain(linear(weights[name], x), ("batch", "seq", "mlp")) for name in ("gate", "input"))
     tail, hidden = (None, None) if state is None else (state["tail"], state["hidden"])
     x, tail = causal_depthwise_convolution(weights["convolution"], layout, x, tail)
-    x, hidden = rg_lru(weights["rg_lru"], x, hidden, reset_BT=is_first, keep_BT=is_real)
+    x, hidden = rg_lru(weights["rg_lru"], x, hidden, **masks)
     x = linear(weights["output"], jax.nn.gelu(gate) * x)
     return x, None if state is None else {"tail": tail, "hidden": hidden}
 
@@ -213,19 +204,10 @@ def specs(cfg: Config) -> dict[str, Any]:
         "up": linear_specs((D, F), ("embed", "mlp"), normal),
         "down": linear_specs((F, D), ("mlp", "embed"), mlp_output_init),
     }
-    blocks = {"recurrent": recurrent, "attention": attention}
-    return {
-        "token_embedding": heads.table_specs(cfg, D, normal),
-        "layers": spec.layers(
-            (
-                {"mixer_norm": norm, mixer: blocks[mixer], "mlp_norm": norm, "mlp": mlp}
-                for mixer in common.layer_kinds(cfg)
-            ),
-            stacked=cfg.scan_layers,
-        ),
-        "final_norm": norm,
-        **heads.decoder_head_specs(cfg, D, normal),
-    }
+    shared = {"mixer_norm": norm, "mlp_norm": norm, "mlp": mlp}
+    specs_of = {"recurrent": {"recurrent": recurrent, **shared}, "attention": {"attention": attention, **shared}}
+    layers = common.layers_of_kinds(cfg, specs_of)
+    return heads.decoder_specs(cfg, layers, norm, normal)
 
 
 def state_specs(cfg: Config, batch: int, length: int) -> dict[str, Any]:
@@ -236,7 +218,7 @@ def state_specs(cfg: Config, batch: int, length: int) -> dict[str, Any]:
     the last ``conv_width - 1`` real tokens), ``num_tokens`` and ``document_start`` (``window_cache``).
     """
     dtype, W, head_dim = jnp.dtype(cfg.dtype), lru_width(cfg), cfg.embed_dim // cfg.num_heads
-    layer_specs = {
+    specs_of = {
         "recurrent": {
             "tail": window.tail_specs(batch, cfg.conv_width - 1, W, dtype),
             "hidden": ArraySpec((batch, W), ("batch", "mlp")),
@@ -244,15 +226,13 @@ def state_specs(cfg: Config, batch: int, length: int) -> dict[str, Any]:
         "attention": window_cache.layer_specs(batch, cfg.window, cfg.num_kv_heads, head_dim, dtype),
     }
     return {
-        "layers": spec.layers((layer_specs[mixer] for mixer in common.layer_kinds(cfg)), stacked=cfg.scan_layers),
+        "layers": common.layers_of_kinds(cfg, specs_of),
         "segment_ids": window.past_segment_specs(batch, cfg.conv_width - 1),
         **window_cache.token_count_specs(batch),
     }
 
 
-def carried_state_length(cfg: Config) -> int:
-    """The ``length`` that training passes to :func:`state_specs`. Any ``length`` gives the same state."""
-    return 1
+carried_state_length = common.length_of_constant_state
 
 
 VARIANTS = {

@@ -51,24 +51,50 @@ def require_pooled_output(task: str, params: Params, name: str) -> None:
 def decoder_logits(cfg: Any, params: Params, hidden: jax.Array) -> jax.Array | Unembedding:
     """The logits of a decoder's head: of the next token, as an ``Unembedding``, or of labels, float32.
 
-    The table of the next-token head is ``params["token_embedding"]`` if the config has ``tie_embeddings=True``, and
-    otherwise ``params["head"]``. If the config has a field ``logits_soft_cap``, it bounds these logits
-    (``jaxlm.nn.embedding.unembed``). For labels, see :func:`head_logits`. For task classification, ``hidden`` is the
-    output of the family's ``pool``.
+    The head for tokens is ``params["head"]``: a table, or a dict with ``weight`` (a table) and ``bias``. If the config
+    has ``tie_embeddings=True``, the table is ``params["token_embedding"]`` instead. If the config has a field
+    ``logits_soft_cap``, it bounds these logits (``jaxlm.nn.embedding.unembed``). For labels, see :func:`head_logits`.
+    For task classification, ``hidden`` is the output of the family's ``pool``.
 
     Raises:
         ValueError: the task has no head.
     """
     if cfg.task != "causal":
         return head_logits(cfg.task, params, hidden)
-    table = params["token_embedding"] if getattr(cfg, "tie_embeddings", False) else params["head"]
-    soft_cap = getattr(cfg, "logits_soft_cap", None)
-    return Unembedding(table, hidden, vocab_size=cfg.vocab_size, soft_cap=soft_cap)
+    is_tied, soft_cap = getattr(cfg, "tie_embeddings", False), getattr(cfg, "logits_soft_cap", None)
+    head = params.get("head", {}) if is_tied else params["head"]
+    head = head if isinstance(head, dict) else {"weight": head}
+    table = params["token_embedding"] if is_tied else head["weight"]
+    return Unembedding(table, hidden, head.get("bias"), vocab_size=cfg.vocab_size, soft_cap=soft_cap)
 
 
 def table_specs(cfg: Any, width: int, init: Initializer) -> ArraySpec:
     """The spec of a token embedding or of the weights of a head for tokens, [V, width]; V is padded."""
     return ArraySpec((round_up(cfg.vocab_size, cfg.vocab_multiple), width), ("vocab", "embed"), init, decay=True)
+
+
+def vocab_bias_specs(cfg: Any) -> ArraySpec:
+    """The spec of the bias of a head for tokens, [V]; V is padded."""
+    return ArraySpec((round_up(cfg.vocab_size, cfg.vocab_multiple),), ("vocab",))
+
+
+def decoder_specs(
+    cfg: Any, layers: Any, norm: dict[str, ArraySpec], init: Initializer, head_init: Initializer | None = None
+) -> dict[str, Any]:
+    """The specs of a decoder: ``token_embedding``, ``layers``, ``final_norm``, and the head of :func:`decoder_logits`.
+
+    Args:
+        layers: the specs of all layers (``jaxlm.spec.layers``).
+        norm: the specs of the final norm.
+        init: the initializer of the token embedding.
+        head_init: the initializer of the head; None: ``init``.
+    """
+    return {
+        "token_embedding": table_specs(cfg, cfg.embed_dim, init),
+        "layers": layers,
+        "final_norm": norm,
+        **decoder_head_specs(cfg, cfg.embed_dim, init if head_init is None else head_init),
+    }
 
 
 def decoder_head_specs(cfg: Any, width: int, init: Initializer) -> dict[str, Any]:

@@ -103,9 +103,8 @@ class Config(experts.ExpertsConfig):
         _check_pattern(self)
         if self.head_dim is None and self.embed_dim % self.num_heads:
             raise ValueError(f"num_heads={self.num_heads} does not divide embed_dim={self.embed_dim}: set head_dim")
-        _, kv_heads, head_dim = head_sizes(self)
-        if self.num_heads % kv_heads:
-            raise ValueError(f"num_kv_heads={kv_heads} does not divide num_heads={self.num_heads}: change one of them")
+        common.check_divides(self, "num_kv_heads", "num_heads")
+        head_dim = head_sizes(self)[2]
         if head_dim % 2:
             raise ValueError(
                 f"the head width {head_dim} is odd, but rotary positions rotate pairs: set an even head_dim"
@@ -148,7 +147,8 @@ def apply_with_routing(
     common.check_tokens(tokens, segment_ids, positions, cfg.max_positions)
     context, state = cache.make_context(tokens, state, segment_ids, positions)
     is_gemma, kinds = cfg.block == "gemma", layer_kinds(cfg)
-    attention_inputs = {kind: _attention_inputs(cfg, kind, context, state) for kind in set(kinds)}
+    # The order of a set differs between processes, but all processes must trace the same program.
+    attention_inputs = {kind: _attention_inputs(cfg, kind, context, state) for kind in dict.fromkeys(kinds)}
 
     x = embed(params["token_embedding"], tokens, jnp.dtype(cfg.dtype), size=cfg.vocab_size) * embedding_multiplier(cfg)
     x = constrain(x if added_embeddings is None else x + added_embeddings, ("batch", "seq", "activation_embed"))
@@ -186,9 +186,7 @@ def _attention(
     angles: tuple[jax.Array, jax.Array] | None,
     key: jax.Array | None,
 ) -> tuple[jax.Array, Any]:
-    q, k, v = (
-        constrain(linear(weights[name], x), ("batch", "seq", "heads", "kv")) for name in ("query", "key", "value")
-    )
+    q, k, v = common.project_heads(weights, x, "query", "key", "value")
     if cfg.qk_norm:
         q, k = (rms_norm(weights[f"{name}_norm"], y, cfg.norm_epsilon) for name, y in (("query", q), ("key", k)))
     if angles is not None:
@@ -269,12 +267,7 @@ def specs(cfg: Config) -> dict[str, Any]:
         **({"attention_output_norm": norm, "mlp_output_norm": norm} if is_gemma else {}),
     }
     layers = ({**block, **experts.mlp_specs(cfg, layer, normal)} for layer in range(cfg.num_layers))
-    return {
-        "token_embedding": heads.table_specs(cfg, D, normal),
-        "layers": spec.layers(layers, stacked=cfg.scan_layers),
-        "final_norm": norm,
-        **heads.decoder_head_specs(cfg, D, normal),
-    }
+    return heads.decoder_specs(cfg, spec.layers(layers, stacked=cfg.scan_layers), norm, normal)
 
 
 def state_specs(cfg: Config, batch: int, length: int) -> dict[str, ArraySpec]:

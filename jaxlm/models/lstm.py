@@ -49,22 +49,15 @@ def _zaremba(width: int, rate: float, bound: float) -> Config:
     )  # fmt: skip
 
 
+# With the default bound of the initial weights, the gradients of such a small model would be too small to learn in a
+# few steps.
+_TINY = Config(vocab_size=128, num_layers=2, embed_dim=24, hidden_dim=48, init_bound=1.0, recurrent_init_bound=0.5)
 VARIANTS = {
     "awd-lstm": Config(),
     "lstm-zaremba-medium": _zaremba(650, 0.5, 0.05),
     "lstm-zaremba-large": _zaremba(1500, 0.65, 0.04),
-    # With the default bound of the initial weights, the gradients of such a small model would be too small to learn in
-    # a few steps.
-    "lstm-tiny": Config(
-        vocab_size=128, num_layers=2, embed_dim=24, hidden_dim=48, init_bound=1.0, recurrent_init_bound=0.5
-    ),
-    "lstm-encoder-tiny": Config(
-        vocab_size=128,
-        num_layers=2,
-        embed_dim=24,
-        hidden_dim=16,
-        recurrent_init_bound=0.5,
-        direction="both",
-        task="classification",
+    "lstm-tiny": _TINY,
+    "lstm-encoder-tiny": dataclasses.replace(
+        _TINY, hidden_dim=16, init_bound=0.1, direction="both", task="classification"
     ),
 }

@@ -23,7 +23,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm import spec
 from jaxlm.models import common, heads, hybrid
 from jaxlm.nn.attention import cache
 from jaxlm.nn.convolution import causal_depthwise_convolution, depthwise_convolution_specs
@@ -138,7 +137,7 @@ def apply(
         segment_ids: [B, T] int32, 0 for padding and n for document n. Documents do not interact. Default: one document.
         key: not used, because the model has no dropout.
     """
-    common.check_tokens(tokens, segment_ids, None, cfg.max_positions)
+    common.check_tokens(tokens, segment_ids, max_positions=cfg.max_positions)
     tokens, layout = move_padding_last(tokens, segment_ids, None if state is None else state["past"])
     masks = layout.recurrence_masks()
     if has_attention(cfg):
@@ -263,12 +262,8 @@ def specs(cfg: Config) -> dict[str, Any]:
     shared: dict[str, Any] = {"norm": norm}
     if cfg.mlp_dim is not None:
         shared |= {"mlp_norm": norm, "mlp": swiglu_specs(D, cfg.mlp_dim, input_init, output_init(cfg.mlp_dim))}
-    return {
-        "token_embedding": heads.table_specs(cfg, D, Normal(cfg.init_stddev)),
-        "layers": _layers(cfg, {**shared, "mixer": mixer}, {**shared, "attention": attention}),
-        "final_norm": norm,
-        **heads.decoder_head_specs(cfg, D, input_init),
-    }
+    layers = _layers(cfg, {**shared, "mixer": mixer}, {**shared, "attention": attention})
+    return heads.decoder_specs(cfg, layers, norm, Normal(cfg.init_stddev), input_init)
 
 
 def state_specs(cfg: Config, batch: int, length: int) -> dict[str, Any]:
@@ -294,7 +289,7 @@ def state_specs(cfg: Config, batch: int, length: int) -> dict[str, Any]:
 def _layers(cfg: Config, mamba2: dict[str, Any], attention: dict[str, Any]) -> Any:
     """The specs of all layers, from the specs of a mamba2 and of an attention layer. A parallel layer has both."""
     specs_of = {"mamba2": mamba2, "attention": attention, "parallel": {**mamba2, **attention}}
-    return spec.layers((specs_of[mixer] for mixer in common.layer_kinds(cfg)), stacked=cfg.scan_layers)
+    return common.layers_of_kinds(cfg, specs_of)
 
 
 def carried_state_length(cfg: Config) -> int | None:

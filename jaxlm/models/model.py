@@ -246,15 +246,13 @@ class Model:
         def is_array(value: Any) -> bool:
             return all(hasattr(leaf, "dtype") for leaf in jax.tree.leaves(value))
 
-        arrays = {name: value for name, value in inputs.items() if is_array(value)}
-        options = {name: value for name, value in inputs.items() if not is_array(value)}
-
         def with_nonzero_sizes(x: Any) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct(tuple(n or size for n in x.shape), x.dtype)
 
         def call_function(params: Params, x: jax.Array, arrays: dict[str, Any]) -> Any:
-            return function(self.config, params, x, **arrays, **options)
+            return function(self.config, params, x, **{**inputs, **arrays})
 
+        arrays = {name: value for name, value in inputs.items() if is_array(value)}
         return jax.eval_shape(call_function, params, *jax.tree.map(with_nonzero_sizes, (x, arrays)))
 
     def _check_source(self, source: Any) -> None:

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from jaxlm.models import common, heads
 from jaxlm.nn.dropout import dropout
-from jaxlm.nn.embedding import Unembedding, embed, round_up
+from jaxlm.nn.embedding import embed
 from jaxlm.nn.segments import segment_boundaries
 from jaxlm.sharding import constrain
 from jaxlm.spec import ArraySpec, Initializer, Params, State, Uniform, fold_in_name
@@ -134,7 +134,7 @@ def apply_with_outputs(
 
     :func:`regularization` needs both outputs.
     """
-    common.check_tokens(tokens, segment_ids, None, None)
+    common.check_tokens(tokens, segment_ids)
     if state is not None and cfg.direction == "both":
         raise ValueError("direction='both' needs the whole sequence at once and carries no state: leave state out")
     layer = cfg.cell.layer
@@ -206,18 +206,7 @@ def _drop_connect(cfg: RecurrentConfig, params: Params, key: jax.Array | None) -
     return {**params, "weight_hidden": dropped}
 
 
-def logits(cfg: RecurrentConfig, params: Params, hidden: jax.Array) -> jax.Array | Unembedding:
-    """The logits of the task's head: of the next token, as an ``Unembedding``, or of labels, float32.
-
-    For the logits of labels, see ``heads.head_logits``. For classification, ``hidden`` comes from :func:`pool`.
-
-    Raises:
-        ValueError: the task is none.
-    """
-    if cfg.task != "causal":
-        return heads.head_logits(cfg.task, params, hidden)
-    table = params["token_embedding"] if cfg.tie_embeddings else params["head"]["weight"]
-    return Unembedding(table, hidden, params["head"]["bias"], vocab_size=cfg.vocab_size)
+logits = heads.decoder_logits
 
 
 def pool(
@@ -281,8 +270,7 @@ def layer_widths(cfg: RecurrentConfig) -> list[int]:
 
 def specs(cfg: RecurrentConfig) -> dict[str, Any]:
     """The specs of all parameters. Layers are separate (``layer_0``, ``layer_1``, ...), because their widths differ."""
-    V, directions = round_up(cfg.vocab_size, cfg.vocab_multiple), 2 if cfg.direction == "both" else 1
-    uniform = Uniform(cfg.init_bound)
+    directions, uniform = 2 if cfg.direction == "both" else 1, Uniform(cfg.init_bound)
     recurrent_init = None if cfg.recurrent_init_bound is None else Uniform(cfg.recurrent_init_bound)
     tree: dict[str, Any] = {"token_embedding": heads.table_specs(cfg, cfg.embed_dim, uniform)}
     inputs = cfg.embed_dim
@@ -291,7 +279,7 @@ def specs(cfg: RecurrentConfig) -> dict[str, Any]:
         tree[f"layer_{index}"] = {"forward": layer, "backward": layer} if cfg.direction == "both" else layer
         inputs = directions * width
     if cfg.task == "causal":
-        tree["head"] = {"bias": ArraySpec((V,), ("vocab",))}
+        tree["head"] = {"bias": heads.vocab_bias_specs(cfg)}
         if not cfg.tie_embeddings:
             tree["head"]["weight"] = heads.table_specs(cfg, inputs, uniform)
     return tree | heads.head_specs(cfg.task, inputs, cfg.num_labels, uniform)
@@ -309,6 +297,4 @@ def state_specs(cfg: RecurrentConfig, batch: int, length: int) -> dict[str, Any]
     return {**layers, "last_segment": ArraySpec((batch,), ("batch",), dtype=jnp.int32)}
 
 
-def carried_state_length(cfg: RecurrentConfig) -> int:
-    """The ``length`` that training passes to :func:`state_specs`. Any ``length`` gives the same state."""
-    return 1
+carried_state_length = common.length_of_constant_state

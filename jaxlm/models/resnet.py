@@ -20,14 +20,11 @@ import dataclasses
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 
 from jaxlm.models import common, heads
 from jaxlm.nn.batch_norm import batch_norm, batch_norm_specs, statistics_specs
 from jaxlm.nn.convolution import convolution, convolution_specs
 from jaxlm.nn.convolution.pooling import k_max_pool, max_pool
-from jaxlm.nn.convolution.window import pad_to_length
-from jaxlm.nn.embedding import embed
 from jaxlm.nn.linear import linear, linear_specs
 from jaxlm.sharding import constrain
 from jaxlm.spec import ArraySpec, Normal, Params
@@ -114,11 +111,9 @@ def apply(
     """
     if state is not None:
         raise ValueError("a classifier of whole texts carries no state: leave state=None")
-    common.check_tokens(tokens, segment_ids, None, None)
-    dtype, training = jnp.dtype(cfg.dtype), key is not None
-    tokens, is_real_BT, is_one_text_B = pad_to_length(tokens, segment_ids, cfg.max_positions)
-    x = jnp.where(is_real_BT[:, :, None], embed(params["token_embedding"], tokens, dtype, size=cfg.vocab_size), 0.0)
-    x = jnp.where(is_one_text_B[:, None, None], x, jnp.nan)
+    common.check_tokens(tokens, segment_ids)
+    training = key is not None
+    x = common.embed_padded_text(cfg, params["token_embedding"], tokens, segment_ids)
     # Time is not split over the mesh: the mesh axis of ``seq`` might not divide the halved lengths of later blocks.
     axes = "batch", None, "activation_embed"
     x = constrain(x, axes)

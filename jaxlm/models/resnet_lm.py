@@ -85,7 +85,7 @@ def apply(
         segment_ids: [B, T] int32, 0 for padding and n for document n. Documents do not interact. Default: one document.
         key: random key for dropout; None: no dropout.
     """
-    common.check_tokens(tokens, segment_ids, None, None)
+    common.check_tokens(tokens, segment_ids)
     tokens, layout = move_padding_last(tokens, segment_ids, None if state is None else state["segment_ids"])
     x = embed(params["token_embedding"], tokens, jnp.dtype(cfg.dtype), size=cfg.vocab_size)
     x = dropout(x, cfg.dropout, fold_in_name(key, "embedding"))

@@ -94,7 +94,7 @@ def apply(
         segment_ids: [B, T] int32, 0 for padding and n for document n. Documents do not interact. Default: one document.
         key: not used, because the model has no dropout.
     """
-    common.check_tokens(tokens, segment_ids, None, None)
+    common.check_tokens(tokens, segment_ids)
     tokens, layout = move_padding_last(tokens, segment_ids, None if state is None else state["segment_ids"])
     masks = layout.recurrence_masks()
     x = embed(params["token_embedding"], tokens, jnp.dtype(cfg.dtype), size=cfg.vocab_size)
@@ -275,9 +275,7 @@ def state_specs(cfg: Config, batch: int, length: int) -> dict[str, Any]:
     return {"layers": (layer,) * cfg.num_layers, "segment_ids": past_segment_specs(batch, 1)}
 
 
-def carried_state_length(cfg: Config) -> int:
-    """The ``length`` that training passes to :func:`state_specs`. Any ``length`` gives the same state."""
-    return 1
+carried_state_length = common.length_of_constant_state
 
 
 VARIANTS = {

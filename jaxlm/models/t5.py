@@ -100,7 +100,7 @@ def encode(
             document counts in the distances between the document's tokens. Default: one document.
         key: random key for dropout; None: no dropout.
     """
-    common.check_tokens(source, segment_ids, None, None, name="source")
+    common.check_tokens(source, segment_ids, name="source")
     key = fold_in_name(key, "encoder")
     mask = document_mask(segment_ids)
     bias_fn = _bias_fn(cfg, params["encoder"], source.shape[1], None, bidirectional=True)
@@ -146,7 +146,7 @@ def apply(
             in the state.
     """
     _require_decoder(cfg)
-    common.check_tokens(tokens, segment_ids, positions, None)
+    common.check_tokens(tokens, segment_ids, positions)
     common.check_source(tokens, source, source_segment_ids, state)
     context, state = cache.make_context(tokens, state, segment_ids, positions)
     if state is None:
@@ -197,7 +197,7 @@ def _attention(
 
 
 def _project_kv(weights: Params, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    k, v = (constrain(linear(weights[name], x), ("batch", "seq", "heads", "kv")) for name in ("key", "value"))
+    k, v = common.project_heads(weights, x, "key", "value")
     return k, v
 
 

@@ -116,7 +116,7 @@ def apply(
         segment_ids: [B, T] int32, 0 for padding and n for document n. Documents do not interact. Default: one document.
         key: random key for dropout; None: no dropout.
     """
-    common.check_tokens(tokens, segment_ids, None, None)
+    common.check_tokens(tokens, segment_ids)
     dtype = jnp.dtype(cfg.dtype)
     order_BT = None
     if segment_ids is not None:
@@ -259,10 +259,7 @@ def specs(cfg: Config) -> dict[str, Any]:
             **(biases if cfg.untie_relative else {}),
         },
         "mlp_norm": layer_norm_specs(D),
-        "mlp": {
-            "up": linear_specs((D, F), ("embed", "mlp"), normal),
-            "down": linear_specs((F, D), ("mlp", "embed"), normal),
-        },
+        "mlp": common.mlp_specs(D, F, normal),
     }
     tree = {
         **adaptive_softmax.input_specs(_clusters(cfg), normal, projection),

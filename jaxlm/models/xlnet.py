@@ -30,7 +30,7 @@ from jaxlm.nn.attention import attention, memory
 from jaxlm.nn.attention.distance_bias import sinusoids, type_bias
 from jaxlm.nn.attention.two_streams import Stream, StreamKind, make_streams
 from jaxlm.nn.dropout import dropout
-from jaxlm.nn.embedding import Unembedding, embed, round_up, widen_ids
+from jaxlm.nn.embedding import Unembedding, embed, widen_ids
 from jaxlm.nn.linear import add_bias, linear, linear_specs
 from jaxlm.nn.norm import layer_norm, layer_norm_specs
 from jaxlm.sharding import constrain
@@ -110,7 +110,7 @@ def apply(
         ValueError: the inputs have wrong shapes or dtypes, only one of ``order`` and ``targets`` is given, or they are
             given for another task than permutation.
     """
-    common.check_tokens(tokens, segment_ids, None, None)
+    common.check_tokens(tokens, segment_ids)
     _check_inputs(cfg, tokens, token_types, right_to_left, order, targets)
     targets = None if targets is None else widen_ids(targets)
     dtype = jnp.dtype(cfg.dtype)
@@ -286,7 +286,6 @@ def _check_inputs(cfg: Config, tokens: Any, token_types: Any, right_to_left: Any
 def specs(cfg: Config) -> dict[str, Any]:
     """The specs of all parameters."""
     D, H, K, F = cfg.embed_dim, cfg.num_heads, cfg.embed_dim // cfg.num_heads, cfg.mlp_dim
-    V = round_up(cfg.vocab_size, cfg.vocab_multiple)
     normal = Normal(cfg.init_stddev)
     projection = linear_specs((D, H, K), ("embed", "heads", "kv"), normal, bias=False)
     query_bias = ArraySpec((H, K), ("heads", "kv"), normal)
@@ -304,10 +303,7 @@ def specs(cfg: Config) -> dict[str, Any]:
             "type_embedding": ArraySpec((2, H, K), (None, "heads", "kv"), normal, decay=True),
         },
         "attention_norm": layer_norm_specs(D),
-        "mlp": {
-            "up": linear_specs((D, F), ("embed", "mlp"), normal),
-            "down": linear_specs((F, D), ("mlp", "embed"), normal),
-        },
+        "mlp": common.mlp_specs(D, F, normal),
         "mlp_norm": layer_norm_specs(D),
     }
     tree = {
@@ -317,7 +313,7 @@ def specs(cfg: Config) -> dict[str, Any]:
         **heads.head_specs(cfg.task, D, cfg.num_labels, normal),
     }
     if cfg.task == "permutation":
-        tree["output_bias"] = ArraySpec((V,), ("vocab",))
+        tree["output_bias"] = heads.vocab_bias_specs(cfg)
     if cfg.task == "classification":
         tree["pool"] = linear_specs((D, D), ("embed", None), normal)
     return tree

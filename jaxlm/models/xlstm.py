@@ -20,7 +20,6 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from jaxlm import spec
 from jaxlm.models import common, heads
 from jaxlm.nn.activation import soft_cap
 from jaxlm.nn.convolution import causal_depthwise_convolution, depthwise_convolution_specs
@@ -76,14 +75,11 @@ class Config(common.TransformerConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         common.check_pattern(self)
-        for width in ("key_dim", "value_dim", *(["embed_dim"] if "slstm" in self.pattern else [])):
-            common.check_divides(self, "num_heads", width)
+        common.check_divides(self, "num_heads", "key_dim", "value_dim")
+        if "slstm" in self.pattern:
+            common.check_divides(self, "num_heads", "embed_dim")
         if self.embed_dim < self.num_heads:
             raise ValueError(f"embed_dim={self.embed_dim} must be at least num_heads={self.num_heads}")
-        for name in ("gate_soft_cap", "logits_soft_cap"):
-            cap = getattr(self, name)
-            if cap is not None and cap <= 0.0:
-                raise ValueError(f"{name}={cap} must be positive, or None for no cap")
 
 
 def apply(
@@ -103,7 +99,7 @@ def apply(
         segment_ids: [B, T] int32, 0 for padding and n for document n. Documents do not interact. Default: one document.
         key: not used, because the model has no dropout.
     """
-    common.check_tokens(tokens, segment_ids, None, None)
+    common.check_tokens(tokens, segment_ids)
     tokens, layout = move_padding_last(tokens, segment_ids, None if state is None else state["past"])
     masks = layout.recurrence_masks()
 
@@ -131,10 +127,7 @@ def _mlstm(
     cfg: Config, weights: Params, x: jax.Array, state: State | None, masks: dict[str, Any]
 ) -> tuple[jax.Array, Any]:
     """The output of an mLSTM layer, [B, T, D], and its new state."""
-    q, k, v, o = (
-        constrain(linear(weights[name], x), ("batch", "seq", "heads", "kv"))
-        for name in ("query", "key", "value", "output_gate")
-    )
+    q, k, v, o = common.project_heads(weights, x, "query", "key", "value", "output_gate")
     log_input, forget = (
         soft_cap(linear(weights[name], x).astype(jnp.float32), cfg.gate_soft_cap)
         for name in ("input_gate", "forget_gate")
@@ -230,15 +223,8 @@ def specs(cfg: Config) -> dict[str, Any]:
     }
     mlp = swiglu_specs(D, F, small_init, Normal(2 / L * F**-0.5))
     shared = {"mixer_norm": norm, "mlp_norm": norm, "mlp": mlp}
-    mixer_specs = {"mlstm": mlstm_layer, "slstm": slstm_layer}
-    return {
-        "token_embedding": heads.table_specs(cfg, D, small_init),
-        "layers": spec.layers(
-            ({**shared, mixer: mixer_specs[mixer]} for mixer in common.layer_kinds(cfg)), stacked=cfg.scan_layers
-        ),
-        "final_norm": norm,
-        **heads.decoder_head_specs(cfg, D, small_init),
-    }
+    specs_of = {"mlstm": {"mlstm": mlstm_layer, **shared}, "slstm": {"slstm": slstm_layer, **shared}}
+    return heads.decoder_specs(cfg, common.layers_of_kinds(cfg, specs_of), norm, small_init)
 
 
 def state_specs(cfg: Config, batch: int, length: int) -> dict[str, Any]:
@@ -248,23 +234,18 @@ def state_specs(cfg: Config, batch: int, length: int) -> dict[str, Any]:
     convolution (``tail``).
     """
     H, tail_length = cfg.num_heads, cfg.conv_width - 1
-    layer_specs = {
+    specs_of = {
         "mlstm": mlstm_state_specs(batch, H, cfg.key_dim // H, cfg.value_dim // H),
         "slstm": {
             "tail": tail_specs(batch, tail_length, cfg.embed_dim, jnp.dtype(cfg.dtype)),
             "cell": slstm_state_specs(batch, H, cfg.embed_dim // H),
         },
     }
-    layers = spec.layers((layer_specs[mixer] for mixer in common.layer_kinds(cfg)), stacked=cfg.scan_layers)
-    return {
-        "layers": layers,
-        "past": past_segment_specs(batch, tail_length if "slstm" in common.layer_kinds(cfg) else 1),
-    }
+    past = past_segment_specs(batch, tail_length if "slstm" in common.layer_kinds(cfg) else 1)
+    return {"layers": common.layers_of_kinds(cfg, specs_of), "past": past}
 
 
-def carried_state_length(cfg: Config) -> int:
-    """The ``length`` that training passes to :func:`state_specs`. Any ``length`` gives the same state."""
-    return 1
+carried_state_length = common.length_of_constant_state
 
 
 _TINY = Config(vocab_size=128, num_layers=2, embed_dim=32, mlp_dim=48, num_heads=4, key_dim=64, value_dim=64)

@@ -144,8 +144,13 @@ def hidden_of_row(model, params, tokens, row, start=0, stop=None):
     return hidden_of(model, params, tokens[row : row + 1, start:stop], **source)[0]
 
 
+def loss_function(model):
+    """The loss of the model's task: the sum of the losses, the sum of the weights, and the state."""
+    return objective(model.task).loss
+
+
 def loss_of(model, params, batch, key=None):
-    total, weight, _ = objective(model.task).loss(model, params, batch, key=key)
+    total, weight, _ = loss_function(model)(model, params, batch, key=key)
     return total / weight
 
 
@@ -194,13 +199,7 @@ def test_initial_values_depend_only_on_path_and_layer(name):
     deeper_model = model.with_fields(num_layers=model.config.num_layers + 1)
     deeper_values = spec.flatten(initialized_params(deeper_model))
     for path, leaf in spec.flatten(deeper_model.specs).items():
-        same_path_spec = flat.get(path)
-        if (
-            same_path_spec is not None
-            and leaf.is_stacked
-            and same_path_spec.init == leaf.init
-            and same_path_spec.shape != leaf.shape
-        ):
+        if path in flat and leaf.is_stacked and flat[path].init == leaf.init and flat[path].shape != leaf.shape:
             assert relative_error(deeper_values[path][: model.config.num_layers], expected[path]) < 1e-6
 
 
@@ -390,10 +389,8 @@ def test_padding_does_not_change_the_other_positions(name, side):
             assert relative_error(labels[row], model.logits(params, model.pool(params, unpadded_hidden))[0]) < TOLERANCE
         return
     for row, positions in enumerate(real_positions):
-        assert (
-            relative_error(hidden[row, positions], hidden_of_row(model, params, tokens, row, 0, lengths[row]))
-            < TOLERANCE
-        )
+        expected = hidden_of_row(model, params, tokens, row, 0, lengths[row])
+        assert relative_error(hidden[row, positions], expected) < TOLERANCE
 
 
 @every_variant
@@ -542,8 +539,8 @@ def test_stacked_and_per_layer_states_agree(name):
 def test_too_many_tokens_for_a_state_raise_or_give_nan(name):
     """If shapes show that the tokens do not fit, the call raises. If only the data shows it, the result is NaN."""
     model, params, tokens = setup(name, batch=2, length=6)
-    if has_unlimited_state(model):
-        return
+    if not model.has_cache:
+        return  # the state has a fixed size, or it drops the oldest tokens
     with pytest.raises(ValueError, match="6 new tokens do not fit into a state of 4 slots"):
         model.apply(params, tokens, state=initial_state(model, params, 2, 4))
     _, state = apply(model, params, tokens[:, :3], state=initial_state(model, params, 2, 4))
@@ -551,21 +548,15 @@ def test_too_many_tokens_for_a_state_raise_or_give_nan(name):
     assert np.isnan(np.asarray(hidden)).all()
 
 
-def has_unlimited_state(model):
-    """Whether a state accepts any number of tokens. It then has a fixed size, or it drops the oldest tokens."""
-    return not model.has_cache  # a key-value cache has a fixed number of slots
-
-
 @every_variant
 def test_a_token_id_outside_the_vocabulary_gives_nan(name):
     # vocab_multiple=48 adds padding rows to the token table. The ids of these rows are also outside the vocabulary.
     model, params, tokens = setup(name, vocab_multiple=48)
+    positions = 3 if has_full_context(model) else slice(None)
     for bad_id in (model.config.vocab_size, -1):
         bad_tokens = tokens.copy()
         bad_tokens[0, 3] = bad_id
-        assert np.isnan(
-            np.asarray(hidden_of(model, params, bad_tokens))[0, 3 if has_full_context(model) else slice(None)]
-        ).any()
+        assert np.isnan(np.asarray(hidden_of(model, params, bad_tokens))[0, positions]).any()
 
 
 @every_variant
@@ -616,17 +607,8 @@ def test_an_empty_batch_gives_empty_results_and_zero_gradients(name):
     Models that downsample, and the pooling of classifiers, raise an error for rows without tokens.
     """
     model = tiny_model(name)
-    params = initial_params(model)
-    task_objective = objective(model.task)
-
-    @jax.jit
-    def gradient(params, batch, key):
-        def loss(params):
-            total, weight, _ = task_objective.loss(model, params, batch, key=key)
-            return total, weight
-
-        return jax.value_and_grad(loss, has_aux=True)(params)
-
+    params, loss = initial_params(model), loss_function(model)
+    gradient = jax.jit(jax.value_and_grad(lambda p, batch, key: loss(model, p, batch, key=key)[:2], has_aux=True))
     for rows, length in ((0, 5), (2, 0)):
         tokens = np.zeros((rows, length), np.int32)
         segments = np.ones((rows, length), np.int32)
@@ -705,10 +687,6 @@ def single_step(name):
         return jax.tree.map(jax.device_put, host_state).replace(key=jax.random.key(5))
 
     return step, new_state, run_one_step(step, new_state(), batch)
-
-
-def loss_function(model):
-    return objective(model.task).loss
 
 
 def run_one_step(step, state, batch):
@@ -857,11 +835,9 @@ def test_loss_falls_in_twenty_steps_without_recompiling(name):
     for _ in range(20):
         state, metrics = step(state, batch)
         losses.append(float(metrics["loss"]))
-    outputs = (
-        model.config.num_labels if model.task in ("classification", "token_classification") else model.config.vocab_size
-    )
-    assert losses[0] == pytest.approx(
-        np.log(outputs), abs=0.7
-    )  # a large tolerance, because the published initialization of T5 gives logits of variance 1
+    predicts_labels = model.task in ("classification", "token_classification")
+    outputs = model.config.num_labels if predicts_labels else model.config.vocab_size
+    # The tolerance is large, because the published initialization of T5 gives logits of variance 1.
+    assert losses[0] == pytest.approx(np.log(outputs), abs=0.7)
     assert losses[-1] < 0.8 * losses[0]
     assert step._cache_size() == max(num_compiled, 1)

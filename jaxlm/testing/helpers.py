@@ -139,13 +139,12 @@ def initialized_params(model: Model, seed: int = 0) -> Any:
 
 @functools.lru_cache(maxsize=64)
 def _initialized_values(named_specs: tuple[Any, ...], treedef: Any, seed: int) -> Any:
-    return jax.device_get(_jitted_init(named_specs, treedef)(jax.random.key(seed)))
+    return jax.device_get(_init(named_specs, treedef, jax.random.key(seed)))
 
 
-@functools.lru_cache(maxsize=64)
-def _jitted_init(named_specs: tuple[Any, ...], treedef: Any) -> Any:
-    specs = jax.tree.unflatten(treedef, [array for _, array in named_specs])
-    return jax.jit(functools.partial(spec.init, specs))
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _init(named_specs: tuple[Any, ...], treedef: Any, key: jax.Array) -> Any:
+    return spec.init(jax.tree.unflatten(treedef, [array for _, array in named_specs]), key)
 
 
 @functools.lru_cache(maxsize=64)
@@ -237,12 +236,15 @@ def random_tokens(model: Model, batch: int, length: int, seed: int = 0) -> np.nd
     return np.random.default_rng(seed).integers(0, model.config.vocab_size, (batch, length)).astype(np.int32)
 
 
-def relative_error(actual: Any, expected: Any) -> float:
-    """``max |actual - expected| / max |expected|``; infinity if a value is not finite. The shapes must be equal."""
+def relative_error(actual: Any, expected: Any, *, min_scale: float = 1e-30) -> float:
+    """``max |actual - expected| / max |expected|``; infinity if a value is not finite. The shapes must be equal.
+
+    The divisor is at least ``min_scale``.
+    """
     actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
     if actual.shape != expected.shape:
         raise AssertionError(f"shapes differ: {actual.shape} and {expected.shape}")
-    error = np.max(np.abs(actual - expected), initial=0.0) / max(np.max(np.abs(expected), initial=0.0), 1e-30)
+    error = np.max(np.abs(actual - expected), initial=0.0) / max(np.max(np.abs(expected), initial=0.0), min_scale)
     return float(error) if np.isfinite(error) else float("inf")
 
 
@@ -263,12 +265,10 @@ def assert_trees_close(actual: Any, expected: Any, tolerance: float, *, floor: f
     names = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_flatten_with_path(actual)[0]]
     for name, want in zip(names, expected_leaves, strict=True):
         assert np.all(np.isfinite(want)), f"{name}: an expected value is not finite"
-    min_scale = floor * max((np.max(np.abs(leaf), initial=0.0) for leaf in expected_leaves), default=0.0)
-    errors = {}
-    for name, leaf, want in zip(names, jax.tree.leaves(actual), expected_leaves, strict=True):
-        error = relative_error(leaf, want)
-        scale = max(np.max(np.abs(want), initial=0.0), 1e-30)
-        errors[name] = error * scale / max(scale, min_scale)
+    largest = max((np.max(np.abs(leaf), initial=0.0) for leaf in expected_leaves), default=0.0)
+    pairs = zip(names, jax.tree.leaves(actual), expected_leaves, strict=True)
+    min_scale = max(floor * largest, 1e-30)
+    errors = {name: relative_error(leaf, want, min_scale=min_scale) for name, leaf, want in pairs}
     worst = max(errors, key=lambda name: errors[name])
     assert errors[worst] <= tolerance, f"{worst}: relative error {errors[worst]:.2e} > {tolerance:.0e}"
 

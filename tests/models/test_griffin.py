@@ -109,7 +109,7 @@ def test_untied_head_and_no_head():
     [
         ({"num_heads": 5}, "num_heads=5 does not divide embed_dim=32"),
         ({"num_kv_heads": 3}, "num_kv_heads=3 does not divide num_heads=4"),
-        ({"lru_width": 30}, "lru_width=30 must be a multiple of num_heads=4"),
+        ({"lru_width": 30}, "num_heads=4 does not divide lru_width=30"),
         ({"num_heads": 16, "lru_width": 64}, "a head width of 2 .* is not a multiple of 4"),
         ({"pattern": ()}, r"pattern=\(\) must not be empty"),
         ({"pattern": ("mamba",)}, r"pattern=\('mamba',\) .* each entry is 'recurrent' or 'attention'"),

@@ -1,6 +1,9 @@
 """Llama and related models: published sizes, the window, task heads, and supported fields of files."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -481,3 +484,28 @@ def test_rotary_positions_of_gemma_3_in_files_of_transformers_5():
         config_json.describe_model(
             {**config, "rope_parameters": None, "sliding_window_pattern": 0}, Path("config.json"), {}
         )
+
+
+PRINT_PROGRAM = """
+import jax, numpy as np
+from jaxlm import get_model, spec
+model = get_model("gemma-3-tiny")
+print(jax.make_jaxpr(lambda params: model.apply(params, np.zeros((1, 8), np.int32)))(spec.abstract(model.specs)))
+"""
+
+
+@pytest.mark.thorough
+def test_the_traced_program_does_not_depend_on_the_hash_seed_of_the_process():
+    """Each process of a run must compile the same program, and find it in the compilation cache."""
+    programs = [
+        subprocess.run(
+            [sys.executable, "-c", PRINT_PROGRAM],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout
+        for seed in ("0", "2")  # the iteration order of {"window", "full"} differs
+    ]
+    assert "cos" in programs[0]
+    assert programs[0] == programs[1]

@@ -119,15 +119,16 @@ class TokenLayout:
     documents: Any
     num_real: Any
 
-    def recurrence_masks(self) -> dict[str, jax.Array]:
+    def recurrence_masks(self, *, include_first: bool = False) -> dict[str, jax.Array]:
         """The arguments ``reset_BT`` and ``keep_BT`` of recurrences and scans, after reordering.
 
-        If ``segment_ids`` is None, the dict is empty, because each row is then one document without padding.
+        If ``segment_ids`` is None, the dict is empty, because each row is then one document without padding. For
+        ``include_first``, see :func:`segment_boundaries`.
         """
         if self.segment_ids is None:
             return {}
         last_segment_B = None if self.past_segment_ids is None else self.past_segment_ids[:, -1]
-        reset_BT, keep_BT, _ = segment_boundaries(self.segment_ids, last_segment_B)
+        reset_BT, keep_BT, _ = segment_boundaries(self.segment_ids, last_segment_B, include_first=include_first)
         return {"reset_BT": reset_BT, "keep_BT": keep_BT}
 
 
