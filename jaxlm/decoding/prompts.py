@@ -63,11 +63,10 @@ def check_prompts(
     model: Model,
     prompts_BT: Array,
     segment_ids_BT: Array | None,
-    *,
     max_new_tokens: int,
-    end_id: EndId,
+    end_ids: tuple[int, ...],
     num_allowed_ids: int | None,
-    state: State | None = None,
+    state: State | None,
 ) -> tuple[int, int]:
     """The number of ids that may be generated, and the number of cache slots that the tokens need.
 
@@ -103,7 +102,7 @@ def check_prompts(
     num_ids = vocab_size if num_allowed_ids is None else num_allowed_ids
     if not 1 <= num_ids <= vocab_size:
         raise ValueError(f"num_allowed_ids={num_allowed_ids} must be between 1 and vocab_size={vocab_size}")
-    for end in as_end_ids(end_id):
+    for end in end_ids:
         if not 0 <= end < num_ids:
             raise ValueError(f"end_id={end} can never be generated: ids are 0 to {num_ids - 1}; None means no end")
     if segment_ids_BT is not None and not _is_traced(segment_ids_BT):

@@ -371,10 +371,8 @@ def check_and_make_settings(
     state: State | None,
 ) -> Settings:
     """The :class:`Settings` for arguments of :func:`generate`. The function checks these arguments."""
-    num_ids, slots = check_prompts(
-        model, prompts, segment_ids,
-        max_new_tokens=max_new_tokens, end_id=end_id, num_allowed_ids=num_allowed_ids, state=state,
-    )  # fmt: skip
+    end_ids = as_end_ids(end_id)
+    num_ids, slots = check_prompts(model, prompts, segment_ids, max_new_tokens, end_ids, num_allowed_ids, state)
     check_top_k(sampling, num_ids)
     if key is None and sampling.temperature > 0.0:
         raise ValueError(
@@ -383,7 +381,7 @@ def check_and_make_settings(
     check_key(key)
     if key is not None and _has_row_keys(key) and key.shape[0] != prompts.shape[0]:
         raise ValueError(f"{key.shape[0]} keys for {prompts.shape[0]} prompts: pass one key, or one key per prompt")
-    return Settings(max_new_tokens, sampling, as_end_ids(end_id), num_ids, slots)
+    return Settings(max_new_tokens, sampling, end_ids, num_ids, slots)
 
 
 def check_key(key: jax.Array | None) -> None:
