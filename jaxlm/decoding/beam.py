@@ -24,7 +24,6 @@ from jaxlm.decoding.prompts import EndId, is_end, read_prompts, read_tokens
 from jaxlm.decoding.sample import GREEDY, Settings, check_and_make_settings
 from jaxlm.models import Model
 from jaxlm.nn.attention import cache
-from jaxlm.sharding import scoped_jit
 from jaxlm.spec import Array, Params, State
 
 MIN_CACHE_SLOTS = 16
@@ -200,7 +199,7 @@ class _Search:
     searching: jax.Array
 
 
-@scoped_jit(static_argnames=("model", "first_slots"))
+@jax.jit(static_argnames=("model", "first_slots"))
 def _start_search(
     model: Model,
     params: Params,
@@ -236,7 +235,7 @@ def _start_search(
     return _select(search, logits_BV[parents, : shared.num_ids], settings)
 
 
-@scoped_jit(static_argnames=("model", "slots", "prompt_length"))
+@jax.jit(static_argnames=("model", "slots", "prompt_length"))
 def _continue_search(
     model: Model, params: Params, search: _Search, settings: _Settings, *, slots: int, prompt_length: int
 ) -> _Search:

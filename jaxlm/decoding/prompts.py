@@ -18,7 +18,7 @@ from jaxlm.config import check_min, check_value
 from jaxlm.decoding.describe import require_next_token_head
 from jaxlm.models import Model
 from jaxlm.models.heads import last_token_hidden
-from jaxlm.sharding import Sharding, active
+from jaxlm.sharding import Sharding, active, format_sizes
 from jaxlm.spec import Array, Params, State
 
 EndId = int | Sequence[int] | Array | None
@@ -51,11 +51,10 @@ def check_sharding(sharding: Sharding | None) -> None:
     if sharding is None or sharding.num_shards(("seq",)) == 1:
         return
     sizes, rule = sharding.mesh.shape, dict(sharding.rules.table)["seq"]
+    splitting = format_sizes({name: sizes[name] for name in rule if name in sizes})
     raise ValueError(
         f"decoding reads one token per call, so 'seq' cannot be split, but the rule seq={rule} splits it over "
-        f"{','.join(f'{name}={sizes[name]}' for name in rule if name in sizes)} of the mesh "
-        f"{','.join(f'{name}={size}' for name, size in sizes.items())}: use a mesh without this axis, or rules without "
-        "'seq'"
+        f"{splitting} of the mesh {format_sizes(sizes)}: use a mesh without this axis, or rules without 'seq'"
     )
 
 

@@ -35,7 +35,7 @@ from jaxlm.decoding.prompts import (
 )
 from jaxlm.models import Model
 from jaxlm.nn.embedding import argmax, widen_ids
-from jaxlm.sharding import active, scoped_jit
+from jaxlm.sharding import active
 from jaxlm.spec import Array, Params, State
 
 MIN_TEMPERATURE = 1e-30
@@ -417,7 +417,7 @@ def _has_row_keys(key: jax.Array) -> bool:
     return jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key) and key.ndim == 1
 
 
-@scoped_jit(static_argnames=("model", "settings"))
+@jax.jit(static_argnames=("model", "settings"))
 def _generate(
     model: Model,
     params: Params,
@@ -432,7 +432,7 @@ def _generate(
     return Generation(progress.tokens, progress.lengths, progress.log_probs, progress.finite)
 
 
-@scoped_jit(static_argnames=("model", "settings"))
+@jax.jit(static_argnames=("model", "settings"))
 def _prefill(
     model: Model,
     params: Params,
@@ -497,7 +497,7 @@ def _draw(progress: PartialGeneration, logits_BV: jax.Array) -> PartialGeneratio
     )
 
 
-@scoped_jit(static_argnames="model", donate_argnames="progress")
+@jax.jit(static_argnames="model", donate_argnames="progress")
 def _advance(model: Model, params: Params, progress: PartialGeneration, steps: int | jax.Array) -> PartialGeneration:
     """The result of :func:`advance`, without its check of the logits."""
     last_step = jnp.minimum(progress.step + steps, progress.tokens.shape[1])

@@ -24,7 +24,6 @@ from jaxlm.nn.embedding import argmax, widen_ids
 from jaxlm.nn.loss import cross_entropy
 from jaxlm.nn.loss.chunked import chunk_length
 from jaxlm.nn.time_chunks import join_time, split_time
-from jaxlm.sharding import scoped_jit
 from jaxlm.spec import Array, Params
 
 CHUNK_LOGITS = 2**22
@@ -172,7 +171,7 @@ def _checked_scores(model: Model, params: Params, *arrays: Any) -> TokenScores:
     return scores
 
 
-@scoped_jit(static_argnames="model")
+@jax.jit(static_argnames="model")
 def _token_scores(
     model: Model,
     params: Params,

@@ -49,7 +49,6 @@ from jaxlm.decoding.sample import (
 )
 from jaxlm.models import Model
 from jaxlm.nn.embedding import argmax
-from jaxlm.sharding import scoped_jit
 from jaxlm.spec import Array
 
 
@@ -212,7 +211,7 @@ class _Progress:
     result: SpeculativeGeneration
 
 
-@scoped_jit(static_argnames="settings")
+@jax.jit(static_argnames="settings")
 def _generate(
     models: SpeculativeModels,
     prompts_BT: jax.Array,
