@@ -282,12 +282,10 @@ def check_meshes(model: Model, topology_name: str, meshes: Sequence[str], batch:
 
 def _check_settings(decode: bool, optimizer: OptimizerConfig, grad_accum_steps: int, param_dtype: str) -> None:
     """Raise ``ValueError`` if ``param_dtype`` is unknown, or if a setting has no effect but is not the default."""
-    for name, value, default in (
-        ("optimizer", optimizer, OptimizerConfig()),
-        ("grad_accum_steps", grad_accum_steps, 1),
-    ):
-        if decode and value != default:
-            raise ValueError(f"{name}={value} has no effect with decode=True: leave it out")
+    if decode and optimizer != OptimizerConfig():
+        raise ValueError(f"optimizer={optimizer} has no effect with decode=True: leave it out")
+    if decode and grad_accum_steps != 1:
+        raise ValueError(f"grad_accum_steps={grad_accum_steps} has no effect with decode=True: leave it out")
     if not decode and param_dtype != "float32":
         raise ValueError(f"param_dtype={param_dtype!r} needs decode=True: training has float32 parameters")
     if param_dtype not in ("float32", "bfloat16", "float16"):
@@ -381,15 +379,14 @@ def _kernels(
     costs: hlo.Costs, calls: dict[flops.Kernel, set[flops.KernelCall]], start_time_ns: int, device: Device | None
 ) -> list[KernelStats]:
     kernel_stats: list[KernelStats] = []
-    found = []
-    for operation in costs.kernels:
-        name, shape = operation.instruction.name, operation.instruction.shape
-        found.append((operation, re.sub(r"(\.\d+)*$", "", name), shape, kernels.schedule_of(name, start_time_ns)))
+    base_names = [re.sub(r"(\.\d+)*$", "", operation.instruction.name) for operation in costs.kernels]
     # libtpu compiles equal kernels once, so only one of them has a dump. The others share its schedule.
-    shared = {(base_name, shape): schedule for _, base_name, shape, schedule in found if schedule is not None}
-    for operation, base_name, shape, own_schedule in found:
-        schedule = own_schedule or shared.get((base_name, shape))
-        same_kernel = calls.get((base_name, hlo.array_shapes(shape)), set())
+    keys = [(name, operation.instruction.shape) for name, operation in zip(base_names, costs.kernels, strict=True)]
+    schedules = [kernels.schedule_of(operation.instruction.name, start_time_ns) for operation in costs.kernels]
+    schedule_of_key = {key: schedule for key, schedule in zip(keys, schedules, strict=True) if schedule is not None}
+    for operation, base_name, key, own_schedule in zip(costs.kernels, base_names, keys, schedules, strict=True):
+        name, schedule = operation.instruction.name, own_schedule or schedule_of_key.get(key)
+        same_kernel = calls.get((base_name, hlo.array_shapes(operation.instruction.shape)), set())
         grids = {call.grid for call in same_kernel}
         grid = grids.pop() if len(grids) == 1 else None  # unknown if kernels of this name and shape have several grids
         cycles = None
@@ -400,7 +397,7 @@ def _kernels(
                 products = max(call.flops for call in same_kernel) / (device.tflops * 1e12)
                 cycles = max(cycles, round(max(copies, products) * device.clock))
             cycles *= operation.times
-        kernel_stats.append(KernelStats(operation.instruction.name, operation.times, grid, schedule, cycles))
+        kernel_stats.append(KernelStats(name, operation.times, grid, schedule, cycles))
     return kernel_stats
 
 
