@@ -163,12 +163,11 @@ def parse_experiment(
         if any(word.startswith("--training.seed") for word in rest):
             parser.error("--seed and --training.seed exclude each other")
         rest += ["--training.seed", known.seed]
-    if known.preset is not None and known.resume is not None:
-        parser.error("--preset and --resume exclude each other: a resumed run keeps its configuration")
-    if known.recipe is not None and known.resume is not None:
-        parser.error("--recipe and --resume exclude each other: a resumed run keeps its optimizer")
     initial = default if known.preset is None else presets[known.preset]
     if known.resume is not None:
+        for name, kept in (("preset", "configuration"), ("recipe", "optimizer")):
+            if getattr(known, name) is not None:
+                parser.error(f"--{name} and --resume exclude each other: a resumed run keeps its {kept}")
         initial = read(type(default), known.resume / "config.json")
     if known.recipe is not None:
         initial = dataclasses.replace(initial, optimizer=recipes[known.recipe])  # type: ignore[type-var]

@@ -228,26 +228,22 @@ def check_int32(values: np.ndarray, what: str) -> None:
             raise ValueError(f"{what} has values outside int32: from {lowest} to {highest}")
 
 
-def numbers_of(config: Any, prefix: str = "") -> Iterator[tuple[str, int | float]]:
+def numbers_of(config: Any, name: str = "") -> Iterator[tuple[str, int | float]]:
     """Yield the dotted name and the value of every number in a config and its nested configs, as a Python number.
 
     An entry of a tuple has a name such as ``pools[1]``. Booleans are left out.
 
     Args:
-        prefix: the text before each name.
+        config: a config, or the value of a field.
+        name: the dotted name of ``config`` if it is the value of a field.
     """
-    for field in dataclasses.fields(config):
-        yield from _numbers_in(getattr(config, field.name), f"{prefix}{field.name}")
-
-
-def _numbers_in(value: Any, name: str) -> Iterator[tuple[str, int | float]]:
-    if isinstance(value, np.generic):
-        value = value.item()
+    value = config.item() if isinstance(config, np.generic) else config
     if dataclasses.is_dataclass(value):
-        yield from numbers_of(value, f"{name}.")
+        for field in dataclasses.fields(value):
+            yield from numbers_of(getattr(value, field.name), f"{name}.{field.name}".removeprefix("."))
     elif isinstance(value, tuple):
         for index, entry in enumerate(value):
-            yield from _numbers_in(entry, f"{name}[{index}]")
+            yield from numbers_of(entry, f"{name}[{index}]")
     elif isinstance(value, int | float) and not isinstance(value, bool):
         yield name, value
 

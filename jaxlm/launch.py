@@ -268,14 +268,12 @@ def run_local(command: Sequence[str], count: int, *, restarts: int = 0, lost_aft
     handlers = {number: signal.signal(number, receive) for number in signals}
     try:
         for attempt in range(restarts + 1):
-            if attempt:
-                assert directory is not None
-                arguments = _resume_arguments(arguments, directory)
             status, cause = _run_once(module, arguments, count, lost_after, received_signals)
             if status in (0, processes.USER_ERROR) or received_signals:
                 break
             next_action = "no restarts are left"
-            if attempt < restarts:
+            if directory is not None and attempt < restarts:
+                arguments = _resume_arguments(arguments, directory)
                 next_action = (
                     f"restart {attempt + 1} of {restarts}, from the last checkpoint in {directory} "
                     "(from the beginning if there is none)"
@@ -318,18 +316,13 @@ def _run_once(
     with socket.socket() as free_port:
         free_port.bind(("localhost", 0))
         coordinator = f"localhost:{free_port.getsockname()[1]}"
-    commands = [
-        ["jaxlm.launch", "--coordinator", coordinator, "--processes", str(count), "--process", str(index),
-         "--lost-after", str(lost_after), module]
-        for index in range(count)
-    ]  # fmt: skip
-    # Each child has its own session, so that Ctrl-C sends SIGINT only to the parent, which forwards it once.
-    children = [
-        subprocess.Popen(
-            [sys.executable, "-m", *(words if count > 1 else [module]), *arguments], start_new_session=True
-        )
-        for words in commands
-    ]
+    options = f"--coordinator {coordinator} --processes {count} --lost-after {lost_after} --process".split()
+    children = []
+    for index in range(count):
+        join = ["jaxlm.launch", *options, str(index)] if count > 1 else []
+        # Each child has its own session, so that Ctrl-C sends SIGINT only to the parent, which forwards it once.
+        command = [sys.executable, "-m", *join, module, *arguments]
+        children.append(subprocess.Popen(command, start_new_session=True))
     first_failure: tuple[int, str] | None = None
     num_forwarded = 0  # number of received signals that were forwarded to the children
     deadline = math.inf

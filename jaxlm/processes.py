@@ -376,7 +376,7 @@ class _Watch:
         self._outcomes: dict[int, str] = {}
         self._received_signals: list[signal.Signals] = []
         self._end_deadline: float | None = None
-        self._end_lock, self._stopped = threading.Lock(), threading.Event()
+        self._end_lock = threading.Lock()
         self._set_abort_message()
         self._notify_jax = _take_signal_from_jax(signal.SIGTERM)
         signal.signal(signal.SIGTERM, _terminate)
@@ -410,9 +410,6 @@ class _Watch:
         If another process fails or is lost meanwhile, the watch thread or JAX ends this process.
         """
         self._publish_outcome(_DONE)
-        while len(self._outcomes) < self._count:
-            time.sleep(_POLL_SECONDS / 10)
-        self._stopped.set()
         self._thread.join()
         self._relay.set_abort_line("")
 
@@ -437,7 +434,7 @@ class _Watch:
         self._relay.set_abort_line(f"{process_name} ends: process {{lost}} {description}; {self._restart_hint}")
 
     def _watch_loop(self) -> None:
-        while not self._stopped.is_set():
+        while len(self._outcomes) < self._count:
             # A process that is done polls faster, because it only waits for the others.
             wait = _POLL_SECONDS / 10 if self._index in self._outcomes else _POLL_SECONDS
             if select.select([self._wakeup_fd], [], [], wait)[0]:

@@ -16,12 +16,9 @@ this mesh axis cannot also split the width of activations. If an array has an ax
 from __future__ import annotations
 
 import contextlib
-import contextvars
 import dataclasses
-import functools
-import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -165,12 +162,13 @@ def make_mesh(
             else ""
         )
         raise ValueError(
-            f"mesh {_format_sizes(sizes)} needs {needed} devices, there are {len(devices)}: change the mesh{hint}"
+            f"mesh {format_sizes(sizes)} needs {needed} devices, there are {len(devices)}: change the mesh{hint}"
         )
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(axis_type,) * len(sizes), devices=devices)
 
 
-def _format_sizes(sizes: Mapping[str, int]) -> str:
+def format_sizes(sizes: Mapping[str, int]) -> str:
+    """The sizes of named axes as text, such as ``data=4,tensor=2``: the inverse of :func:`parse_mesh`."""
     return ",".join(f"{name}={size}" for name, size in sizes.items())
 
 
@@ -219,8 +217,8 @@ class Sharding:
                     sizes = {axis: self.mesh.shape[axis] for axis in self.mesh_axes((name,))}
                     raise ValueError(
                         f"{what}: axis {name!r} of size {size} is not divisible by mesh axes "
-                        f"{_format_sizes(sizes)} ({shards} shards): "
-                        f"make {name!r} a multiple of {shards} or change the mesh {_format_sizes(self.mesh.shape)}"
+                        f"{format_sizes(sizes)} ({shards} shards): "
+                        f"make {name!r} a multiple of {shards} or change the mesh {format_sizes(self.mesh.shape)}"
                         + (" (for vocab: vocab_multiple)" if name == "vocab" else "")
                     )
         return NamedSharding(self.mesh, partition)
@@ -293,10 +291,9 @@ class Sharding:
     def scope(self) -> contextlib.AbstractContextManager[None]:
         """A context manager in which :func:`constrain` applies this sharding.
 
-        Enter the context INSIDE the jitted function. Otherwise, ``jit`` can reuse a cached trace in which
-        :func:`constrain` has applied another sharding.
+        Enter it inside or outside the jitted function: ``jax.jit`` traces again if the active sharding changes.
         """
-        return _activate(self)
+        return _active(self)
 
 
 def cpu_sharding(count: int) -> Sharding:
@@ -317,59 +314,12 @@ def cpu_sharding(count: int) -> Sharding:
     return Sharding(make_mesh({"data": count}, devices=devices[:count]), DATA_PARALLEL)
 
 
-_active: contextvars.ContextVar[Sharding | None] = contextvars.ContextVar("jaxlm_sharding", default=None)
-
-
-@contextlib.contextmanager
-def _activate(sharding: Sharding | None) -> Iterator[None]:
-    token = _active.set(sharding)
-    try:
-        yield
-    finally:
-        _active.reset(token)
+_active = jax.make_user_context(None)  # the cache keys of ``jax.jit`` contain its value
 
 
 def active() -> Sharding | None:
     """The sharding of the enclosing :meth:`Sharding.scope`, or None outside a scope."""
-    return _active.get()
-
-
-def scoped_jit(
-    *, static_argnames: str | Sequence[str] = (), **options: Any
-) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """A decorator: ``jax.jit`` with these options, which traces again if the active sharding changes.
-
-    ``jax.jit`` alone would use a trace from another :meth:`Sharding.scope`, because :func:`constrain` and other
-    functions read the active sharding during tracing.
-
-    Example:
-        >>> @scoped_jit(static_argnames="axes")
-        ... def square(x, axes):
-        ...     return constrain(x * x, axes)
-    """
-
-    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(function)
-        def traced(*arguments: Any, active_sharding: Sharding | None, **named_arguments: Any) -> Any:
-            del active_sharding
-            return function(*arguments, **named_arguments)
-
-        # ``jax.jit`` finds static arguments by the signature, which ``wraps`` copies from the function.
-        signature = inspect.signature(function)
-        parameter = inspect.Parameter("active_sharding", inspect.Parameter.KEYWORD_ONLY)
-        vars(traced)["__signature__"] = signature.replace(parameters=[*signature.parameters.values(), parameter])
-        names = (static_argnames,) if isinstance(static_argnames, str) else tuple(static_argnames)
-        jitted = jax.jit(traced, static_argnames=(*names, "active_sharding"), **options)
-
-        @functools.wraps(function)
-        def call(*arguments: Any, **named_arguments: Any) -> Any:
-            return jitted(*arguments, active_sharding=active(), **named_arguments)
-
-        for name in ("_cache_size", "clear_cache"):  # as in the result of ``jax.jit``
-            setattr(call, name, getattr(jitted, name))
-        return call
-
-    return decorate
+    return _active.value
 
 
 def num_shards(axes: Axes) -> int:
@@ -397,7 +347,7 @@ def compute_capability() -> str | None:
 
 
 def _device() -> jax.Device:
-    sharding = _active.get()
+    sharding = active()
     if sharding is not None:
         return sharding.mesh.devices.flat[0]
     # The value is a device, the name of a platform, or None.
@@ -409,7 +359,7 @@ def _device() -> jax.Device:
 
 def constrain(x: jax.Array, axes: Axes) -> jax.Array:
     """``x`` with a sharding constraint for its logical ``axes``; unchanged outside a :meth:`Sharding.scope`."""
-    sharding = _active.get()
+    sharding = active()
     if sharding is None:
         return x
     return jax.lax.with_sharding_constraint(x, sharding.named_sharding(axes, x.shape, "activation"))
@@ -434,7 +384,7 @@ def map_shards(
             an axis of ``sum_over`` to the same mesh axis, so that ``psum`` would add different parts of the result. A
             call of the returned function also raises the errors of :meth:`Sharding.named_sharding` for its arguments.
     """
-    sharding = _active.get()
+    sharding = active()
     if sharding is None:
         return function
     for axes in out_axes if isinstance(out_axes, list) else [out_axes]:
@@ -442,7 +392,7 @@ def map_shards(
     mesh_axes = sharding.mesh_axes(sum_over)
 
     def function_of_shards(*shards: jax.Array) -> Any:
-        with _activate(None):
+        with _active(None):
             result = function(*shards)
         return jax.lax.psum(result, mesh_axes) if mesh_axes else result
 

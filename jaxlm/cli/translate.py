@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import jax
 
-from jaxlm.cli.common import ModelCommand, Texts, read_texts
+from jaxlm.cli.common import ModelCommand, Texts, generation_config, read_texts
 from jaxlm.data.text_files import escape_line_breaks
 from jaxlm.decoding import GenerationConfig, generate_text
 from jaxlm.decoding.describe import describe
@@ -51,13 +51,7 @@ class _SourceCommand(ModelCommand):
                 f"this is {describe(model)}: it reads no source, so it cannot {self.verb}; load an encoder-decoder "
                 "(T5, attention RNN), or continue prompts with jaxlm generate"
             )
-        config = GenerationConfig(
-            max_new_tokens=self.max_new_tokens, num_beams=self.num_beams, length_penalty=self.length_penalty,
-            batch_size=self.batch_size,
-        ).resolve(
-            model, tokenizer, default=GenerationConfig(num_beams=5),
-            sampling={"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p},
-        )  # fmt: skip
+        config = generation_config(self, model, tokenizer, GenerationConfig(num_beams=5))
         sources = [self.prefix + text for text in read_texts(self.texts, self.file)]
         for text in generate_text(model, params, tokenizer, sources, config, key=jax.random.key(self.seed)):
             print(escape_line_breaks(text))

@@ -9,6 +9,8 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from jaxlm.config import check_min
+
 SMALLEST_BUCKET = 16
 """The smallest bucket length. All bucket lengths are multiples of this number."""
 
@@ -46,8 +48,7 @@ def length_batches(lengths: Sequence[int], batch_size: int | None) -> Iterator[n
     Raises:
         ValueError: ``batch_size`` is below 1.
     """
-    if batch_size is not None and batch_size < 1:
-        raise ValueError(f"batch_size={batch_size} must be at least 1")
+    check_min(1, batch_size=batch_size)
     size = len(lengths) if batch_size is None else min(batch_size, len(lengths))
     order = np.argsort(-np.asarray(lengths), kind="stable")
     for first in range(0, len(order), max(size, 1)):

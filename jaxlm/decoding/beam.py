@@ -20,17 +20,10 @@ from jaxlm.config import check_field_types, check_min
 from jaxlm.decoding.config import EarlyStopping
 from jaxlm.decoding.finite import check_finite, rows_finite
 from jaxlm.decoding.loop import decoding_loop, loop_params
-from jaxlm.decoding.prompts import (
-    EndId,
-    as_end_ids,
-    check_prompts,
-    is_end,
-    read_prompts,
-    read_tokens,
-)
+from jaxlm.decoding.prompts import EndId, is_end, read_prompts, read_tokens
+from jaxlm.decoding.sample import GREEDY, Settings, check_and_make_settings
 from jaxlm.models import Model
 from jaxlm.nn.attention import cache
-from jaxlm.sharding import scoped_jit
 from jaxlm.spec import Array, Params, State
 
 MIN_CACHE_SLOTS = 16
@@ -124,21 +117,14 @@ def beam_search(
         raise TypeError(f"max_new_tokens={limits.tolist()} must be an integer, or one integer for each prompt")
     if limits.ndim and (limits.shape != np.shape(prompts)[:1] or limits.min() < 1):
         raise ValueError(f"max_new_tokens={limits.tolist()} must be one number of at least 1 for each prompt")
-    largest_limit = int(limits.max())
-    num_ids, slots = check_prompts(
-        model, prompts, segment_ids,
-        max_new_tokens=largest_limit, end_id=end_id, num_allowed_ids=num_allowed_ids, state=state,
-    )  # fmt: skip
+    shared = check_and_make_settings(
+        model, prompts, segment_ids, int(limits.max()), GREEDY, None, end_id, num_allowed_ids, state
+    )
     limits_B = jnp.broadcast_to(jnp.asarray(limits, jnp.int32), prompts.shape[:1])
-    settings = _Settings(
-        limits_B, jnp.float32(beams.length_penalty), beams.num_beams, beams.early_stopping, as_end_ids(end_id), num_ids,
-    )  # fmt: skip
+    settings = _Settings(limits_B, jnp.float32(beams.length_penalty), beams.num_beams, beams.early_stopping, shared)
     length = prompts.shape[1]
-    sizes = _cache_sizes(model, state, length, slots)
-    search = _start_search(
-        model, params, prompts, segment_ids, state, settings,
-        max_new_tokens=largest_limit, slots=slots, first_slots=sizes[0],
-    )  # fmt: skip
+    sizes = _cache_sizes(model, state, length, shared.slots)
+    search = _start_search(model, params, prompts, segment_ids, state, settings, first_slots=sizes[0])
     for size in sizes:
         # During tracing the flags have no values, so every stage is traced. If the search has ended before a stage, the
         # loop of the stage runs zero iterations.
@@ -177,16 +163,14 @@ class _Settings:
     Attributes:
         limits_B: [B] int32, maximum number of new tokens of each row.
         length_penalty, num_beams, early_stopping: as in :class:`BeamConfig`.
-        end_ids: ids that finish a hypothesis.
-        num_ids: only ids below this number are generated.
+        shared: the settings that sampling has too. ``max_new_tokens`` is the largest of the limits.
     """
 
     limits_B: jax.Array
     length_penalty: jax.Array
     num_beams: int = struct.field(pytree_node=False)
     early_stopping: EarlyStopping = struct.field(pytree_node=False)
-    end_ids: tuple[int, ...] = struct.field(pytree_node=False)
-    num_ids: int = struct.field(pytree_node=False)
+    shared: Settings = struct.field(pytree_node=False)
 
 
 @struct.dataclass
@@ -215,7 +199,7 @@ class _Search:
     searching: jax.Array
 
 
-@scoped_jit(static_argnames=("model", "max_new_tokens", "slots", "first_slots"))
+@jax.jit(static_argnames=("model", "first_slots"))
 def _start_search(
     model: Model,
     params: Params,
@@ -224,22 +208,19 @@ def _start_search(
     state: State | None,
     settings: _Settings,
     *,
-    max_new_tokens: int,
-    slots: int,
     first_slots: int,
 ) -> _Search:
     """The search after it has read the prompts and selected the first new token of each hypothesis.
 
     Args:
-        slots: number of cache slots for the prompts and all new tokens.
         first_slots: number of cache slots of the returned search.
     """
-    B, K, N = prompts_BT.shape[0], settings.num_beams, max_new_tokens
-    state, logits_BV = read_prompts(model, params, prompts_BT, segment_ids_BT, slots, state)
+    B, K, shared = prompts_BT.shape[0], settings.num_beams, settings.shared
+    state, logits_BV = read_prompts(model, params, prompts_BT, segment_ids_BT, shared.slots, state)
     row_state, source = _split_source(model, state)
-    row_state_specs, _ = _split_source(model, model.state_specs(B, slots))
+    row_state_specs, _ = _split_source(model, model.state_specs(B, shared.slots))
     parents = jnp.repeat(jnp.arange(B), K)
-    tokens_BKN = jnp.full((B, K, N), settings.end_ids[0] if settings.end_ids else 0, jnp.int32)
+    tokens_BKN = jnp.full((B, K, shared.max_new_tokens), shared.end_ids[0] if shared.end_ids else 0, jnp.int32)
     search = _Search(
         state=spec.take_rows_clipped(row_state_specs, cache.resize(row_state_specs, row_state, first_slots), parents),
         source=source,
@@ -251,10 +232,10 @@ def _start_search(
         finished=Beams(tokens_BKN, jnp.zeros((B, K), jnp.int32), jnp.full((B, K), -jnp.inf), jnp.ones((B,), bool)),
         searching=jnp.ones((B,), bool),
     )
-    return _select(search, logits_BV[parents, : settings.num_ids], settings)
+    return _select(search, logits_BV[parents, : shared.num_ids], settings)
 
 
-@scoped_jit(static_argnames=("model", "slots", "prompt_length"))
+@jax.jit(static_argnames=("model", "slots", "prompt_length"))
 def _continue_search(
     model: Model, params: Params, search: _Search, settings: _Settings, *, slots: int, prompt_length: int
 ) -> _Search:
@@ -273,7 +254,7 @@ def _continue_search(
         state, logits = read_tokens(model, params, {**state, **search.source}, newest)
         row_state, _ = _split_source(model, state)
         search = dataclasses.replace(search, state=row_state)
-        return _select(search, logits[:, : settings.num_ids], settings)
+        return _select(search, logits[:, : settings.shared.num_ids], settings)
 
     return decoding_loop(model, specs, unfinished, extend, search, max_steps=N)
 
@@ -284,11 +265,8 @@ def _split_source(model: Model, state: State) -> tuple[Any, Any]:
     Beam search repeats only the rows of the first part, because all hypotheses of a row use the same source. The second
     part is empty if the model is not an encoder-decoder.
     """
-    source_names = ("source",) if model.reads_source else ()
-    return (
-        {name: value for name, value in state.items() if name not in source_names},
-        {name: value for name, value in state.items() if name in source_names},
-    )
+    source = {"source": state["source"]} if model.reads_source else {}
+    return {name: value for name, value in state.items() if name not in source}, source
 
 
 def _score(totals: jax.Array, length: jax.Array, length_penalty: jax.Array) -> jax.Array:
@@ -307,7 +285,7 @@ def _select(search: _Search, logits: jax.Array, settings: _Settings) -> _Search:
     """
     B, K, _ = search.live_tokens.shape
     V = logits.shape[-1]
-    num_candidates = K * (1 + max(1, len(settings.end_ids)))
+    num_candidates = K * (1 + max(1, len(settings.shared.end_ids)))
     # Select the best ids of each hypothesis first. Only the normalizer of the softmax needs the other logits.
     best_RC, ids_RC = jax.lax.top_k(logits, min(num_candidates, V))
     # Do not use best_RC[:, :1] as the maximum in logsumexp. XLA's CPU compiler would then sort all logits, which takes
@@ -319,7 +297,7 @@ def _select(search: _Search, logits: jax.Array, settings: _Settings) -> _Search:
     token_BC = _pick(ids_RC.reshape(B, -1), flat_BC).astype(jnp.int32)
     tokens_BCN = _pick(search.live_tokens, beam_BC).at[:, :, search.step].set(token_BC)
     length = search.step + 1
-    ends_BC = is_end(token_BC, settings.end_ids) | (length >= settings.limits_B)[:, None]
+    ends_BC = is_end(token_BC, settings.shared.end_ids) | (length >= settings.limits_B)[:, None]
 
     among_best_C = jnp.arange(totals_BC.shape[1]) < K  # top_k sorts the candidates
     scores_BC = jnp.where(

@@ -158,8 +158,7 @@ class GenerationConfig:
         overrides = {name: value for name, value in (sampling or {}).items() if value is not None}
         resolved_sampling = self.sampling
         if resolved_sampling is None:
-            fallback = _DEFAULT.sampling if default is None or default.sampling is None else default.sampling
-            assert fallback is not None
+            fallback = next(config.sampling for config in configs[2:] if config.sampling is not None)
             resolved_sampling = _resolve_sampling(file_fields, file, fallback, overrides, num_beams, vocab_size)
         try:
             return GenerationConfig(

@@ -68,12 +68,11 @@ def _convert_tree(tree: Any, dtype: DTypeLike) -> Any:
 
 def _with_normalized_weight(params: dict[str, Any], dtype: DTypeLike) -> dict[str, Any]:
     """``params`` with the normalized ``weight`` in ``dtype`` instead of ``direction`` and ``gain``."""
-    direction, gain = params["direction"], params["gain"]
-    if isinstance(direction, ArraySpec):
-        others = {name: leaf for name, leaf in params.items() if name not in ("direction", "gain")}
-        return {"weight": _cast(direction, dtype), **others}
-    normalized = weight_norm(params, num_input_axes=len(direction.shape) - len(gain.shape))
-    return {**normalized, "weight": normalized["weight"].astype(dtype)}
+    weight = direction = params["direction"]
+    if not isinstance(direction, ArraySpec):
+        weight = weight_norm(params, num_input_axes=direction.ndim - params["gain"].ndim)["weight"]
+    others = {name: leaf for name, leaf in params.items() if name not in ("direction", "gain")}
+    return {"weight": _cast(weight, dtype), **others}
 
 
 def _cast(x: Any, dtype: DTypeLike) -> Any:

@@ -18,7 +18,7 @@ from jaxlm.config import check_min, check_value
 from jaxlm.decoding.describe import require_next_token_head
 from jaxlm.models import Model
 from jaxlm.models.heads import last_token_hidden
-from jaxlm.sharding import Sharding, active
+from jaxlm.sharding import Sharding, active, format_sizes
 from jaxlm.spec import Array, Params, State
 
 EndId = int | Sequence[int] | Array | None
@@ -51,11 +51,10 @@ def check_sharding(sharding: Sharding | None) -> None:
     if sharding is None or sharding.num_shards(("seq",)) == 1:
         return
     sizes, rule = sharding.mesh.shape, dict(sharding.rules.table)["seq"]
+    splitting = format_sizes({name: sizes[name] for name in rule if name in sizes})
     raise ValueError(
         f"decoding reads one token per call, so 'seq' cannot be split, but the rule seq={rule} splits it over "
-        f"{','.join(f'{name}={sizes[name]}' for name in rule if name in sizes)} of the mesh "
-        f"{','.join(f'{name}={size}' for name, size in sizes.items())}: use a mesh without this axis, or rules without "
-        "'seq'"
+        f"{splitting} of the mesh {format_sizes(sizes)}: use a mesh without this axis, or rules without 'seq'"
     )
 
 
@@ -63,11 +62,10 @@ def check_prompts(
     model: Model,
     prompts_BT: Array,
     segment_ids_BT: Array | None,
-    *,
     max_new_tokens: int,
-    end_id: EndId,
+    end_ids: tuple[int, ...],
     num_allowed_ids: int | None,
-    state: State | None = None,
+    state: State | None,
 ) -> tuple[int, int]:
     """The number of ids that may be generated, and the number of cache slots that the tokens need.
 
@@ -103,7 +101,7 @@ def check_prompts(
     num_ids = vocab_size if num_allowed_ids is None else num_allowed_ids
     if not 1 <= num_ids <= vocab_size:
         raise ValueError(f"num_allowed_ids={num_allowed_ids} must be between 1 and vocab_size={vocab_size}")
-    for end in as_end_ids(end_id):
+    for end in end_ids:
         if not 0 <= end < num_ids:
             raise ValueError(f"end_id={end} can never be generated: ids are 0 to {num_ids - 1}; None means no end")
     if segment_ids_BT is not None and not _is_traced(segment_ids_BT):

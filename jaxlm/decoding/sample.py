@@ -35,7 +35,7 @@ from jaxlm.decoding.prompts import (
 )
 from jaxlm.models import Model
 from jaxlm.nn.embedding import argmax, widen_ids
-from jaxlm.sharding import active, scoped_jit
+from jaxlm.sharding import active
 from jaxlm.spec import Array, Params, State
 
 MIN_TEMPERATURE = 1e-30
@@ -371,10 +371,8 @@ def check_and_make_settings(
     state: State | None,
 ) -> Settings:
     """The :class:`Settings` for arguments of :func:`generate`. The function checks these arguments."""
-    num_ids, slots = check_prompts(
-        model, prompts, segment_ids,
-        max_new_tokens=max_new_tokens, end_id=end_id, num_allowed_ids=num_allowed_ids, state=state,
-    )  # fmt: skip
+    end_ids = as_end_ids(end_id)
+    num_ids, slots = check_prompts(model, prompts, segment_ids, max_new_tokens, end_ids, num_allowed_ids, state)
     check_top_k(sampling, num_ids)
     if key is None and sampling.temperature > 0.0:
         raise ValueError(
@@ -383,7 +381,7 @@ def check_and_make_settings(
     check_key(key)
     if key is not None and _has_row_keys(key) and key.shape[0] != prompts.shape[0]:
         raise ValueError(f"{key.shape[0]} keys for {prompts.shape[0]} prompts: pass one key, or one key per prompt")
-    return Settings(max_new_tokens, sampling, as_end_ids(end_id), num_ids, slots)
+    return Settings(max_new_tokens, sampling, end_ids, num_ids, slots)
 
 
 def check_key(key: jax.Array | None) -> None:
@@ -419,7 +417,7 @@ def _has_row_keys(key: jax.Array) -> bool:
     return jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key) and key.ndim == 1
 
 
-@scoped_jit(static_argnames=("model", "settings"))
+@jax.jit(static_argnames=("model", "settings"))
 def _generate(
     model: Model,
     params: Params,
@@ -434,7 +432,7 @@ def _generate(
     return Generation(progress.tokens, progress.lengths, progress.log_probs, progress.finite)
 
 
-@scoped_jit(static_argnames=("model", "settings"))
+@jax.jit(static_argnames=("model", "settings"))
 def _prefill(
     model: Model,
     params: Params,
@@ -499,7 +497,7 @@ def _draw(progress: PartialGeneration, logits_BV: jax.Array) -> PartialGeneratio
     )
 
 
-@scoped_jit(static_argnames="model", donate_argnames="progress")
+@jax.jit(static_argnames="model", donate_argnames="progress")
 def _advance(model: Model, params: Params, progress: PartialGeneration, steps: int | jax.Array) -> PartialGeneration:
     """The result of :func:`advance`, without its check of the logits."""
     last_step = jnp.minimum(progress.step + steps, progress.tokens.shape[1])

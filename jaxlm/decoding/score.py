@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm import processes
-from jaxlm.config import check_min
 from jaxlm.data.tokens import check_tokens
+from jaxlm.decoding.batches import length_batches
 from jaxlm.decoding.describe import require_task
 from jaxlm.decoding.finite import check_finite, rename_rows_in_errors, rows_finite
 from jaxlm.decoding.prompts import check_ids, source_vocab_size
@@ -24,7 +24,6 @@ from jaxlm.nn.embedding import argmax, widen_ids
 from jaxlm.nn.loss import cross_entropy
 from jaxlm.nn.loss.chunked import chunk_length
 from jaxlm.nn.time_chunks import join_time, split_time
-from jaxlm.sharding import scoped_jit
 from jaxlm.spec import Array, Params
 
 CHUNK_LOGITS = 2**22
@@ -172,7 +171,7 @@ def _checked_scores(model: Model, params: Params, *arrays: Any) -> TokenScores:
     return scores
 
 
-@scoped_jit(static_argnames="model")
+@jax.jit(static_argnames="model")
 def _token_scores(
     model: Model,
     params: Params,
@@ -270,7 +269,6 @@ def perplexity(
         raise ValueError(f"window={window} must be at least 2: the first token of a window is not predicted")
     if not 1 <= stride < window:
         raise ValueError(f"stride={stride} must be from 1 to window - 1 = {window - 1}, so that every token is scored")
-    check_min(1, batch_size=batch_size)
     if model.needs_whole_text and ids.size > window:
         raise ValueError(
             f"{ids.size} tokens need several windows of window={window} tokens, but {model.family} must read a text "
@@ -281,15 +279,12 @@ def perplexity(
     starts = np.append(np.arange(0, ids.size - window, stride), ids.size - window)
     ends = starts + window
     num_new = np.diff(ends, prepend=1)  # number of tokens at the end of each window that no earlier window has scored
-    batch_size = min(batch_size, starts.size)
 
-    total = 0.0
-    for first in range(0, starts.size, batch_size):
-        # Repeat the last window in the last batch, so that all batches have one shape.
-        rows = np.minimum(np.arange(first, first + batch_size), starts.size - 1)
+    nats_of_windows = [0.0] * starts.size
+    for rows in length_batches([window] * starts.size, batch_size):
         windows = ids[starts[rows][:, None] + np.arange(window)].astype(np.int32)
         with rename_rows_in_errors("window", rows):
             log_probs = np.asarray(log_likelihood(model, params, windows), np.float64)
-        for row, log_probs_T in zip(rows[: starts.size - first], log_probs, strict=False):
-            total -= float(log_probs_T[window - 1 - num_new[row] :].sum())
-    return Perplexity(nats_per_token=total / (ids.size - 1), tokens=ids.size - 1)
+        for row, log_probs_T in zip(rows, log_probs, strict=True):
+            nats_of_windows[row] = -float(log_probs_T[window - 1 - num_new[row] :].sum())
+    return Perplexity(nats_per_token=sum(nats_of_windows) / (ids.size - 1), tokens=ids.size - 1)

@@ -49,7 +49,6 @@ from jaxlm.decoding.sample import (
 )
 from jaxlm.models import Model
 from jaxlm.nn.embedding import argmax
-from jaxlm.sharding import scoped_jit
 from jaxlm.spec import Array
 
 
@@ -166,8 +165,8 @@ def speculative_generate(
             "it reads in one call, so speculative decoding would change the distribution: set capacity_factor=None, or "
             "generate without a draft model"
         )
-    target_state, draft_state = (None, None) if states is None else states
-    for model, state in ((models.target, target_state), (models.draft, draft_state)):
+    target_state, draft_state = states = (None, None) if states is None else states
+    for (model, _), state in zip(models.pairs, states, strict=True):
         if model.reads_source and state is None:
             raise ValueError(
                 f"{model.family} reads a source: pass states=(state of the target model, state of the draft model). "
@@ -175,18 +174,18 @@ def speculative_generate(
                 f"at least the length of the prompts + {max_new_tokens + models.num_proposed - 1} (max_new_tokens + "
                 "num_proposed - 1). The state of another model may be None"
             )
-    options = (max_new_tokens, sampling, key, end_id, num_allowed_ids)
-    settings = check_and_make_settings(models.target, prompts, segment_ids, *options, target_state)
-    check_and_make_settings(models.draft, prompts, segment_ids, *options, draft_state)
-    # The last round may read num_proposed tokens that do not become part of the text.
-    settings = dataclasses.replace(settings, slots=settings.slots + models.num_proposed)
-    for model, state in ((models.target, target_state), (models.draft, draft_state)):
+        settings = check_and_make_settings(
+            model, prompts, segment_ids, max_new_tokens, sampling, key, end_id, num_allowed_ids, state
+        )
+        # The settings of both models are equal. The last round may read num_proposed tokens that do not become part of
+        # the text.
+        settings = dataclasses.replace(settings, slots=settings.slots + models.num_proposed)
         model.state_specs(prompts.shape[0], settings.slots)  # raises if the model has fewer positions
         if state is not None:
             check_free_slots(model, state, settings.slots)
     if target_state is not None:
         check_memory_slots(models.target, target_state, settings.slots)
-    result = _generate(models, prompts, segment_ids, key, (target_state, draft_state), settings)
+    result = _generate(models, prompts, segment_ids, key, states, settings)
     check_finite(models.target, models.target_params, result.generation.finite, target_state)
     check_finite(models.draft, models.draft_params, result.draft_finite, draft_state)
     return result
@@ -212,7 +211,7 @@ class _Progress:
     result: SpeculativeGeneration
 
 
-@scoped_jit(static_argnames="settings")
+@jax.jit(static_argnames="settings")
 def _generate(
     models: SpeculativeModels,
     prompts_BT: jax.Array,

@@ -292,16 +292,14 @@ class _TextGenerator:
             raise TypeError(
                 f"pass all {what}s as strings or all as ids, got {len(strings)} strings of {len(texts)} {what}s"
             )
-        is_empty = [ids.size == 0 for ids in rows]
         if strings and self._model.reads_source:
             encodings = self._tokenizer.encode_inputs_batch(strings)
-            rows = [encoding.ids for encoding in encodings]
-            is_empty = [not encoding.has_text for encoding in encodings]
-        elif strings:
-            rows = [self._tokenizer.encode(text) for text in strings]
-            is_empty = [ids.size == 0 for ids in rows]
+            rows, has_text = [encoding.ids for encoding in encodings], [encoding.has_text for encoding in encodings]
+        else:
+            rows = rows or [self._tokenizer.encode(text) for text in strings]
+            has_text = [ids.size > 0 for ids in rows]
         for row, (ids, text) in enumerate(zip(rows, texts, strict=True)):
-            if is_empty[row]:
+            if not has_text[row]:
                 raise ValueError(f"{what} {row} is {text!r}, which has no tokens: pass at least one character")
             self._check_ids(ids, f"{what} {row}")
         return [ids.astype(np.int32, copy=False) for ids in rows]  # uint64 and int32 together would become float64

@@ -28,7 +28,7 @@ from jaxlm.decoding.sample import (
     prefill_with_settings,
 )
 from jaxlm.models import Model
-from jaxlm.sharding import active, scoped_jit
+from jaxlm.sharding import active
 from jaxlm.spec import Params, State
 
 
@@ -93,7 +93,7 @@ def read_sources(model: Model, params: Params, sources: Sequence[np.ndarray], le
     return _read_sources(model, params, source_BS, segment_ids_BS, length=length)
 
 
-@scoped_jit(static_argnames=("model", "length"))
+@jax.jit(static_argnames=("model", "length"))
 def _read_sources(
     model: Model,
     params: Params,

@@ -222,14 +222,10 @@ def _count_equation(equation: Any) -> float:
 
 def _inner_jaxprs(params: dict[str, Any]) -> list[Any]:
     """The jaxprs in the parameters of an equation, such as the body of a ``scan``."""
-    jaxprs = []
-    for value in params.values():
-        for item in value if isinstance(value, tuple | list) else (value,):
-            if isinstance(item, jax_core.ClosedJaxpr):
-                jaxprs.append(item.jaxpr)
-            elif isinstance(item, jax_core.Jaxpr):
-                jaxprs.append(item)
-    return jaxprs
+    kinds = (jax_core.ClosedJaxpr, jax_core.Jaxpr)
+    leaves = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, kinds))
+    jaxprs = [leaf for leaf in leaves if isinstance(leaf, kinds)]
+    return [jaxpr.jaxpr if isinstance(jaxpr, jax_core.ClosedJaxpr) else jaxpr for jaxpr in jaxprs]
 
 
 Kernel = tuple[str, tuple[tuple[int, ...], ...]]

@@ -322,6 +322,12 @@ class Costs:
     collectives: list[Collective]
     unknown_loops: list[str]
 
+    def add(self, other: Costs) -> None:
+        """Append the operations, collectives and loops of ``other``."""
+        self.operations.extend(other.operations)
+        self.collectives.extend(other.collectives)
+        self.unknown_loops.extend(other.unknown_loops)
+
     @property
     def cycles(self) -> int:
         """Sum of the estimated cycles of all operations with an estimate."""
@@ -340,42 +346,38 @@ def costs(program: Program) -> Costs:
     conditional counts as its most expensive branch, and a call counts as the called computation. The estimate of a
     fusion includes its instructions. Collectives inside a fusion are also listed in ``collectives``.
     """
-    total = Costs([], [], [])
-    _add_computation(program, program.entry, 1, total)
-    return total
+    return _costs_of(program, program.entry, 1)
 
 
-def _add_computation(program: Program, name: str, times: int, total: Costs) -> None:
-    """Add the operations of a computation to ``total``. The computation runs ``times`` times."""
-    computation = program.computations[name]
+_CALLED = {"while": ("body", "condition"), "call": ("to_apply", "calls"), "async-start": ("to_apply", "calls")}
+"""Opcode -> the attributes with the computations that an instruction runs, except ``conditional`` and ``fusion``."""
+
+
+def _costs_of(program: Program, name: str, times: int) -> Costs:
+    """The costs of a computation that runs ``times`` times."""
+    computation, total = program.computations[name], Costs([], [], [])
     channels: set[str] = set()
     for instruction in computation:
+        times_called = times
         if instruction.opcode == "while":
             trips = trip_count(program, computation, instruction)
             if trips is None:
                 total.unknown_loops.append(instruction.op_name)
-            for called in instruction.called("body", "condition"):
-                _add_computation(program, called, times * (1 if trips is None else trips), total)
-        elif instruction.opcode == "conditional":
-            branches = []
-            for branch in instruction.called("branch_computations", "true_computation", "false_computation"):
-                branch_costs = Costs([], [], [])
-                _add_computation(program, branch, times, branch_costs)
-                branches.append(branch_costs)
-            most_expensive = max(branches, key=_size_of_costs)
-            total.operations.extend(most_expensive.operations)
-            total.collectives.extend(most_expensive.collectives)
-            total.unknown_loops.extend(most_expensive.unknown_loops)
-        elif instruction.opcode in ("call", "async-start"):
-            for called in instruction.called("to_apply", "calls"):
-                _add_computation(program, called, times, total)
-        elif instruction.opcode == "fusion":
+            else:
+                times_called *= trips
+        for called in instruction.called(*_CALLED.get(instruction.opcode, ())):
+            total.add(_costs_of(program, called, times_called))
+        if instruction.opcode == "conditional":
+            branches = instruction.called("branch_computations", "true_computation", "false_computation")
+            total.add(max((_costs_of(program, branch, times) for branch in branches), key=_size_of_costs))
+        if instruction.opcode == "fusion":
             _add_fused_collectives(program, instruction, times, channels, total)
         kind = instruction.opcode.removesuffix("-start")
         if kind in COLLECTIVES:
             total.collectives.append(_collective(computation, instruction, kind, times))
         if instruction.cycles is not None or instruction.is_kernel:
             total.operations.append(Operation(instruction, times))
+    return total
 
 
 def _size_of_costs(costs: Costs) -> tuple[float, int, int]:

@@ -9,6 +9,7 @@ cycles without waiting. This holds for kernels without inner loops.
 
 from __future__ import annotations
 
+import collections
 import os
 import re
 import tempfile
@@ -75,10 +76,6 @@ def schedule_of(kernel: str, since: int) -> Schedule | None:
 
 def parse(text: str) -> Schedule:
     """The schedule in the text of a ``final_bundles.txt``."""
-    counts: dict[int, int] = {}
-    for line in text.splitlines():
-        match = _BUNDLE.match(line)
-        if match:
-            depth = match[2].count(">")
-            counts[depth] = counts.get(depth, 0) + 1
-    return tuple(counts.get(depth, 0) for depth in range(max(counts, default=0) + 1))
+    bundles = filter(None, map(_BUNDLE.match, text.splitlines()))
+    counts = collections.Counter(bundle[2].count(">") for bundle in bundles)
+    return tuple(counts[depth] for depth in range(max(counts, default=0) + 1))

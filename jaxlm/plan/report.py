@@ -50,11 +50,11 @@ def _rows(plans: Sequence[Plan]) -> Iterator[tuple[str, Callable[[Plan], str]]]:
     yield "  code", lambda p: _memory_cell(p, lambda m: m.code)
     yield "bytes per device", lambda p: _memory_cell(p, lambda m: m.total)
     yield "FLOPs per step", lambda p: f"{p.flops:.3g}"
-    yield "estimated cycles", lambda p: "n/a" if p.cycles is None else f"{p.cycles:,}"
+    yield "estimated cycles", lambda p: _format(p.cycles, ",")
     yield "estimated step", lambda p: _seconds(p.seconds)
-    yield "  MFU", lambda p: _percent(p.mfu)
+    yield "  MFU", lambda p: _format(p.mfu, ".1%")
     yield "communication, at least", lambda p: _seconds(p.communication_seconds)
-    yield "  MFU, no overlap", lambda p: _percent(p.mfu_with_communication)
+    yield "  MFU, no overlap", lambda p: _format(p.mfu_with_communication, ".1%")
     yield "tokens/s, no communication", lambda p: "n/a" if not p.seconds else f"{p.tokens / p.seconds:,.0f}"
     if any(plan.min_memory_seconds is not None for plan in plans):
         yield "memory reads, at least", lambda p: _seconds(p.min_memory_seconds)
@@ -84,8 +84,7 @@ def _details(plan: Plan, console: Console, *, with_title: bool) -> None:
         table.add_column("kernel", overflow="fold")
         for kernel in plan.kernels:
             bundles = "n/a" if kernel.bundles is None else "+".join(f"{count:,}" for count in kernel.bundles[1:])
-            cycles = "n/a" if kernel.cycles is None else f"{kernel.cycles:,}"
-            grid = "n/a" if kernel.grid_steps is None else f"{kernel.grid_steps:,}"
+            grid, cycles = _format(kernel.grid_steps, ","), _format(kernel.cycles, ",")
             table.add_row(str(kernel.calls), grid, bundles, cycles, escape(kernel.name))
         console.print(table)
     for note in plan.notes:
@@ -112,8 +111,8 @@ def _seconds(seconds: float | None) -> str:
     return f"{seconds:.1f} s"
 
 
-def _percent(share: float | None) -> str:
-    return "n/a" if share is None else f"{share:.1%}"
+def _format(number: float | None, format_spec: str) -> str:
+    return "n/a" if number is None else format(number, format_spec)
 
 
 def _collective_cell(plan: Plan, kind: str) -> str:

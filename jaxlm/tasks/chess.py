@@ -24,7 +24,6 @@ from jaxlm.data.games import import_chess
 from jaxlm.data.moves import MoveTokenizer
 from jaxlm.metrics import BOOTSTRAP_SAMPLES, Score, bootstrap, proportion
 from jaxlm.models import Model
-from jaxlm.sharding import scoped_jit
 from jaxlm.spec import Params
 from jaxlm.tasks.chess_players import (
     EnginePlayer,
@@ -292,7 +291,7 @@ def _predictions(
             yield index, best_ids[batch_row, :moves], ranks[batch_row, :moves]
 
 
-@scoped_jit(static_argnames=("model", "vocab_size"))
+@jax.jit(static_argnames=("model", "vocab_size"))
 def _best_id_and_rank(
     model: Model,
     params: Params,

@@ -27,7 +27,6 @@ from jaxlm.decoding.prompts import read_prompts, read_tokens, source_vocab_size
 from jaxlm.decoding.sample import check_temperature
 from jaxlm.models import Model
 from jaxlm.models.heads import last_token_hidden
-from jaxlm.sharding import scoped_jit
 from jaxlm.spec import Params
 
 if TYPE_CHECKING:
@@ -334,7 +333,7 @@ class _Row:
         return not self.dropped and moves[: len(self.moves)] == self.moves
 
 
-@scoped_jit(static_argnames="model", donate_argnames="state")
+@jax.jit(static_argnames="model", donate_argnames="state")
 def _read_moves(
     model: Model,
     params: Params,
@@ -346,7 +345,7 @@ def _read_moves(
     return read_prompts(model, params, tokens_BT, segment_ids_BT, 0, state)
 
 
-@scoped_jit(static_argnames=("model", "start_id"))
+@jax.jit(static_argnames=("model", "start_id"))
 def _last_logits(
     model: Model,
     params: Params,

@@ -25,7 +25,6 @@ from jaxlm.decoding.finite import check_finite, rename_rows_in_errors, rows_fini
 from jaxlm.decoding.prompts import source_vocab_size
 from jaxlm.decoding.score import TokenScores, perplexity_of, target_token_scores, token_scores
 from jaxlm.models import Model
-from jaxlm.sharding import scoped_jit
 from jaxlm.spec import Params
 
 BATCH_SIZE = 32
@@ -549,7 +548,7 @@ def _checked_probabilities(
     return np.asarray(probabilities)
 
 
-@scoped_jit(static_argnames=("model", "independent"))
+@jax.jit(static_argnames=("model", "independent"))
 def _label_probabilities(
     model: Model,
     params: Params,

@@ -34,7 +34,6 @@ from jaxlm.metrics import Score, exact_match, predictions_and_answers, token_f1,
 from jaxlm.models import Model
 from jaxlm.objectives import span_qa
 from jaxlm.objectives.batch import Batch
-from jaxlm.sharding import scoped_jit
 from jaxlm.spec import Params
 from jaxlm.tasks.attention_maps import write_attention_maps
 from jaxlm.tasks.predict import BATCH_SIZE, check_texts, check_token_types, input_batches
@@ -383,7 +382,7 @@ def _score(
     return spans, span_logits, no_answer
 
 
-@scoped_jit(static_argnames=("model", "max_answer_tokens"))
+@jax.jit(static_argnames=("model", "max_answer_tokens"))
 def _best_spans(
     model: Model,
     params: Params,
