@@ -16,8 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm import spec
+from jaxlm.config import check_same_number
 from jaxlm.data.encodings import SPECIAL_TOKEN, Encoding
-from jaxlm.data.tokenizers import Tokenizer
+from jaxlm.data.tokenizers import Tokenizer, input_rows
 from jaxlm.data.tokens import check_tokens
 from jaxlm.decoding import decoder_start_id
 from jaxlm.decoding.batches import pad_rows
@@ -110,23 +111,22 @@ def attention_maps(
         if model.reads_source:
             raise ValueError(f"outputs=None: an encoder-decoder needs outputs, and {model.family!r} is such a family")
         raise ValueError(f"outputs={outputs!r}: only an encoder-decoder has outputs, so pass none for {model.family!r}")
-    if outputs is not None and len(outputs) != len(texts):
-        raise ValueError(f"{len(texts)} texts and {len(outputs)} outputs: give one output for each text")
+    if outputs is not None:
+        check_same_number(text=texts, output=outputs)
     if max_tokens is not None and model.max_positions is not None:
         max_tokens = min(max_tokens, model.max_positions)
     encoded = encodings
     if encoded is None:
         encoded = tokenizer.encode_inputs_batch(list(texts), pairs, max_length=max_tokens)
-    if len(encoded) != len(texts):
-        raise ValueError(f"{len(texts)} texts and {len(encoded)} encodings: give one encoding for each text")
+    check_same_number(text=texts, encoding=encoded)
     for number, encoding in enumerate(encoded):
         check_encoding(model, encoding, f"text {number}")
         if pairs is None and encoding.sequence_ids.max() > 0:
             raise ValueError(f"encoding {number} has two texts: pass the second texts as pairs")
     longest = max(encoding.ids.size for encoding in encoded)
     tokens, segment_ids = pad_rows([encoding.ids for encoding in encoded], longest)
-    inputs = list(zip(texts, strict=True) if pairs is None else zip(texts, pairs, strict=True))
-    columns = [_token_texts(tokenizer, row, encoding) for row, encoding in zip(inputs, encoded, strict=True)]
+    inputs = zip(input_rows(texts, pairs), encoded, strict=True)
+    columns = [_token_texts(tokenizer, row, encoding) for row, encoding in inputs]
     if outputs is None:
         types = token_type_inputs(model, [encoding.token_types for encoding in encoded], longest)
         weights = model.attention_weights(params, jnp.asarray(tokens), segment_ids=segment_ids, **types)

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm.config import check_min
+from jaxlm.config import check_min, check_same_number
 from jaxlm.data.buckets import BucketBatch, Bucketed, Encoded
 from jaxlm.data.encodings import SPECIAL_TOKEN, Encoding
 from jaxlm.data.examples import Examples
@@ -248,10 +248,7 @@ def answer(
     _check_model(model)
     check_texts(questions, "question")
     check_texts(contexts, "context")
-    if len(questions) != len(contexts):
-        raise ValueError(
-            f"each question needs one context: got {len(questions)} questions and {len(contexts)} contexts"
-        )
+    check_same_number(question=questions, context=contexts)
     check_min(1, max_answer_tokens=max_answer_tokens)
     max_length, stride = _window_size(model, max_length, stride)
     windows: list[Encoding] = []
