@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -47,23 +48,18 @@ def write_attention_maps(
     tokenizer: Tokenizer,
     texts: Sequence[str],
     outputs: Sequence[str] | None = None,
-    *,
-    pairs: Sequence[str] | None = None,
-    encodings: Sequence[Encoding] | None = None,
-    max_tokens: int | None = None,
-    output_special_tokens: bool = True,
+    **options: Any,
 ) -> None:
     """Write the :func:`attention_maps` of the texts to ``attention.json`` in the directory ``run``.
 
     The HTML report of the run shows the maps. The function does nothing if there are no texts, or if
     :func:`has_attention_maps` is False. The other arguments and the errors are those of :func:`attention_maps`.
+
+    Args:
+        options: the keyword arguments of :func:`attention_maps`.
     """
     if texts and has_attention_maps(model):
-        maps = attention_maps(
-            model, params, tokenizer, texts, outputs, pairs=pairs, encodings=encodings, max_tokens=max_tokens,
-            output_special_tokens=output_special_tokens,
-        )  # fmt: skip
-        write_attention(run, maps)
+        write_attention(run, attention_maps(model, params, tokenizer, texts, outputs, **options))
 
 
 def attention_maps(

@@ -44,6 +44,7 @@ from jaxlm.tasks.chess_reading import (
     check_lines,
     check_model,
     choose_ids,
+    find_mate,
     gives_checkmate,
     next_logits,
     next_move_probabilities,
@@ -206,7 +207,7 @@ def mates_in_one(games: Sequence[str]) -> list[str]:
     for line in games:
         board, words = import_chess().Board(), line.split()
         for index, word in enumerate(words):
-            if any(gives_checkmate(board, move) for move in board.legal_moves):
+            if find_mate(board) is not None:
                 found.append(" ".join(words[:index]))
             push_move(board, word)
     return found
@@ -232,7 +233,7 @@ def mate_in_one_accuracy(
     check_model(model, tokenizer)
     boards = [board_after(line) for line in positions]
     for line, board in zip(positions, boards, strict=True):
-        if not any(gives_checkmate(board, move) for move in board.legal_moves):
+        if find_mate(board) is None:
             raise ValueError(f"there is no mate in one after {line!r}")
     legal_moves, num_mates = LegalMoves(tokenizer), 0
     playable = np.flatnonzero(legal_moves.mask(boards).any(axis=1)).tolist()

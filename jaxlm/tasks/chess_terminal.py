@@ -11,7 +11,7 @@ from jaxlm.data.games import import_chess
 from jaxlm.data.moves import MoveTokenizer
 from jaxlm.models import Model
 from jaxlm.spec import Params
-from jaxlm.tasks.chess_players import ModelPlayer
+from jaxlm.tasks.chess_players import UNFINISHED, ModelPlayer, result_and_reason
 
 if TYPE_CHECKING:
     import chess
@@ -90,27 +90,12 @@ def play_on_terminal(
             outcome = _read_line(board, ask, say, person_is_white)
         else:
             _play_model_move(board, player, rng, say, person_is_white)
-        outcome = outcome or _result_and_reason(board, player)
+        outcome = outcome or result_and_reason(board, None if player.max_moves is None else player.max_moves + 1)
     result, reason = outcome
+    if reason == UNFINISHED:
+        reason = f"the model reads games of at most {player.max_moves} moves, of White and Black together"
     say(f"Result: {result} ({reason})")
     return result
-
-
-def _result_and_reason(board: chess.Board, player: ModelPlayer) -> tuple[str, str] | None:
-    """The result of the game and the reason. None: the game has not ended.
-
-    A game that is too long for the model is a draw.
-    """
-    outcome = board.outcome()
-    if outcome is not None:
-        return outcome.result(), outcome.termination.name.lower().replace("_", " ")
-    if board.is_repetition(3):
-        return "1/2-1/2", "threefold repetition"
-    if board.is_fifty_moves():
-        return "1/2-1/2", "50 moves by each player without a capture or pawn move"
-    if player.max_moves is not None and len(board.move_stack) > player.max_moves:
-        return "1/2-1/2", f"the model reads games of at most {player.max_moves} moves, of White and Black together"
-    return None
 
 
 def _play_model_move(
