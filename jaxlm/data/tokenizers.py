@@ -524,9 +524,7 @@ class PretrainedTokenizer(EncodeInputsMixin):
         ``tokenizer_config.json`` if the backend has other values (a missing field counts as false). All other copied
         files are unchanged.
         """
-        directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        _remove_tokenizer_files(directory)
+        directory = _empty_directory(directory)
         for name, data in self._files.items():
             (directory / name).write_bytes(data)
         copied = read_if_exists(directory / "tokenizer_config.json")
@@ -643,17 +641,20 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
 
 def save_jaxlm_file(directory: str | Path, content: dict[str, Any]) -> None:
     """Write ``jaxlm_tokenizer.json``, the only file of a tokenizer, and remove the files of an earlier tokenizer."""
+    _write_json(_empty_directory(directory) / JAXLM_TOKENIZER_FILE, content)
+
+
+def _empty_directory(directory: str | Path) -> Path:
+    """The directory without files of an earlier tokenizer. It is created if it does not exist.
+
+    The files are removed, because :func:`load_tokenizer` might read them instead of the new files.
+    """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    _remove_tokenizer_files(directory)
-    _write_json(directory / JAXLM_TOKENIZER_FILE, content)
-
-
-def _remove_tokenizer_files(directory: Path) -> None:
-    """Remove the files of an earlier tokenizer: :func:`load_tokenizer` might read them instead of the new files."""
     integrity.remove_checksums(directory, TOKENIZER_FILES)
     for name in TOKENIZER_FILES:
         (directory / name).unlink(missing_ok=True)
+    return directory
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -89,30 +89,18 @@ def play_on_terminal(
         if board.turn == person_is_white:
             outcome = _read_line(board, ask, say, person_is_white)
         else:
-            _play_model_move(board, player, rng, say, person_is_white)
+            move = player.choose([board], rng)[0]
+            # By default, ModelPlayer selects only legal moves. The game has not ended, so there is a legal move.
+            assert move is not None
+            say(f"The model plays {board.san(move)}.")
+            board.push(move)
+            say(draw_board(board, white_below=person_is_white))
         outcome = outcome or result_and_reason(board, None if player.max_moves is None else player.max_moves + 1)
     result, reason = outcome
     if reason == UNFINISHED:
         reason = f"the model reads games of at most {player.max_moves} moves, of White and Black together"
     say(f"Result: {result} ({reason})")
     return result
-
-
-def _play_model_move(
-    board: chess.Board,
-    player: ModelPlayer,
-    rng: np.random.Generator,
-    say: Callable[[str], object],
-    person_is_white: bool,
-) -> None:
-    """Play and show the model's move."""
-    move = player.choose([board], rng)[0]
-    # ModelPlayer selects only legal moves by default (masked=True). The game has not ended, so there is a legal move.
-    assert move is not None
-    name = board.san(move)
-    board.push(move)
-    say(f"The model plays {name}.")
-    say(draw_board(board, white_below=person_is_white))
 
 
 def _read_line(

@@ -252,25 +252,22 @@ def answer(
     check_min(1, max_answer_tokens=max_answer_tokens)
     max_length, stride = _window_size(model, max_length, stride)
     windows: list[Encoding] = []
-    question_numbers: list[int] = []  # the question of each window
+    starts = [0]  # the index of the first window of each question, and the number of all windows
     for number, (question, context) in enumerate(zip(questions, contexts, strict=True)):
-        new_windows = _windows(model, tokenizer, question, context, max_length, stride, f"question {number}")
-        windows += new_windows
-        question_numbers += [number] * len(new_windows)
-    with rename_rows_in_errors("question", question_numbers):
+        windows += _windows(model, tokenizer, question, context, max_length, stride, f"question {number}")
+        starts.append(len(windows))
+    with rename_rows_in_errors("question", np.repeat(np.arange(len(questions)), np.diff(starts))):
         spans, span_logits, no_answer = _score(model, params, tokenizer, windows, max_answer_tokens, batch_size)
-    best_windows = np.full(len(questions), -1)
-    no_answer_logits = np.full(len(questions), np.inf)
-    for index, number in enumerate(question_numbers):
-        no_answer_logits[number] = min(no_answer_logits[number], no_answer[index])
-        if best_windows[number] < 0 or span_logits[index] > span_logits[best_windows[number]]:
-            best_windows[number] = index
-    return [
-        _answer(windows[index], spans[index], float(span_logits[index] - no_answer_logit), context, no_answer_threshold)
-        for index, no_answer_logit, context in zip(
-            best_windows.tolist(), no_answer_logits.tolist(), contexts, strict=True
-        )
-    ]
+    answers = []
+    for context, start, stop in zip(contexts, starts[:-1], starts[1:], strict=True):
+        best = start + int(span_logits[start:stop].argmax())
+        score = float(span_logits[best] - no_answer[start:stop].min())
+        if no_answer_threshold is not None and not score > no_answer_threshold:
+            answers.append(Answer("", score, 0, 0))
+        else:
+            first, last = (int(windows[best].offsets[token, side]) for side, token in enumerate(spans[best]))
+            answers.append(Answer(context[first:last], score, first, last))
+    return answers
 
 
 def scores(answers: Sequence[Answer], references: Sequence[Sequence[str]]) -> list[Score]:
@@ -345,14 +342,6 @@ def best_no_answer_threshold(answers: Sequence[Answer], references: Sequence[Seq
     is_separable = np.concatenate([[True], scores[order][1:] > scores[order][:-1], [True]])
     num_unanswered = int(np.argmax(np.where(is_separable, totals, -np.inf)))
     return float(scores[order][num_unanswered - 1]) if num_unanswered else float(np.nextafter(scores.min(), -np.inf))
-
-
-def _answer(window: Encoding, span: np.ndarray, score: float, context: str, threshold: float | None) -> Answer:
-    """The answer for a span [2] of a window. The answer is empty if ``score`` is not above the threshold."""
-    if threshold is not None and not score > threshold:
-        return Answer("", score, 0, 0)
-    start, end = int(window.offsets[span[0], 0]), int(window.offsets[span[1], 1])
-    return Answer(context[start:end], score, start, end)
 
 
 def _score(
