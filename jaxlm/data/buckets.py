@@ -130,12 +130,8 @@ class Bucketed:
         if self.max_length is not None:
             rounded = np.minimum(rounded, self.max_length)
         # Try both orders of the examples, because the better order depends on the correlation of the field lengths.
-        parts_by_total, parts_by_longest = (
-            _partition(rounded, order, self.num_buckets) for order in (rounded.sum(axis=1), rounded.max(axis=1))
-        )
         parts = min(
-            parts_by_total,
-            parts_by_longest,
+            (_partition(rounded, order, self.num_buckets) for order in (rounded.sum(axis=1), rounded.max(axis=1))),
             key=lambda parts: sum(shape.sum() * len(members) for shape, members in parts),
         )
         max_entries_per_row = max(shape.sum() for shape, _ in parts)

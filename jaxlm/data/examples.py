@@ -27,6 +27,7 @@ from typing import Any, Literal, TypeVar, get_args, overload
 
 import numpy as np
 
+from jaxlm.config import check_same_number
 from jaxlm.data.text_files import check_no_surrogate, read_lines, suffix_without_gz
 from jaxlm.json_files import parse
 
@@ -245,8 +246,7 @@ class Examples(Sequence[Example]):
         if by is None:
             return [[index] for index in range(len(self))], "examples"
         values = self.column(by) if isinstance(by, str) else by
-        if len(values) != len(self):
-            raise ValueError(f"by has {len(values)} values for {len(self)} examples: give one value for each example")
+        check_same_number(example=self, value=values)
         return group_indices(values), f"different values of {by!r}" if isinstance(by, str) else "groups"
 
     def label_names(self, field: str = "label") -> tuple[str, ...]:

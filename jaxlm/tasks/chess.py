@@ -22,6 +22,7 @@ import numpy as np
 from jaxlm.config import check_min
 from jaxlm.data.games import import_chess
 from jaxlm.data.moves import MoveTokenizer
+from jaxlm.data.tokenizers import check_strings
 from jaxlm.metrics import BOOTSTRAP_SAMPLES, Score, bootstrap, proportion
 from jaxlm.models import Model
 from jaxlm.sharding import scoped_jit
@@ -41,7 +42,6 @@ from jaxlm.tasks.chess_reading import (
     board_after,
     check_games,
     check_lengths,
-    check_lines,
     check_model,
     choose_ids,
     find_mate,
@@ -202,7 +202,7 @@ def mates_in_one(games: Sequence[str]) -> list[str]:
         TypeError: ``games`` is one string.
         ValueError: a move is illegal or unreadable (``board_after``).
     """
-    check_lines("games", games)
+    check_strings("games", games)
     found = []
     for line in games:
         board, words = import_chess().Board(), line.split()

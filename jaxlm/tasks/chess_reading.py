@@ -20,6 +20,7 @@ import numpy as np
 from jaxlm.config import check_min
 from jaxlm.data.games import UCI_MOVE, import_chess, san_without_check_signs
 from jaxlm.data.moves import MoveTokenizer
+from jaxlm.data.tokenizers import check_strings
 from jaxlm.decoding import decoder_start_id
 from jaxlm.decoding.batches import pad_rows
 from jaxlm.decoding.describe import require_next_token_head
@@ -403,12 +404,6 @@ def padded_length(model: Model, rows: Sequence[np.ndarray]) -> int:
     return min(length, model.max_positions or length)
 
 
-def check_lines(name: str, lines: Sequence[str]) -> None:
-    """Raise ``TypeError`` if the argument ``name`` is one string instead of a sequence of lines."""
-    if isinstance(lines, str):
-        raise TypeError(f"{name}={lines[:40]!r} is one string: give a sequence of lines")
-
-
 def check_games(name: str, games: Sequence[str], batch_size: int) -> None:
     """Check the games that a function reads in batches.
 
@@ -419,7 +414,7 @@ def check_games(name: str, games: Sequence[str], batch_size: int) -> None:
         TypeError: ``games`` is one string.
         ValueError: there are no games, or ``batch_size`` is below 1.
     """
-    check_lines(name, games)
+    check_strings(name, games)
     if not len(games):
         raise ValueError(f"{name} is empty: give at least one line of moves")
     check_min(1, batch_size=batch_size)

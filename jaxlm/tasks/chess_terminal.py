@@ -113,7 +113,7 @@ def _read_line(
     try:
         line = ask("your move: ").strip()
     except EOFError:
-        return "*", "you quit"
+        line = "quit"
     match line.lower():
         case "quit":
             return "*", "you quit"

@@ -140,10 +140,7 @@ def label_words(
             as in :func:`classify`.
         NotFiniteError: as in :func:`classify`.
     """
-    require_task(
-        model, ("token_classification",), "it does not label words",
-        "fine-tune it with load_pretrained(directory, task='token_classification'), or load a token classifier",
-    )  # fmt: skip
+    require_head(model, "token_classification", "it does not label words", "a token classifier")
     if unit not in ("word", "token"):
         raise ValueError(f"unit={unit!r} is unknown: choose from 'word', 'token'")
     encodings, names = _encode(model, tokenizer, texts, None), model.labels
@@ -153,10 +150,10 @@ def label_words(
         probabilities_BTL = _checked_probabilities(model, params, batch)
         for number, probabilities_TL in zip(batch.numbers, probabilities_BTL, strict=True):
             encoding, text = encodings[number], texts[number]
-            labels[number] = [
-                _token_label(probabilities_TL[position], start, end, names)
-                for position, start, end in _units(encoding, text, unit)
-            ]
+            for position, start, end in _units(encoding, text, unit):
+                best = int(np.argmax(probabilities_TL[position]))
+                name = best if names is None else names[best]
+                labels[number].append(TokenLabel(start, end, name, float(probabilities_TL[position, best])))
     return labels
 
 
@@ -175,12 +172,6 @@ def _units(encoding: Encoding, text: str, unit: str) -> Iterator[tuple[int, int,
         overlapping = np.flatnonzero((ends > word.start()) & (starts < word.end()))
         if overlapping.size:
             yield int(text_positions[overlapping[0]]), word.start(), word.end()
-
-
-def _token_label(probabilities_L: np.ndarray, start: int, end: int, names: tuple[str, ...] | None) -> TokenLabel:
-    """The most probable label of ``text[start:end]``."""
-    best = int(np.argmax(probabilities_L))
-    return TokenLabel(start, end, best if names is None else names[best], float(probabilities_L[best]))
 
 
 # ------------------------------------------------------------------------------------------------- likelihoods
@@ -477,10 +468,18 @@ def _labels_are_independent(model: Model) -> bool:
 
 def require_classifier(model: Model) -> None:
     """Raise ``ValueError`` if the head of the model does not classify texts."""
-    require_task(
-        model, ("classification",), "it does not classify texts",
-        "fine-tune it with load_pretrained(directory, task='classification'), or load a classifier",
-    )  # fmt: skip
+    require_head(model, "classification", "it does not classify texts", "a classifier")
+
+
+def require_head(model: Model, task: str, problem: str, kind: str) -> None:
+    """Raise ``ValueError`` if the model does not have the head of ``task``.
+
+    Args:
+        problem: a clause about the missing ability, for the message.
+        kind: the kind of model to load instead, with an article.
+    """
+    remedy = f"fine-tune it with load_pretrained(directory, task={task!r}), or load {kind}"
+    require_task(model, (task,), problem, remedy)
 
 
 def label_probabilities(

@@ -28,7 +28,6 @@ from jaxlm.data.examples import Examples
 from jaxlm.data.tokenizers import Tokenizer
 from jaxlm.data.tokens import check_tokens
 from jaxlm.decoding.batches import pad_rows
-from jaxlm.decoding.describe import require_task
 from jaxlm.decoding.finite import check_finite, rename_rows_in_errors, rows_finite
 from jaxlm.metrics import Score, exact_match, predictions_and_answers, token_f1, word_f1
 from jaxlm.models import Model
@@ -37,7 +36,7 @@ from jaxlm.objectives.batch import Batch
 from jaxlm.sharding import scoped_jit
 from jaxlm.spec import Params
 from jaxlm.tasks.attention_maps import write_attention_maps
-from jaxlm.tasks.predict import BATCH_SIZE, check_texts, check_token_types, input_batches
+from jaxlm.tasks.predict import BATCH_SIZE, check_texts, check_token_types, input_batches, require_head
 from jaxlm.training.report import write_samples
 
 MAX_LENGTH = 384
@@ -442,7 +441,4 @@ def _window_size(model: Model, max_length: int | None, stride: int | None) -> tu
 
 
 def _check_model(model: Model) -> None:
-    require_task(
-        model, ("span_qa",), "it does not answer questions",
-        "fine-tune it with load_pretrained(directory, task='span_qa'), or load a model for question answering",
-    )  # fmt: skip
+    require_head(model, "span_qa", "it does not answer questions", "a model for question answering")

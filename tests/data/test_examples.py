@@ -175,7 +175,7 @@ def test_splits_keep_groups_together_and_all_examples():
     ]
     by_values = Examples(rows).split(0.1, 0.2, seed=3, by=[n // 4 for n in range(80)])
     assert [subset.rows for subset in by_values] == [subset.rows for subset in splits]
-    with pytest.raises(ValueError, match="by has 2 values for 80 examples"):
+    with pytest.raises(ValueError, match="each example needs one value: got 80 examples and 2 values"):
         Examples(rows).split(0.1, by=[0, 1])
     with pytest.raises(ValueError, match="1 groups in"):
         Examples(rows).split(0.1, by=[0] * 80)
@@ -204,7 +204,7 @@ def test_folds_keep_groups_together():
     assert [test.rows for _, test in examples.folds(3, seed=1, by=values)] == [test.rows for _, test in folds]
     with pytest.raises(ValueError, match="8 folds of 7 different values of 'group': choose from 2 to the number of"):
         examples.folds(8, by="group")
-    with pytest.raises(ValueError, match="by has 2 values for 23 examples"):
+    with pytest.raises(ValueError, match="each example needs one value: got 23 examples and 2 values"):
         examples.folds(2, by=[0, 1])
 
 
