@@ -19,15 +19,14 @@ import csv
 import dataclasses
 import itertools
 import math
-import numbers
 import sys
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, overload
+from typing import Any, Literal, TypeVar, overload
 
 import numpy as np
 
-from jaxlm.config import check_same_number
+from jaxlm.config import check_same_number, check_value
 from jaxlm.data.text_files import check_no_surrogate, read_lines, suffix_without_gz
 from jaxlm.json_files import parse
 
@@ -356,18 +355,12 @@ def _label_texts(labels: Sequence[Any], name: str, field: str = "label") -> list
     """
     for number, label in enumerate(labels):
         try:
-            _check_label(label, field)
+            check_value(str | int, label, field)
         except ValueError as error:
             raise ValueError(
                 f"example {number} of {name}: {error}; convert the labels, or leave the example out"
             ) from error
     return [str(label) for label in labels]
-
-
-def _check_label(label: Any, field: str) -> None:
-    """Raise ``ValueError`` if a label is neither a string nor an integer, for example None, True or 1.0."""
-    if not isinstance(label, str | numbers.Integral) or isinstance(label, bool):
-        raise ValueError(f"{field}={label!r} must be a string or a whole number")
 
 
 # --------------------------------------------------------------------------------------------------- readers
@@ -393,8 +386,7 @@ def make_examples(
         InvalidLineError: an item is invalid. The message names the file and the number of the item.
         ValueError: there is no valid item, or ``on_error`` is unknown.
     """
-    if on_error not in get_args(OnError):
-        raise ValueError(f"on_error={on_error!r} is unknown: choose from {', '.join(map(repr, get_args(OnError)))}")
+    check_value(OnError, on_error, "on_error")
     rows, rejected = [], []
     for number, item in items:
         try:
@@ -589,10 +581,9 @@ def read_jsonl(
             raise ValueError(f"the line must be a JSON object, got {type(row).__name__}")
         example = _extract_fields(row, fields)
         for name in texts:
-            if not isinstance(example[name], str):
-                raise ValueError(f"{name}={example[name]!r} must be a string")
+            check_value(str, example[name], name)
         for name in labels:
-            _check_label(example[name], name)
+            check_value(str | int, example[name], name)
         return example
 
     lines = ((number, line) for number, line in read_lines(path, encoding) if line.strip())

@@ -25,12 +25,11 @@ from typing import Any, Literal
 import numpy as np
 
 from jaxlm import extras
-from jaxlm.config import check_min, check_same_number
+from jaxlm.config import check_min, check_same_number, check_value
 from jaxlm.data.examples import Rejected, group_indices
 from jaxlm.data.text_files import read_lines, read_text, suffix_without_gz
 
 Notation = Literal["uci", "san"]
-NOTATIONS: tuple[Notation, ...] = ("uci", "san")
 RESULTS = ("1-0", "0-1", "1/2-1/2", "*")
 """The results: white won, black won, draw, unknown."""
 UCI_MOVE = re.compile(r"[a-h][1-8][a-h][1-8][qrbn]?")
@@ -164,10 +163,9 @@ def read_games(
             unknown; ``workers`` is below 1; or the file is PGN and ``check`` is "syntax".
     """
     path = Path(path)
-    check_notation(notation)
+    check_value(Notation, notation, "notation")
+    check_value(Literal["rules", "syntax"], check, "check")
     is_pgn = suffix_without_gz(path) == ".pgn"
-    if check not in ("rules", "syntax"):
-        raise ValueError(f"check={check!r} must be 'rules' or 'syntax'")
     if check == "syntax" and is_pgn:
         raise ValueError(f"check='syntax' cannot read the PGN file {path}: use check='rules'")
     check_min(1, workers=workers)
@@ -253,12 +251,6 @@ def to_san(line: str) -> str:
 def san_without_check_signs(board: Any, move: Any) -> str:
     """The SAN of a legal move on a ``chess.Board``, without the signs for check and mate."""
     return board.san(move).rstrip("+#")
-
-
-def check_notation(notation: str) -> None:
-    """Raise ``ValueError`` if ``notation`` is not one of ``NOTATIONS``."""
-    if notation not in NOTATIONS:
-        raise ValueError(f"notation={notation!r} must be one of {', '.join(NOTATIONS)}")
 
 
 def import_chess() -> ModuleType:

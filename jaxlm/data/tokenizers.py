@@ -16,7 +16,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from jaxlm import integrity
-from jaxlm.config import check_same_number
+from jaxlm.config import check_same_number, check_value
 from jaxlm.data import encodings
 from jaxlm.data.encodings import Encoding
 from jaxlm.data.text_files import check_no_surrogate, utf8_bytes
@@ -431,8 +431,7 @@ class PretrainedTokenizer(EncodeInputsMixin):
         only_declared = settings.get("tokenizer_class") == "PreTrainedTokenizerFast"
         mark_special(backend, [t for role, t in self.special_tokens.items() if role in given or not only_declared])
         side = settings.get("truncation_side", (backend.truncation or {}).get("direction", "right"))
-        if side not in ("right", "left"):
-            raise ValueError(f"tokenizer_config.json: truncation_side={side!r} must be 'right' or 'left'")
+        check_value(Literal["right", "left"], side, "tokenizer_config.json: truncation_side")
         self._truncation_side = side
         # The padding and truncation of tokenizer.json would change the number of ids. So keep their settings for
         # ``save``, and turn them off.

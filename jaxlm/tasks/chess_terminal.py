@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from jaxlm.config import check_value
 from jaxlm.data.games import import_chess
 from jaxlm.data.moves import MoveTokenizer
 from jaxlm.models import Model
@@ -77,8 +78,7 @@ def play_on_terminal(
         ValueError: ``color`` is neither "white" nor "black".
         TypeError, ValueError: as in ``ModelPlayer``.
     """
-    if color not in ("white", "black"):
-        raise ValueError(f"color={color!r} must be 'white' or 'black'")
+    check_value(Literal["white", "black"], color, "color")
     board, person_is_white = import_chess().Board(), color == "white"
     player, rng = ModelPlayer(model, params, tokenizer, temperature), np.random.default_rng(seed)
     say(f"You play {color}. Type {HELP}.")

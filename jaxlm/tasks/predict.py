@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm.config import check_same_number
+from jaxlm.config import check_same_number, check_value
 from jaxlm.data.encodings import SPECIAL_TOKEN, Encoding
 from jaxlm.data.tokenizers import Tokenizer, check_strings
 from jaxlm.data.tokens import check_tokens
@@ -141,8 +141,7 @@ def label_words(
         NotFiniteError: as in :func:`classify`.
     """
     require_head(model, "token_classification", "it does not label words", "a token classifier")
-    if unit not in ("word", "token"):
-        raise ValueError(f"unit={unit!r} is unknown: choose from 'word', 'token'")
+    check_value(Literal["word", "token"], unit, "unit")
     encodings, names = _encode(model, tokenizer, texts, None), model.labels
     labels: list[list[TokenLabel]] = [[] for _ in encodings]
     ids, types = [encoding.ids for encoding in encodings], [encoding.token_types for encoding in encodings]

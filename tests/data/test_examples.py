@@ -145,7 +145,7 @@ def test_errors_for_other_bad_files(tmp_path):
     with pytest.raises(ValueError, match=r"delimiter=';' is not supported: convert .*a.txt to TSV"):
         read_table(tmp_path / "a.txt", FIELDS, delimiter=";")
     for on_error in ("Raise", "ignore"):
-        with pytest.raises(ValueError, match=f"on_error='{on_error}' is unknown: choose from 'raise', 'report'"):
+        with pytest.raises(ValueError, match=f"on_error='{on_error}' must be 'raise' or 'report'"):
             read_jsonl(tmp_path / "b.jsonl", {"text": "b"}, on_error=on_error)
     deep = write(tmp_path / "deep.jsonl", "[" * 100_000 + '\n{"text": "x", "label": 1}')
     with pytest.raises(ValueError, match="deep.jsonl, line 1: not JSON: it is nested too deeply"):
