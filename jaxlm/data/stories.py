@@ -171,12 +171,12 @@ class _Story:
         room = room or self.rng.choice([room for room in self.rooms if room != self._current_room(person)])
         if self.rng.random() < 0.5:
             time = self.rng.choice(TIMES)
-            time_mention, room_mention = self._append_sentence(
-                "In {}, {person} {verb} the {}.", time, room, person=person, verb=_WALK_VERBS
+            time_mention, _, room_mention = self._append_sentence(
+                "In {}, {} {verb} the {}.", time, person, room, verb=_WALK_VERBS
             )
             self.times.setdefault((person, room), []).append(time_mention)
         else:
-            (room_mention,) = self._append_sentence("{person} {verb} the {}.", room, person=person, verb=_WALK_VERBS)
+            _, room_mention = self._append_sentence("{} {verb} the {}.", person, room, verb=_WALK_VERBS)
         self.walks[person].append(room_mention)
 
     def _take(self) -> None:
@@ -191,7 +191,7 @@ class _Story:
 
     def _drop(self) -> None:
         thing, person = self._random_carried_thing()
-        self._append_sentence("{person} {verb} the {}.", thing, person=person, verb=_DROP_VERBS)
+        self._append_sentence("{} {verb} the {}.", person, thing, verb=_DROP_VERBS)
         # The sentence does not name the room, so store the mention in the sentence about the person's last walk.
         self.holder[thing], self.dropped_in[thing] = None, self.walks[person][-1]
 
@@ -217,14 +217,13 @@ class _Story:
 
     # ------------------------------------------------------------------------------------------------ text
 
-    def _append_sentence(self, template: str, *phrases: str, verb: tuple[str, ...], person: str = "") -> list[_Mention]:
+    def _append_sentence(self, template: str, *phrases: str, verb: tuple[str, ...]) -> list[_Mention]:
         """Append a sentence. Returns the mentions of ``phrases``, which fill the empty braces of the template.
 
         Args:
             verb: the verbs from which one is drawn.
-            person: the name for ``{person}``. No mention of it is returned.
         """
-        parts = template.replace("{verb}", self.rng.choice(verb)).replace("{person}", person).split("{}")
+        parts = template.replace("{verb}", self.rng.choice(verb)).split("{}")
         text = self.text + " " if self.text else ""
         mentions = []
         for part, phrase in zip(parts, phrases, strict=False):

@@ -21,7 +21,7 @@ from typing import Any, Literal, get_args
 from jaxlm import extras
 from jaxlm.config import check_min
 from jaxlm.data.text_files import check_no_surrogate
-from jaxlm.data.tokenizers import NO_TOKEN_TYPES, PretrainedTokenizer
+from jaxlm.data.tokenizers import NO_TOKEN_TYPES, PretrainedTokenizer, check_strings
 
 Kind = Literal["bpe", "unigram", "word", "character"]
 TemplateName = Literal["none", "eos", "bos_eos", "cls_sep", "sep_cls"]
@@ -116,7 +116,7 @@ def train_tokenizer(
 
     Raises:
         ImportError: the package ``tokenizers`` is not installed.
-        TypeError: ``texts`` or ``extra_tokens`` is a single string, or ``texts`` has an element that is not a string.
+        TypeError: ``texts`` or ``extra_tokens`` is a single string, or has an element that is not a string.
         ValueError: there are no texts; a text has a surrogate; the kind is ``"unigram"``, and all texts consist of
             white space and special tokens; the kind or template is unknown; ``min_frequency`` is invalid;
             ``extra_tokens`` contains an empty string; or ``vocab_size`` is too small for the special tokens and one
@@ -170,8 +170,7 @@ def _check_arguments(
             raise ValueError(f"{name}={value!r} is unknown: choose from {', '.join(choices)}")
     if isinstance(texts, str):
         raise TypeError("texts must be an iterable of strings, got one string: pass [text] or text.splitlines()")
-    if isinstance(extra_tokens, str):
-        raise TypeError(f"extra_tokens must be a sequence of strings, got one string: pass [{extra_tokens!r}]")
+    check_strings("extra_tokens", extra_tokens)
     if "" in extra_tokens:
         raise ValueError(f"extra_tokens={list(extra_tokens)} has an empty string: remove it")
     check_min(1, min_frequency=min_frequency)

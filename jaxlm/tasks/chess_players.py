@@ -272,8 +272,7 @@ def check_opening_moves(name: str, opening_moves: int, max_moves: int) -> None:
     Args:
         name: name of the argument ``opening_moves`` in the error message.
     """
-    if opening_moves < 0:
-        raise ValueError(f"{name}={opening_moves} must be at least 0")
+    check_min(0, **{name: opening_moves})
     if opening_moves > min(MAX_OPENING_MOVES, max_moves - 1):
         raise ValueError(
             f"{name}={opening_moves} must be at most {MAX_OPENING_MOVES} and less than {max_moves}, the maximum number "
