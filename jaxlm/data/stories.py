@@ -153,16 +153,13 @@ class _Story:
         for (person, room), times in self.times.items():
             if len(times) == 1 and [name for name, _ in self.walks[person]].count(room) == 1:
                 candidates.append(("when", f"When did {person} go to the {room}?", times[0]))
-        return candidates + self._questions_about_gifts()
-
-    def _questions_about_gifts(self) -> list[tuple[str, str, _Mention]]:
-        candidates = []
-        for gift in self.gifts:
-            for kind, index, template in _GIFT_QUESTIONS:
-                text = template.format(*(phrase for phrase, _ in gift))
-                candidates.append((kind, text, gift[index]))
-        counts = Counter(text for _, text, _ in candidates)
-        return [candidate for candidate in candidates if counts[candidate[1]] == 1]
+        about_gifts = [
+            (kind, template.format(*(phrase for phrase, _ in gift)), gift[index])
+            for gift in self.gifts
+            for kind, index, template in _GIFT_QUESTIONS
+        ]
+        counts = Counter(text for _, text, _ in about_gifts)
+        return candidates + [question for question in about_gifts if counts[question[1]] == 1]
 
     # ------------------------------------------------------------------------------------------------ events
 

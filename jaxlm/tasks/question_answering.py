@@ -162,12 +162,12 @@ def _targets(
     # Most vocabularies have no tokens for white space, so leave out white space around the answer.
     stripped_start, stripped_end = start + len(text) - len(text.lstrip()), start + len(text.rstrip())
     overlaps = [_overlapping(window, stripped_start, stripped_end) for window in windows]
-    if not any(positions.size for positions in overlaps):
+    offsets = np.concatenate([window.offsets[tokens] for window, tokens in zip(windows, overlaps, strict=True)])
+    if not offsets.size:
         raise ValueError(
             f"{what}: the answer {text!r} has no tokens: remove this example, or use a tokenizer that has tokens for it"
         )
-    begin = min(window.offsets[tokens[0], 0] for window, tokens in zip(windows, overlaps, strict=True) if tokens.size)
-    end = max(window.offsets[tokens[-1], 1] for window, tokens in zip(windows, overlaps, strict=True) if tokens.size)
+    begin, end = offsets[:, 0].min(), offsets[:, 1].max()
     targets = []
     for window, tokens, position in zip(windows, overlaps, no_answer, strict=True):
         has_answer = tokens.size and window.offsets[tokens[0], 0] == begin and window.offsets[tokens[-1], 1] == end
@@ -422,8 +422,7 @@ def _windows(
 def _no_answer_position(tokenizer: Tokenizer, window: Encoding) -> int:
     """The position of the classifier token in a window, or 0 if the tokenizer has no classifier token."""
     cls = tokenizer.special_ids.cls
-    positions = np.flatnonzero((window.ids == cls) & (window.sequence_ids == SPECIAL_TOKEN))
-    return int(positions[0]) if positions.size else 0
+    return int(np.argmax((window.ids == cls) & (window.sequence_ids == SPECIAL_TOKEN)))
 
 
 def _window_size(model: Model, max_length: int | None, stride: int | None) -> tuple[int, int]:
