@@ -15,7 +15,7 @@ import math
 import numbers
 import types
 import typing
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -186,6 +186,17 @@ def check_min(minimum: float, **numbers: float | None) -> None:
     for name, value in numbers.items():
         if value is not None and value < minimum:
             raise ValueError(f"{name}={value} must be at least {minimum}")
+
+
+def check_same_number(**sequences: Sized) -> None:
+    """Raise ``ValueError`` if the two sequences have different lengths.
+
+    Args:
+        sequences: two sequences. The argument names are nouns for one entry, for the message.
+    """
+    (first, values), (second, others) = sequences.items()
+    if len(values) != len(others):
+        raise ValueError(f"each {first} needs one {second}: got {len(values)} {first}s and {len(others)} {second}s")
 
 
 def convert_numpy_scalars(config: Any) -> None:

@@ -109,11 +109,6 @@ def shuffled_indices(step: int, rows: Sequence[int], batch_size: int, count: int
     return items
 
 
-def _stack_windows(tokens: np.ndarray, starts: np.ndarray, length: int) -> np.ndarray:
-    """The windows of ``length + 1`` tokens that begin at ``starts``, int32 ``[rows, length + 1]``."""
-    return np.stack([tokens[start : start + length + 1] for start in starts]).astype(np.int32)
-
-
 def _checksum(tokens: np.ndarray) -> int:
     """CRC-32 of all tokens, independent of their dtype. The tokens are read once, in order."""
     checksum = 0
@@ -128,7 +123,26 @@ _CHECKSUM_CHUNK = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class RandomWindows:
+class _TokenWindows:
+    """The part of a source that is the same for all orders of windows of one token array."""
+
+    tokens: np.ndarray
+    length: int
+    batch_size: int
+
+    def check(self, vocab_size: int) -> None:
+        check_tokens(self.tokens, vocab_size)
+
+    def fingerprint(self) -> dict[str, Any]:
+        return source_fingerprint(self, tokens=len(self.tokens), checksum=_checksum(self.tokens))
+
+    def _windows(self, starts: np.ndarray) -> np.ndarray:
+        """The windows that begin at ``starts``, int32 [rows, T + 1]."""
+        return np.stack([self.tokens[start : start + self.length + 1] for start in starts]).astype(np.int32)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class RandomWindows(_TokenWindows):
     """Windows of one token array, in random order. They start at 0, ``stride``, 2 ``stride``, ...
 
     All windows are complete, so with ``stride > 1``, the last tokens may be in no window. Each window
@@ -148,9 +162,6 @@ class RandomWindows:
             ``stride`` is below 1; or ``seed`` is negative.
     """
 
-    tokens: np.ndarray
-    length: int
-    batch_size: int
     seed: int = 0
     stride: int = 1
 
@@ -165,17 +176,11 @@ class RandomWindows:
 
     def batch(self, index: int, rows: Sequence[int]) -> TokenBatch:
         windows = shuffled_indices(index, rows, self.batch_size, self.rows_per_epoch, self.seed)
-        return TokenBatch(_stack_windows(self.tokens, windows * self.stride, self.length))
-
-    def check(self, vocab_size: int) -> None:
-        check_tokens(self.tokens, vocab_size)
-
-    def fingerprint(self) -> dict[str, Any]:
-        return source_fingerprint(self, tokens=len(self.tokens), checksum=_checksum(self.tokens))
+        return TokenBatch(self._windows(windows * self.stride))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class ContiguousStreams:
+class ContiguousStreams(_TokenWindows):
     """``batch_size`` contiguous streams of one token array. Each batch continues the rows of the previous batch.
 
     This is the order for truncated backpropagation through time. ``reset`` is True in the first batch of an epoch,
@@ -192,10 +197,6 @@ class ContiguousStreams:
         ValueError: ``tokens`` is not a 1-D array of at least ``batch_size * length + 1`` integers, or ``length`` or
             ``batch_size`` is below 1.
     """
-
-    tokens: np.ndarray
-    length: int
-    batch_size: int
 
     def __post_init__(self) -> None:
         check_min(1, length=self.length, batch_size=self.batch_size)
@@ -219,13 +220,7 @@ class ContiguousStreams:
         step = index % self.steps_per_epoch
         width = (len(self.tokens) - 1) // self.batch_size
         starts = np.asarray(rows, np.int64) * width + step * self.length
-        return TokenBatch(_stack_windows(self.tokens, starts, self.length), reset=np.full(len(rows), step == 0))
-
-    def check(self, vocab_size: int) -> None:
-        check_tokens(self.tokens, vocab_size)
-
-    def fingerprint(self) -> dict[str, Any]:
-        return source_fingerprint(self, tokens=len(self.tokens), checksum=_checksum(self.tokens))
+        return TokenBatch(self._windows(starts), reset=np.full(len(rows), step == 0))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -130,12 +130,8 @@ class Bucketed:
         if self.max_length is not None:
             rounded = np.minimum(rounded, self.max_length)
         # Try both orders of the examples, because the better order depends on the correlation of the field lengths.
-        parts_by_total, parts_by_longest = (
-            _partition(rounded, order, self.num_buckets) for order in (rounded.sum(axis=1), rounded.max(axis=1))
-        )
         parts = min(
-            parts_by_total,
-            parts_by_longest,
+            (_partition(rounded, order, self.num_buckets) for order in (rounded.sum(axis=1), rounded.max(axis=1))),
             key=lambda parts: sum(shape.sum() * len(members) for shape, members in parts),
         )
         max_entries_per_row = max(shape.sum() for shape, _ in parts)
@@ -259,20 +255,17 @@ def check_examples(examples: Sequence[Encoded], max_length: int | None = None) -
     for number, example in enumerate(examples):
         if list(example) != names:
             raise ValueError(f"example {number} has the fields {list(example)}, but example 0 has {names}")
-        for name in names:
+        for name, value in example.items():
+            what, array = f"{name} of example {number}", np.asarray(value)
             if name not in array_fields:
-                _check_scalar(example[name], first[name], f"{name} of example {number}")
-                dtype = np.asarray(example[name]).dtype
-                dtypes[name] = np.result_type(dtypes.get(name, dtype), dtype)
-        for name in array_fields:
-            if np.ndim(example[name]) != 1 or len(example[name]) == 0:
-                raise ValueError(f"{name} of example {number} must be a 1-D array with at least one integer")
-            check_int32(np.asarray(example[name]), f"{name} of example {number}")
-            if max_length is not None and len(example[name]) > max_length:
-                raise ValueError(
-                    f"{name} of example {number} has {len(example[name])} entries, more than max_length={max_length}: "
-                    "truncate it"
-                )
+                _check_scalar(value, first[name], what)
+                dtypes[name] = np.result_type(dtypes.get(name, array.dtype), array.dtype)
+                continue
+            if array.ndim != 1 or not array.size:
+                raise ValueError(f"{what} must be a 1-D array with at least one integer")
+            check_int32(array, what)
+            if max_length is not None and array.size > max_length:
+                raise ValueError(f"{what} has {array.size} entries, more than max_length={max_length}: truncate it")
     return dtypes
 
 

@@ -9,6 +9,7 @@ synopses to a file:
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -98,21 +99,18 @@ def _read_records(path: str | Path) -> Iterator[tuple[int, dict[str, list[str]]]
 
     The value of a field is a list of lines. The leading space of continuation lines is removed.
     """
-    record: dict[str, list[str]] = {}
-    first_line, field = 1, ""
-    for number, line in read_lines(path):
-        if not line.strip():
-            if record:
-                yield first_line, record
-            record, field = {}, ""
-        elif line.startswith((" ", "\t")):
-            first_line = first_line if record else number
-            record.setdefault(field, []).append(line[1:].rstrip())
-        else:
-            first_line = first_line if record else number
-            field, _, value = line.partition(":")
-            record[field] = [value.strip()]
-    if record:
+    for is_empty, numbered_lines in itertools.groupby(read_lines(path), lambda item: not item[1].strip()):
+        if is_empty:
+            continue
+        (first_line, *_), lines = zip(*numbered_lines, strict=True)
+        record: dict[str, list[str]] = {}
+        field = ""
+        for line in lines:
+            if line.startswith((" ", "\t")):
+                record.setdefault(field, []).append(line[1:].rstrip())
+            else:
+                field, _, value = line.partition(":")
+                record[field] = [value.strip()]
         yield first_line, record
 
 

@@ -169,6 +169,5 @@ def split_docstring(docstring: str) -> tuple[str, str] | None:
 
 def _evenly_spaced(values: Sequence[T], limit: int) -> list[T]:
     """At most ``limit`` of the values, evenly spaced."""
-    if len(values) <= limit:
-        return list(values)
-    return [values[index * len(values) // limit] for index in range(limit)]
+    count = min(limit, len(values))
+    return [values[index * len(values) // count] for index in range(count)]

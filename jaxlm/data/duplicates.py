@@ -14,6 +14,8 @@ from collections.abc import Hashable, Sequence
 
 import numpy as np
 
+from jaxlm.config import check_same_number
+
 NUM_HASHES = 64
 """Number of hash functions per signature. The standard error of an estimated similarity of 0.5 is 0.06."""
 BAND_SIZE = 4
@@ -45,8 +47,8 @@ def group_similar(
         >>> group_similar(["a b c d", "x y z", "a b c d", "u v w"], keys=["p", "q", "r", "q"])
         [0, 1, 0, 1]
     """
-    if keys is not None and len(keys) != len(texts):
-        raise ValueError(f"{len(keys)} keys for {len(texts)} texts: each text needs one key")
+    if keys is not None:
+        check_same_number(text=texts, key=keys)
     if not 0.0 < similarity <= 1.0:
         raise ValueError(f"similarity={similarity} must be above 0 and at most 1")
     parents = list(range(len(texts)))

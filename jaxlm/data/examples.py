@@ -19,14 +19,14 @@ import csv
 import dataclasses
 import itertools
 import math
-import numbers
 import sys
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, overload
+from typing import Any, Literal, TypeVar, overload
 
 import numpy as np
 
+from jaxlm.config import check_same_number, check_value
 from jaxlm.data.text_files import check_no_surrogate, read_lines, suffix_without_gz
 from jaxlm.json_files import parse
 
@@ -124,10 +124,8 @@ class Examples(Sequence[Example]):
             if names is not None:
                 class_names[field] = tuple(names)
                 values[column] = [_class_name(number, names, column, n) for n, number in enumerate(values[column])]
-        rows = _RenamedExamples(
-            [dict(zip(values, row, strict=True)) for row in zip(*values.values(), strict=True)], fields, name
-        )
-        return cls(list(rows), name, class_names=class_names)
+        rows = [dict(zip(values, row, strict=True)) for row in zip(*values.values(), strict=True)]
+        return cls(list(_RenamedExamples(rows, fields, name, range(len(rows)))), name, class_names=class_names)
 
     @classmethod
     def from_random_access(
@@ -147,8 +145,8 @@ class Examples(Sequence[Example]):
                 other example is checked when it is accessed.
         """
         check_random_access(source, name)
-        rows = _RenamedExamples(source, fields, name)
-        rows.read(0)
+        rows = _RenamedExamples(source, fields, name, range(len(source)))
+        rows[0]  # raises an error if the first example is invalid
         return cls(rows, name)
 
     def __len__(self) -> int:
@@ -247,12 +245,8 @@ class Examples(Sequence[Example]):
         if by is None:
             return [[index] for index in range(len(self))], "examples"
         values = self.column(by) if isinstance(by, str) else by
-        if len(values) != len(self):
-            raise ValueError(f"by has {len(values)} values for {len(self)} examples: give one value for each example")
-        groups: dict[Hashable, list[int]] = {}
-        for index, value in enumerate(values):
-            groups.setdefault(value, []).append(index)
-        return list(groups.values()), f"different values of {by!r}" if isinstance(by, str) else "groups"
+        check_same_number(example=self, value=values)
+        return group_indices(values), f"different values of {by!r}" if isinstance(by, str) else "groups"
 
     def label_names(self, field: str = "label") -> tuple[str, ...]:
         """The declared class names of the field. If there are none: the distinct labels as strings, sorted.
@@ -271,38 +265,44 @@ class Examples(Sequence[Example]):
         return tuple(sorted(names))
 
 
+def group_indices(values: Iterable[Hashable]) -> list[list[int]]:
+    """The indices of equal values: one list for each distinct value, in the order of the first occurrences."""
+    groups: dict[Hashable, list[int]] = {}
+    for index, value in enumerate(values):
+        groups.setdefault(value, []).append(index)
+    return list(groups.values())
+
+
+@dataclasses.dataclass(frozen=True)
 class _RenamedExamples(Sequence[Example]):
     """The examples ``source[n]`` for each n in ``numbers``, with renamed fields. Each access reads the source again."""
 
-    def __init__(self, source: Any, fields: Mapping[str, str] | None, name: str, numbers: range | None = None) -> None:
-        self._source, self._fields, self._name = source, fields, name
-        self._numbers = range(len(source)) if numbers is None else numbers
+    source: Any
+    fields: Mapping[str, str] | None
+    name: str
+    numbers: range
 
     def __len__(self) -> int:
-        return len(self._numbers)
+        return len(self.numbers)
 
-    @overload
-    def __getitem__(self, index: int) -> Example: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Example]: ...
-    def __getitem__(self, index: int | slice) -> Example | Sequence[Example]:
+    def __getitem__(self, index: int | slice) -> Any:
         if isinstance(index, slice):
-            return _RenamedExamples(self._source, self._fields, self._name, self._numbers[index])
-        return self.read(index)
+            return dataclasses.replace(self, numbers=self.numbers[index])
+        number = self.numbers[index]
+        row = self.source[number]
+        if not isinstance(row, Mapping):
+            kind = type(row).__name__
+            if row is None:
+                kind = "None (a grain.MapDataset returns None for a filtered element: filter the data first)"
+            raise ValueError(f"example {number} of {self.name} must be a mapping, got {kind}")
+        try:
+            return _extract_fields(row, {column: column for column in row} if self.fields is None else self.fields)
+        except ValueError as error:
+            raise ValueError(f"example {number} of {self.name}: {error}") from error
 
     def __iter__(self) -> Iterator[Example]:
         # Sequence.__iter__ would treat an IndexError of the source as the end of the sequence.
-        return map(self.read, range(len(self)))
-
-    def read(self, index: int) -> Example:
-        number = self._numbers[index]
-        row = self._source[number]
-        if not isinstance(row, Mapping):
-            raise ValueError(f"example {number} of {self._name} must be a mapping, got {_describe_type(row)}")
-        try:
-            return _extract_fields(row, {column: column for column in row} if self._fields is None else self._fields)
-        except ValueError as error:
-            raise ValueError(f"example {number} of {self._name}: {error}") from error
+        return map(self.__getitem__, range(len(self)))
 
 
 def check_random_access(source: Any, name: str) -> None:
@@ -318,12 +318,6 @@ def check_random_access(source: Any, name: str) -> None:
         raise ValueError(f"{name} has no examples")
     if len(source) >= sys.maxsize:
         raise ValueError(f"{name} is infinite: remove repeat(), because every epoch visits all examples once")
-
-
-def _describe_type(value: Any) -> str:
-    if value is None:
-        return "None (a grain.MapDataset returns None for a filtered element: filter the data first)"
-    return type(value).__name__
 
 
 def _class_name(number: Any, names: Sequence[str], column: str, example: int) -> str | None:
@@ -361,18 +355,12 @@ def _label_texts(labels: Sequence[Any], name: str, field: str = "label") -> list
     """
     for number, label in enumerate(labels):
         try:
-            _check_label(label, field)
+            check_value(str | int, label, field)
         except ValueError as error:
             raise ValueError(
                 f"example {number} of {name}: {error}; convert the labels, or leave the example out"
             ) from error
     return [str(label) for label in labels]
-
-
-def _check_label(label: Any, field: str) -> None:
-    """Raise ``ValueError`` if a label is neither a string nor an integer, for example None, True or 1.0."""
-    if not isinstance(label, str | numbers.Integral) or isinstance(label, bool):
-        raise ValueError(f"{field}={label!r} must be a string or a whole number")
 
 
 # --------------------------------------------------------------------------------------------------- readers
@@ -398,8 +386,7 @@ def make_examples(
         InvalidLineError: an item is invalid. The message names the file and the number of the item.
         ValueError: there is no valid item, or ``on_error`` is unknown.
     """
-    if on_error not in get_args(OnError):
-        raise ValueError(f"on_error={on_error!r} is unknown: choose from {', '.join(map(repr, get_args(OnError)))}")
+    check_value(OnError, on_error, "on_error")
     rows, rejected = [], []
     for number, item in items:
         try:
@@ -594,10 +581,9 @@ def read_jsonl(
             raise ValueError(f"the line must be a JSON object, got {type(row).__name__}")
         example = _extract_fields(row, fields)
         for name in texts:
-            if not isinstance(example[name], str):
-                raise ValueError(f"{name}={example[name]!r} must be a string")
+            check_value(str, example[name], name)
         for name in labels:
-            _check_label(example[name], name)
+            check_value(str | int, example[name], name)
         return example
 
     lines = ((number, line) for number, line in read_lines(path, encoding) if line.strip())

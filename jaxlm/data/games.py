@@ -20,17 +20,16 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 
 from jaxlm import extras
-from jaxlm.config import check_min
-from jaxlm.data.examples import Rejected
+from jaxlm.config import check_min, check_same_number, check_value
+from jaxlm.data.examples import Rejected, group_indices
 from jaxlm.data.text_files import read_lines, read_text, suffix_without_gz
 
 Notation = Literal["uci", "san"]
-NOTATIONS: tuple[Notation, ...] = ("uci", "san")
 RESULTS = ("1-0", "0-1", "1/2-1/2", "*")
 """The results: white won, black won, draw, unknown."""
 UCI_MOVE = re.compile(r"[a-h][1-8][a-h][1-8][qrbn]?")
@@ -83,8 +82,7 @@ class Games:
     rejected: tuple[Rejected, ...] = ()
 
     def __post_init__(self) -> None:
-        if len(self.moves) != len(self.results):
-            raise ValueError(f"each game needs one result: got {len(self.results)} for {len(self.moves)} games")
+        check_same_number(game=self.moves, result=self.results)
 
     def __len__(self) -> int:
         return len(self.moves)
@@ -96,10 +94,7 @@ class Games:
 
     def groups(self) -> list[list[int]]:
         """The indices of games with equal moves: one list per distinct game, in order of first occurrence."""
-        groups: dict[str, list[int]] = {}
-        for index, line in enumerate(self.moves):
-            groups.setdefault(line, []).append(index)
-        return list(groups.values())
+        return group_indices(self.moves)
 
     def duplicates(self) -> list[list[int]]:
         """The lists of ``groups`` that have more than one game."""
@@ -168,10 +163,9 @@ def read_games(
             unknown; ``workers`` is below 1; or the file is PGN and ``check`` is "syntax".
     """
     path = Path(path)
-    check_notation(notation)
+    check_value(Notation, notation, "notation")
+    check_value(Literal["rules", "syntax"], check, "check")
     is_pgn = suffix_without_gz(path) == ".pgn"
-    if check not in ("rules", "syntax"):
-        raise ValueError(f"check={check!r} must be 'rules' or 'syntax'")
     if check == "syntax" and is_pgn:
         raise ValueError(f"check='syntax' cannot read the PGN file {path}: use check='rules'")
     check_min(1, workers=workers)
@@ -183,14 +177,14 @@ def read_games(
         raise ValueError(f"{path} is empty: it must have one game per line, or be a PGN file with the suffix .pgn")
     if check == "rules":
         import_chess()
-    reader = "pgn" if is_pgn else check
+    reader = _read_pgn if is_pgn else _read_with_rules if check == "rules" else _read_with_syntax
     if workers is None:
         workers = min(os.cpu_count() or 1, 1 + len(items) // GAMES_PER_EXTRA_PROCESS) if check == "rules" else 1
-    parsed_games = _read_all(reader, items, notation, workers)
-    accepted = [game for game in parsed_games if not game.reason]
-    rejected = tuple(Rejected(game.line, game.reason) for game in parsed_games if game.reason)
+    found = _read_all(reader, items, notation, workers)
+    rejected = tuple(game for game in found if isinstance(game, Rejected))
+    accepted = [game for game in found if not isinstance(game, Rejected)]
     games = Games(
-        tuple(game.moves for game in accepted), tuple(game.result for game in accepted), notation, str(path), rejected
+        tuple(moves for moves, _ in accepted), tuple(result for _, result in accepted), notation, str(path), rejected
     )
     if not games.moves:
         raise ValueError(f"no game of the file can be used.\n{games.report()}")
@@ -259,12 +253,6 @@ def san_without_check_signs(board: Any, move: Any) -> str:
     return board.san(move).rstrip("+#")
 
 
-def check_notation(notation: str) -> None:
-    """Raise ``ValueError`` if ``notation`` is not one of ``NOTATIONS``."""
-    if notation not in NOTATIONS:
-        raise ValueError(f"notation={notation!r} must be one of {', '.join(NOTATIONS)}")
-
-
 def import_chess() -> ModuleType:
     """The package ``chess``. If it is not installed, an ``ImportError`` names the extra that installs it."""
     return extras.import_optional("chess", "chess", "chess games need the package `chess`")
@@ -273,20 +261,10 @@ def import_chess() -> ModuleType:
 # ------------------------------------------------------------------------------------------- reading one game
 
 
-class _ParsedGame(NamedTuple):
-    """A game that was read, or the reason why it is rejected.
-
-    Attributes:
-        line: the number of the game's first line.
-        moves: the moves in the requested notation.
-        result: one of ``RESULTS``.
-        reason: why the game is rejected. It is empty for an accepted game.
-    """
-
-    line: int
-    moves: str = ""
-    result: str = "*"
-    reason: str = ""
+_Game = tuple[str, str]
+"""The moves in the requested notation, and one of ``RESULTS``."""
+_Reader = Callable[[str, Notation], _Game]
+"""A function that reads one game. It raises ``ValueError`` if the game is rejected."""
 
 
 def _replay(words: Sequence[str], notation: Notation) -> str:
@@ -494,24 +472,19 @@ def _pgn_parts(text: str) -> Iterator[tuple[int, str, str]]:
             yield start, kind, match[0]
 
 
-_READERS: dict[str, Callable[[str, Notation], tuple[str, str]]] = {
-    "rules": _read_with_rules, "syntax": _read_with_syntax, "pgn": _read_pgn,
-}  # fmt: skip
-"""Functions that return the moves and the result of a game. They raise ``ValueError`` if the game is rejected."""
-
-
-def _read_game(reader: str, line: int, text: str, notation: Notation) -> _ParsedGame:
+def _read_game(reader: _Reader, line: int, text: str, notation: Notation) -> _Game | Rejected:
     try:
-        moves, result = _READERS[reader](text, notation)
+        return reader(text, notation)
     except ValueError as error:
-        return _ParsedGame(line, reason=str(error))
-    return _ParsedGame(line, moves, result)
+        return Rejected(line, str(error))
 
 
 # ---------------------------------------------------------------------------------------------- many games
 
 
-def _read_all(reader: str, items: list[tuple[int, str]], notation: Notation, workers: int) -> list[_ParsedGame]:
+def _read_all(
+    reader: _Reader, items: list[tuple[int, str]], notation: Notation, workers: int
+) -> list[_Game | Rejected]:
     if workers == 1:
         return [_read_game(reader, line, text, notation) for line, text in items]
     bounds = np.linspace(0, len(items), workers + 1).astype(int)
@@ -522,7 +495,7 @@ def _read_all(reader: str, items: list[tuple[int, str]], notation: Notation, wor
         return [game for part in parts for game in part]
 
 
-def _read_in_process(reader: str, items: list[tuple[int, str]], notation: Notation) -> list[_ParsedGame]:
+def _read_in_process(reader: _Reader, items: list[tuple[int, str]], notation: Notation) -> list[_Game | Rejected]:
     """The games of ``items``, read in a new process."""
     # Do not use multiprocessing: a forked process may hang because of JAX's threads, and a spawned process runs the
     # user's script again.

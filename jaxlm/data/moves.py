@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from jaxlm.config import check_min
+from jaxlm.config import check_min, check_value
 from jaxlm.data.encodings import SPECIAL_TOKEN, Encoding
-from jaxlm.data.games import SAN_MOVE, UCI_MOVE, Notation, check_notation
+from jaxlm.data.games import SAN_MOVE, UCI_MOVE, Notation
 from jaxlm.data.tokenizers import EncodeInputsMixin, SpecialIds, check_ids, save_jaxlm_file
 
 _CHECK_SIGN = re.compile(r"(?<![+#])[+#]$")  # a word with two signs is not a move
@@ -70,7 +70,7 @@ class MoveTokenizer(EncodeInputsMixin):
     end_id = 2
 
     def __init__(self, notation: Notation = "uci", moves: Sequence[str] | None = None) -> None:
-        check_notation(notation)
+        check_value(Notation, notation, "notation")
         if moves is None:
             if notation == "san":
                 raise ValueError("SAN has no fixed set of moves: use MoveTokenizer.from_games(san_lines, 'san')")
@@ -107,7 +107,7 @@ class MoveTokenizer(EncodeInputsMixin):
             ValueError: the notation is unknown or ``min_count`` is below 1. For ``san``: no word occurs at least
                 ``min_count`` times, or a word that occurs so often is not a SAN move.
         """
-        check_notation(notation)
+        check_value(Notation, notation, "notation")
         check_min(1, min_count=min_count)
         if notation == "uci":
             return cls("uci")

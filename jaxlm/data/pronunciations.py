@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from jaxlm.data.text_files import text_chunks
+from jaxlm.data.text_files import read_lines
 
 Pronunciations = Mapping[str, Sequence[tuple[str, ...]]]
 """Word -> its pronunciations (one or more, all different). A pronunciation is a tuple of phonemes."""
@@ -34,7 +34,7 @@ def read_pronunciations(
             words, or a word has no phonemes. In the last case, the message has the line number.
     """
     words: dict[str, list[tuple[str, ...]]] = {}
-    for number, line in enumerate("".join(text_chunks(path, encoding)).split("\n"), 1):
+    for number, line in read_lines(path, encoding):
         name, *phonemes = re.split(r"\s#", line, maxsplit=1)[0].split() or [""]
         if name in ("", "#") or name.startswith(";;;"):  # skip empty lines and comments; a word may begin with #
             continue

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jaxlm.config import check_value
 from jaxlm.data.examples import Example, Examples, OnError, make_examples
 from jaxlm.data.text_files import check_no_surrogate, text_chunks
 from jaxlm.json_files import DuplicateKeyError, parse
@@ -130,13 +131,10 @@ def squad_example(record: Mapping[str, Any]) -> Example:
         if not isinstance(record[name], str) or not record[name].strip():
             raise ValueError(f"{name!r} must be a text, got {record[name]!r}")
         check_no_surrogate(record[name], repr(name))
-    if type(record["id"]) not in (str, int):
-        raise ValueError(f"'id' must be a text or a whole number, got {record['id']!r}")
     title = record.get("title")
-    if not isinstance(title, str | None):
-        raise ValueError(f"'title' must be a text or null, got {title!r}")
-    for name in ("id", "title"):
-        check_no_surrogate(str(record.get(name)), repr(name))
+    for name, value, kind in (("id", record["id"], str | int), ("title", title, str | None)):
+        check_value(kind, value, name)
+        check_no_surrogate(str(value), repr(name))
     context, answers, starts = record["context"], [], []
     for text, start in _answers(record["answers"]):
         if not isinstance(text, str) or not text.strip() or type(start) is not int:

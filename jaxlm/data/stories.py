@@ -16,8 +16,8 @@ lists the kinds of questions, their answers, and the sentences that a reader nee
 
 from __future__ import annotations
 
-import dataclasses
 import random
+from collections import Counter
 from collections.abc import Callable
 
 from jaxlm.config import check_min
@@ -43,6 +43,12 @@ _DROP_VERBS = ("put down", "dropped", "left")
 _GIVE_VERBS = ("gave", "handed")
 KINDS = ("where_person", "where_thing", "who_has", "when", "gave_what", "gave_to", "who_gave", "where_before")
 """The kinds of questions."""
+_GIFT_QUESTIONS = (
+    ("gave_what", 1, "What did {0} give to {2}?"),
+    ("gave_to", 2, "Who did {0} give the {1} to?"),
+    ("who_gave", 0, "Who gave the {1} to {2}?"),
+)
+"""Kind of a question about a gift, index of its answer in the gift, and text of the question."""
 
 _Mention = tuple[str, int]
 """A word or phrase of the story, and the position of its first character."""
@@ -90,15 +96,6 @@ def make_stories(count: int, seed: int = 0, *, sentences: int = 8, questions: in
     return Examples(rows[:count], f"generated stories (seed {seed})")
 
 
-@dataclasses.dataclass
-class _Gift:
-    """A gift: the mentions of the giver, the thing and the receiver in the sentence about the gift."""
-
-    giver: _Mention
-    thing: _Mention
-    receiver: _Mention
-
-
 class _Story:
     """A story: its text, and the current state of people and things, stored as mentions in the text.
 
@@ -108,7 +105,7 @@ class _Story:
         times: (person, room) -> the times of day of the person's walks to the room, if the sentences name them.
         holder: thing -> the person who carries it, or None.
         dropped_in: thing -> the room in which it was put down, or None if it was never put down or is carried.
-        gifts: the gifts, in order.
+        gifts: the mentions of the giver, the thing and the receiver in each sentence about a gift, in order.
     """
 
     def __init__(self, rng: random.Random) -> None:
@@ -121,7 +118,7 @@ class _Story:
         self.times: dict[tuple[str, str], list[_Mention]] = {}
         self.holder: dict[str, _Mention | None] = dict.fromkeys(self.things)
         self.dropped_in: dict[str, _Mention | None] = dict.fromkeys(self.things)
-        self.gifts: list[_Gift] = []
+        self.gifts: list[tuple[_Mention, ...]] = []
 
     def add_sentence(self) -> None:
         """Append a sentence about a random event that is possible in the current state.
@@ -156,19 +153,13 @@ class _Story:
         for (person, room), times in self.times.items():
             if len(times) == 1 and [name for name, _ in self.walks[person]].count(room) == 1:
                 candidates.append(("when", f"When did {person} go to the {room}?", times[0]))
-        return candidates + self._questions_about_gifts()
-
-    def _questions_about_gifts(self) -> list[tuple[str, str, _Mention]]:
-        candidates = []
-        triples = [(gift.giver[0], gift.thing[0], gift.receiver[0]) for gift in self.gifts]
-        for gift, (giver, thing, receiver) in zip(self.gifts, triples, strict=True):
-            if sum((a, c) == (giver, receiver) for a, _, c in triples) == 1:
-                candidates.append(("gave_what", f"What did {giver} give to {receiver}?", gift.thing))
-            if sum((a, b) == (giver, thing) for a, b, _ in triples) == 1:
-                candidates.append(("gave_to", f"Who did {giver} give the {thing} to?", gift.receiver))
-            if sum((b, c) == (thing, receiver) for _, b, c in triples) == 1:
-                candidates.append(("who_gave", f"Who gave the {thing} to {receiver}?", gift.giver))
-        return candidates
+        about_gifts = [
+            (kind, template.format(*(phrase for phrase, _ in gift)), gift[index])
+            for gift in self.gifts
+            for kind, index, template in _GIFT_QUESTIONS
+        ]
+        counts = Counter(text for _, text, _ in about_gifts)
+        return candidates + [question for question in about_gifts if counts[question[1]] == 1]
 
     # ------------------------------------------------------------------------------------------------ events
 
@@ -177,12 +168,12 @@ class _Story:
         room = room or self.rng.choice([room for room in self.rooms if room != self._current_room(person)])
         if self.rng.random() < 0.5:
             time = self.rng.choice(TIMES)
-            time_mention, room_mention = self._append_sentence(
-                "In {}, {person} {verb} the {}.", time, room, person=person, verb=_WALK_VERBS
+            time_mention, _, room_mention = self._append_sentence(
+                "In {}, {} {verb} the {}.", time, person, room, verb=_WALK_VERBS
             )
             self.times.setdefault((person, room), []).append(time_mention)
         else:
-            (room_mention,) = self._append_sentence("{person} {verb} the {}.", room, person=person, verb=_WALK_VERBS)
+            _, room_mention = self._append_sentence("{} {verb} the {}.", person, room, verb=_WALK_VERBS)
         self.walks[person].append(room_mention)
 
     def _take(self) -> None:
@@ -197,7 +188,7 @@ class _Story:
 
     def _drop(self) -> None:
         thing, person = self._random_carried_thing()
-        self._append_sentence("{person} {verb} the {}.", thing, person=person, verb=_DROP_VERBS)
+        self._append_sentence("{} {verb} the {}.", person, thing, verb=_DROP_VERBS)
         # The sentence does not name the room, so store the mention in the sentence about the person's last walk.
         self.holder[thing], self.dropped_in[thing] = None, self.walks[person][-1]
 
@@ -207,11 +198,9 @@ class _Story:
         if self._current_room(receiver) != self._current_room(giver):
             self._walk(receiver, self._current_room(giver))
             return
-        giver_mention, thing_mention, receiver_mention = self._append_sentence(
-            "{} {verb} the {} to {}.", giver, thing, receiver, verb=_GIVE_VERBS
-        )
-        self.gifts.append(_Gift(giver_mention, thing_mention, receiver_mention))
-        self.holder[thing] = receiver_mention
+        gift = self._append_sentence("{} {verb} the {} to {}.", giver, thing, receiver, verb=_GIVE_VERBS)
+        self.gifts.append(tuple(gift))
+        self.holder[thing] = gift[2]
 
     def _current_room(self, person: str) -> str | None:
         """The room of a person; None before the first walk."""
@@ -225,14 +214,13 @@ class _Story:
 
     # ------------------------------------------------------------------------------------------------ text
 
-    def _append_sentence(self, template: str, *phrases: str, verb: tuple[str, ...], person: str = "") -> list[_Mention]:
+    def _append_sentence(self, template: str, *phrases: str, verb: tuple[str, ...]) -> list[_Mention]:
         """Append a sentence. Returns the mentions of ``phrases``, which fill the empty braces of the template.
 
         Args:
             verb: the verbs from which one is drawn.
-            person: the name for ``{person}``. No mention of it is returned.
         """
-        parts = template.replace("{verb}", self.rng.choice(verb)).replace("{person}", person).split("{}")
+        parts = template.replace("{verb}", self.rng.choice(verb)).split("{}")
         text = self.text + " " if self.text else ""
         mentions = []
         for part, phrase in zip(parts, phrases, strict=False):

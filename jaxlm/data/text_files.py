@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import codecs
 import gzip
+import re
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -50,10 +51,13 @@ def decode_pieces(pieces: Iterable[bytes], name: str, encoding: str = "utf-8") -
         LookupError: the encoding is unknown, or is not an encoding of text, such as "hex".
         ValueError: the bytes are not text in this encoding. The message has the offset and the line if they are known.
     """
-    if not codecs.lookup(encoding)._is_text_encoding:  # private; the function open uses it, too
+    codec = codecs.lookup(encoding)
+    if not codec._is_text_encoding:  # private; the function open uses it, too
         raise LookupError(f"encoding={encoding!r} is not an encoding of text: choose one such as 'utf-8' or 'latin-1'")
+    is_utf8 = codec.name in ("utf-8", "utf-8-sig")
     # "utf-8-sig" removes a byte order mark.
-    decoder = codecs.getincrementaldecoder("utf-8-sig" if _is_utf8(encoding) else encoding)()
+    decoder = codecs.getincrementaldecoder("utf-8-sig" if is_utf8 else encoding)()
+    kind = "UTF-8" if is_utf8 else encoding
     offset, line = 0, 1
     for data in pieces:
         offset += len(data)
@@ -65,10 +69,10 @@ def decode_pieces(pieces: Iterable[bytes], name: str, encoding: str = "utf-8") -
                 raise ValueError(f"{name} is not {encoding} text: it does not begin with a byte order mark") from error
             start = offset - len(error.object) + error.start
             line += error.object.count(b"\n", 0, error.start)
-            raise _decoding_error(name, encoding, error.object[error.start], start, line) from error
+            raise _decoding_error(name, kind, error.object[error.start], start, line) from error
         # Reject zero bytes: an ASCII text in UTF-16 without a byte order mark is valid UTF-8 with zero bytes.
-        if _is_utf8(encoding) and (zero := data.find(0)) >= 0:
-            raise _decoding_error(name, encoding, 0, offset - len(data) + zero, line + data.count(b"\n", 0, zero))
+        if is_utf8 and (zero := data.find(0)) >= 0:
+            raise _decoding_error(name, kind, 0, offset - len(data) + zero, line + data.count(b"\n", 0, zero))
         line += text.count("\n")
         yield text
 
@@ -132,11 +136,7 @@ def escape_field(text: str) -> str:
 
 def has_surrogate(text: str) -> bool:
     """Whether the text has a surrogate (:func:`utf8_bytes`)."""
-    try:
-        utf8_bytes(text, "the text")
-    except ValueError:
-        return True
-    return False
+    return re.search("[\ud800-\udfff]", text) is not None
 
 
 def check_no_surrogate(text: str, name: str) -> None:
@@ -187,12 +187,7 @@ def _read_bytes(path: Path) -> Iterator[bytes]:
                 return
 
 
-def _is_utf8(encoding: str) -> bool:
-    return codecs.lookup(encoding).name in ("utf-8", "utf-8-sig")
-
-
-def _decoding_error(name: str, encoding: str, value: int, offset: int, line: int) -> ValueError:
-    kind = "UTF-8" if _is_utf8(encoding) else encoding
+def _decoding_error(name: str, kind: str, value: int, offset: int, line: int) -> ValueError:
     return ValueError(
         f"{name} is not {kind} text: byte 0x{value:02x} at offset {offset}, line {line}. Re-encode it, e.g. `iconv -f "
         "LATIN1 -t UTF-8` (or `-f UTF-16`), or pass encoding='latin-1' if the reader has that argument"

@@ -395,20 +395,18 @@ def declared_tokens(directory: Path, backend: Any, config: Mapping[str, Any]) ->
     """
     declared: dict[str, str | None] = {}
     fields = _token_fields(directory)
-    for role in ROLES:
-        if f"{role}_token" in fields:
-            name, token = fields[f"{role}_token"]
-            declared[role] = None if token is None else _token_text(directory / name, token)
     added = {i: token.content for i, token in backend.get_added_tokens_decoder().items() if token.special}
     processor = component_state(backend.post_processor)
     for role in ROLES:
         ids = config.get(f"{role}_token_id")
         first = ids[0] if isinstance(ids, list) and ids else ids
+        if f"{role}_token" in fields:
+            name, token = fields[f"{role}_token"]
+            declared[role] = None if token is None else _token_text(directory / name, token)
         # An id in config.json may be only a default of the config class in transformers. So use the id only if a
         # special token has this id.
-        if role not in declared and isinstance(first, int) and first in added:
+        elif isinstance(first, int) and first in added:
             declared[role] = added[first]
-        if role not in declared and processor.get("type") in ("BertProcessing", "RobertaProcessing"):
-            token, _ = processor.get(role, (None, None))
-            declared |= {} if token is None else {role: token}
+        elif role in processor and processor["type"] in ("BertProcessing", "RobertaProcessing"):
+            declared[role], _ = processor[role]
     return declared

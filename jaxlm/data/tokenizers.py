@@ -16,6 +16,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from jaxlm import integrity
+from jaxlm.config import check_same_number, check_value
 from jaxlm.data import encodings
 from jaxlm.data.encodings import Encoding
 from jaxlm.data.text_files import check_no_surrogate, utf8_bytes
@@ -117,6 +118,15 @@ class Tokenizer(Protocol):
         ...
 
 
+def check_strings(name: str, values: Sequence[str]) -> None:
+    """Raise ``TypeError`` if the argument ``name`` is a single string, or has an element that is not a string."""
+    if isinstance(values, str):
+        raise TypeError(f"{name} must be a sequence of strings, got one string: pass [{values[:40]!r}]")
+    for position, value in enumerate(values):
+        if not isinstance(value, str):
+            raise TypeError(f"{name}[{position}] must be a string, got {type(value).__name__}: {value!r}")
+
+
 class EncodeInputsMixin:
     """Mixin that implements ``encode_inputs``, ``encode_inputs_batch`` and ``encode_windows``.
 
@@ -138,8 +148,10 @@ class EncodeInputsMixin:
 
     def _encodings(self, texts: Sequence[str], pairs: Sequence[str] | None) -> list[Encoding]:
         """The encoding of each text (and its pair), without truncation. This default adds no special tokens."""
-        rows = [(text,) for text in texts] if pairs is None else list(zip(texts, pairs, strict=True))
-        return [encodings.concatenate_texts([(self.encode(text), self._offsets(text)) for text in row]) for row in rows]
+        return [
+            encodings.concatenate_texts([(self.encode(text), self._offsets(text)) for text in row])
+            for row in input_rows(texts, pairs)
+        ]
 
     def encode_inputs(self, text: str, pair: str | None = None, *, max_length: int | None = None) -> Encoding:
         """The encoding of the text, or of the pair, with the special tokens of the tokenizer's template.
@@ -168,14 +180,10 @@ class EncodeInputsMixin:
             TypeError: ``texts`` or ``pairs`` is a single string, or has an element that is not a string.
             ValueError: the numbers of texts and pairs differ, or as in ``encode_inputs``.
         """
-        for name, values in (("texts", texts), ("pairs", pairs or ())):
-            if isinstance(values, str):
-                raise TypeError(f"{name} must be a sequence of strings, got one string: pass [{values[:20]!r}]")
-            for position, value in enumerate(values):
-                if not isinstance(value, str):
-                    raise TypeError(f"{name}[{position}] must be a string, got {type(value).__name__}: {value!r}")
-        if pairs is not None and len(pairs) != len(texts):
-            raise ValueError(f"each text needs one pair: got {len(texts)} texts and {len(pairs)} pairs")
+        check_strings("texts", texts)
+        if pairs is not None:
+            check_strings("pairs", pairs)
+            check_same_number(text=texts, pair=pairs)
         encoded = self._encodings(texts, pairs)
         if max_length is None:
             return encoded
@@ -210,6 +218,11 @@ class EncodeInputsMixin:
             if not np.any(encoding.sequence_ids == number):
                 raise ValueError(f"the {name} has no tokens: {text!r}")
         return encodings.split_windows(encoding, max_length, stride)
+
+
+def input_rows(texts: Sequence[str], pairs: Sequence[str] | None) -> list[tuple[str, ...]]:
+    """The texts of each row: one text, or the two texts of a pair."""
+    return list(zip(texts, strict=True) if pairs is None else zip(texts, pairs, strict=True))
 
 
 def encode_truncated(
@@ -418,8 +431,7 @@ class PretrainedTokenizer(EncodeInputsMixin):
         only_declared = settings.get("tokenizer_class") == "PreTrainedTokenizerFast"
         mark_special(backend, [t for role, t in self.special_tokens.items() if role in given or not only_declared])
         side = settings.get("truncation_side", (backend.truncation or {}).get("direction", "right"))
-        if side not in ("right", "left"):
-            raise ValueError(f"tokenizer_config.json: truncation_side={side!r} must be 'right' or 'left'")
+        check_value(Literal["right", "left"], side, "tokenizer_config.json: truncation_side")
         self._truncation_side = side
         # The padding and truncation of tokenizer.json would change the number of ids. So keep their settings for
         # ``save``, and turn them off.
@@ -480,15 +492,11 @@ class PretrainedTokenizer(EncodeInputsMixin):
         for name, values in (("texts", texts), ("pairs", pairs or ())):
             for position, text in enumerate(values):
                 check_no_surrogate(text, f"{name}[{position}]")
-        inputs = list(texts) if pairs is None else list(zip(texts, pairs, strict=True))
-        encoded = self.backend.encode_batch(inputs)
+        encoded = self.backend.encode_batch(list(texts) if pairs is None else list(zip(texts, pairs, strict=True)))
+        offsets = [encoding.offsets for encoding in encoded]
         if self._trims_added_space:
-            rows = [(text,) for text in texts] if pairs is None else inputs
-            return [
-                _as_encoding(encoding, _trimmed_offsets(encoding, row))
-                for encoding, row in zip(encoded, rows, strict=True)
-            ]
-        return [_as_encoding(encoding, encoding.offsets) for encoding in encoded]
+            offsets = [_trimmed_offsets(*row) for row in zip(encoded, input_rows(texts, pairs), strict=True)]
+        return [_as_encoding(*row) for row in zip(encoded, offsets, strict=True)]
 
     def decode(self, ids: Sequence[int] | np.ndarray, *, skip_special_tokens: bool = False) -> str:
         """The text of ids ``[tokens]``. Raises ``ValueError`` as :func:`check_ids`.
@@ -515,9 +523,7 @@ class PretrainedTokenizer(EncodeInputsMixin):
         ``tokenizer_config.json`` if the backend has other values (a missing field counts as false). All other copied
         files are unchanged.
         """
-        directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        _remove_tokenizer_files(directory)
+        directory = _empty_directory(directory)
         for name, data in self._files.items():
             (directory / name).write_bytes(data)
         copied = read_if_exists(directory / "tokenizer_config.json")
@@ -634,17 +640,20 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
 
 def save_jaxlm_file(directory: str | Path, content: dict[str, Any]) -> None:
     """Write ``jaxlm_tokenizer.json``, the only file of a tokenizer, and remove the files of an earlier tokenizer."""
+    _write_json(_empty_directory(directory) / JAXLM_TOKENIZER_FILE, content)
+
+
+def _empty_directory(directory: str | Path) -> Path:
+    """The directory without files of an earlier tokenizer. It is created if it does not exist.
+
+    The files are removed, because :func:`load_tokenizer` might read them instead of the new files.
+    """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    _remove_tokenizer_files(directory)
-    _write_json(directory / JAXLM_TOKENIZER_FILE, content)
-
-
-def _remove_tokenizer_files(directory: Path) -> None:
-    """Remove the files of an earlier tokenizer: :func:`load_tokenizer` might read them instead of the new files."""
     integrity.remove_checksums(directory, TOKENIZER_FILES)
     for name in TOKENIZER_FILES:
         (directory / name).unlink(missing_ok=True)
+    return directory
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -83,10 +83,6 @@ def write_tokens(path: str | Path, ids: np.ndarray | Iterable[np.ndarray], vocab
             _write_header(file, dtype, 0)
             header_size = file.tell()
             for chunk in [ids] if isinstance(ids, np.ndarray) else ids:
-                if not isinstance(chunk, np.ndarray):
-                    raise ValueError(
-                        f"ids for {path} must be an array or an iterable of arrays, got {type(chunk).__name__}"
-                    )
                 check_tokens(chunk, vocab_size, min_length=0, name=f"ids for {path}", first_position=total)
                 file.write(chunk.astype(dtype).tobytes())
                 total += len(chunk)

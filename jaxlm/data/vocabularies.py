@@ -21,7 +21,7 @@ from typing import Any, Literal, get_args
 from jaxlm import extras
 from jaxlm.config import check_min
 from jaxlm.data.text_files import check_no_surrogate
-from jaxlm.data.tokenizers import NO_TOKEN_TYPES, PretrainedTokenizer
+from jaxlm.data.tokenizers import NO_TOKEN_TYPES, PretrainedTokenizer, check_strings
 
 Kind = Literal["bpe", "unigram", "word", "character"]
 TemplateName = Literal["none", "eos", "bos_eos", "cls_sep", "sep_cls"]
@@ -116,7 +116,7 @@ def train_tokenizer(
 
     Raises:
         ImportError: the package ``tokenizers`` is not installed.
-        TypeError: ``texts`` or ``extra_tokens`` is a single string, or ``texts`` has an element that is not a string.
+        TypeError: ``texts`` or ``extra_tokens`` is a single string, or has an element that is not a string.
         ValueError: there are no texts; a text has a surrogate; the kind is ``"unigram"``, and all texts consist of
             white space and special tokens; the kind or template is unknown; ``min_frequency`` is invalid;
             ``extra_tokens`` contains an empty string; or ``vocab_size`` is too small for the special tokens and one
@@ -133,8 +133,7 @@ def train_tokenizer(
     tokenizers = extras.import_optional(
         "tokenizers", "tokenizers", "training a tokenizer needs the package `tokenizers`"
     )
-    build = _subword_backend if kind in _SUBWORDS else _word_or_character_backend
-    backend, trainer = build(tokenizers, kind, lowercase, vocab_size, specials, min_frequency)
+    backend, trainer = _backend_and_trainer(tokenizers, kind, lowercase, vocab_size, specials, min_frequency)
     backend.train_from_iterator(_training_texts(texts, specials, kind), trainer)
     if kind == "unigram":
         backend.model = _make_reproducible(tokenizers, backend, len(specials))
@@ -171,8 +170,7 @@ def _check_arguments(
             raise ValueError(f"{name}={value!r} is unknown: choose from {', '.join(choices)}")
     if isinstance(texts, str):
         raise TypeError("texts must be an iterable of strings, got one string: pass [text] or text.splitlines()")
-    if isinstance(extra_tokens, str):
-        raise TypeError(f"extra_tokens must be a sequence of strings, got one string: pass [{extra_tokens!r}]")
+    check_strings("extra_tokens", extra_tokens)
     if "" in extra_tokens:
         raise ValueError(f"extra_tokens={list(extra_tokens)} has an empty string: remove it")
     check_min(1, min_frequency=min_frequency)
@@ -216,51 +214,38 @@ def _training_texts(texts: Iterable[str], specials: Sequence[str], kind: str) ->
         )
 
 
-def _subword_backend(
+def _backend_and_trainer(
     tokenizers: ModuleType, kind: str, lowercase: bool, vocab_size: int, specials: list[str], min_frequency: int
 ) -> tuple[Any, Any]:
-    """The untrained ``tokenizers.Tokenizer`` for subwords, and its trainer."""
-    common_options = {
-        "vocab_size": vocab_size,
-        "special_tokens": specials,
-        "initial_alphabet": tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-        "show_progress": False,
-    }
-    if kind == "bpe":
-        backend = tokenizers.Tokenizer(tokenizers.models.BPE())
-        trainer = tokenizers.trainers.BpeTrainer(min_frequency=min_frequency, **common_options)
-    else:
-        backend = tokenizers.Tokenizer(tokenizers.models.Unigram())
-        unknown = next(token for token in specials if token in ("<unk>", "[UNK]"))
-        trainer = tokenizers.trainers.UnigramTrainer(unk_token=unknown, **common_options)
-    prepend = tokenizers.normalizers.Prepend(" ")
-    backend.normalizer = (
-        tokenizers.normalizers.Sequence([tokenizers.normalizers.Lowercase(), prepend]) if lowercase else prepend
+    """The untrained ``tokenizers.Tokenizer``, and its trainer."""
+    models, trainers, decoders, pre = (
+        getattr(tokenizers, name) for name in ("models", "trainers", "decoders", "pre_tokenizers")
     )
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = tokenizers.decoders.Sequence(
-        [tokenizers.decoders.ByteLevel(), tokenizers.decoders.Strip(" ", 1, 0)]
-    )
-    return backend, trainer
-
-
-def _word_or_character_backend(
-    tokenizers: ModuleType, kind: str, lowercase: bool, vocab_size: int, specials: list[str], min_frequency: int
-) -> tuple[Any, Any]:
-    """The untrained ``tokenizers.Tokenizer`` for words or characters, and its trainer."""
     unknown = next(token for token in specials if token in ("<unk>", "[UNK]"))
-    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({unknown: 0}, unk_token=unknown))
-    if lowercase:
-        backend.normalizer = tokenizers.normalizers.Lowercase()
-    if kind == "word":
-        backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    options: dict[str, Any] = {"vocab_size": vocab_size, "special_tokens": specials, "show_progress": False}
+    normalizers = [tokenizers.normalizers.Lowercase()] if lowercase else []
+    if kind in _SUBWORDS:
+        options["initial_alphabet"] = pre.ByteLevel.alphabet()
+        normalizers.append(tokenizers.normalizers.Prepend(" "))
+    if kind == "bpe":
+        model, trainer = models.BPE(), trainers.BpeTrainer(min_frequency=min_frequency, **options)
+    elif kind == "unigram":
+        model, trainer = models.Unigram(), trainers.UnigramTrainer(unk_token=unknown, **options)
+    else:
+        model = models.WordLevel({unknown: 0}, unk_token=unknown)
+        trainer = trainers.WordLevelTrainer(min_frequency=min_frequency, **options)
+    backend = tokenizers.Tokenizer(model)
+    if normalizers:
+        backend.normalizer = normalizers[0] if len(normalizers) == 1 else tokenizers.normalizers.Sequence(normalizers)
+    if kind in _SUBWORDS:
+        backend.pre_tokenizer = pre.ByteLevel(add_prefix_space=False)
+        backend.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])
+    elif kind == "word":
+        backend.pre_tokenizer = pre.WhitespaceSplit()
     else:
         # [\s\S] also matches line breaks; the pattern "." does not.
-        backend.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex(r"[\s\S]"), "isolated")
-        backend.decoder = tokenizers.decoders.Fuse()
-    trainer = tokenizers.trainers.WordLevelTrainer(
-        vocab_size=vocab_size, special_tokens=specials, min_frequency=min_frequency, show_progress=False
-    )
+        backend.pre_tokenizer = pre.Split(tokenizers.Regex(r"[\s\S]"), "isolated")
+        backend.decoder = decoders.Fuse()
     return backend, trainer
 
 

@@ -10,14 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxlm import spec
+from jaxlm.config import check_same_number
 from jaxlm.data.encodings import SPECIAL_TOKEN, Encoding
-from jaxlm.data.tokenizers import Tokenizer
+from jaxlm.data.tokenizers import Tokenizer, input_rows
 from jaxlm.data.tokens import check_tokens
 from jaxlm.decoding import decoder_start_id
 from jaxlm.decoding.batches import pad_rows
@@ -46,23 +48,18 @@ def write_attention_maps(
     tokenizer: Tokenizer,
     texts: Sequence[str],
     outputs: Sequence[str] | None = None,
-    *,
-    pairs: Sequence[str] | None = None,
-    encodings: Sequence[Encoding] | None = None,
-    max_tokens: int | None = None,
-    output_special_tokens: bool = True,
+    **options: Any,
 ) -> None:
     """Write the :func:`attention_maps` of the texts to ``attention.json`` in the directory ``run``.
 
     The HTML report of the run shows the maps. The function does nothing if there are no texts, or if
     :func:`has_attention_maps` is False. The other arguments and the errors are those of :func:`attention_maps`.
+
+    Args:
+        options: the keyword arguments of :func:`attention_maps`.
     """
     if texts and has_attention_maps(model):
-        maps = attention_maps(
-            model, params, tokenizer, texts, outputs, pairs=pairs, encodings=encodings, max_tokens=max_tokens,
-            output_special_tokens=output_special_tokens,
-        )  # fmt: skip
-        write_attention(run, maps)
+        write_attention(run, attention_maps(model, params, tokenizer, texts, outputs, **options))
 
 
 def attention_maps(
@@ -110,23 +107,22 @@ def attention_maps(
         if model.reads_source:
             raise ValueError(f"outputs=None: an encoder-decoder needs outputs, and {model.family!r} is such a family")
         raise ValueError(f"outputs={outputs!r}: only an encoder-decoder has outputs, so pass none for {model.family!r}")
-    if outputs is not None and len(outputs) != len(texts):
-        raise ValueError(f"{len(texts)} texts and {len(outputs)} outputs: give one output for each text")
+    if outputs is not None:
+        check_same_number(text=texts, output=outputs)
     if max_tokens is not None and model.max_positions is not None:
         max_tokens = min(max_tokens, model.max_positions)
     encoded = encodings
     if encoded is None:
         encoded = tokenizer.encode_inputs_batch(list(texts), pairs, max_length=max_tokens)
-    if len(encoded) != len(texts):
-        raise ValueError(f"{len(texts)} texts and {len(encoded)} encodings: give one encoding for each text")
+    check_same_number(text=texts, encoding=encoded)
     for number, encoding in enumerate(encoded):
         check_encoding(model, encoding, f"text {number}")
         if pairs is None and encoding.sequence_ids.max() > 0:
             raise ValueError(f"encoding {number} has two texts: pass the second texts as pairs")
     longest = max(encoding.ids.size for encoding in encoded)
     tokens, segment_ids = pad_rows([encoding.ids for encoding in encoded], longest)
-    inputs = list(zip(texts, strict=True) if pairs is None else zip(texts, pairs, strict=True))
-    columns = [_token_texts(tokenizer, row, encoding) for row, encoding in zip(inputs, encoded, strict=True)]
+    inputs = zip(input_rows(texts, pairs), encoded, strict=True)
+    columns = [_token_texts(tokenizer, row, encoding) for row, encoding in inputs]
     if outputs is None:
         types = token_type_inputs(model, [encoding.token_types for encoding in encoded], longest)
         weights = model.attention_weights(params, jnp.asarray(tokens), segment_ids=segment_ids, **types)

@@ -22,6 +22,7 @@ import numpy as np
 from jaxlm.config import check_min
 from jaxlm.data.games import import_chess
 from jaxlm.data.moves import MoveTokenizer
+from jaxlm.data.tokenizers import check_strings
 from jaxlm.metrics import BOOTSTRAP_SAMPLES, Score, bootstrap, proportion
 from jaxlm.models import Model
 from jaxlm.spec import Params
@@ -40,9 +41,9 @@ from jaxlm.tasks.chess_reading import (
     board_after,
     check_games,
     check_lengths,
-    check_lines,
     check_model,
     choose_ids,
+    find_mate,
     gives_checkmate,
     next_logits,
     next_move_probabilities,
@@ -200,12 +201,12 @@ def mates_in_one(games: Sequence[str]) -> list[str]:
         TypeError: ``games`` is one string.
         ValueError: a move is illegal or unreadable (``board_after``).
     """
-    check_lines("games", games)
+    check_strings("games", games)
     found = []
     for line in games:
         board, words = import_chess().Board(), line.split()
         for index, word in enumerate(words):
-            if any(gives_checkmate(board, move) for move in board.legal_moves):
+            if find_mate(board) is not None:
                 found.append(" ".join(words[:index]))
             push_move(board, word)
     return found
@@ -231,7 +232,7 @@ def mate_in_one_accuracy(
     check_model(model, tokenizer)
     boards = [board_after(line) for line in positions]
     for line, board in zip(positions, boards, strict=True):
-        if not any(gives_checkmate(board, move) for move in board.legal_moves):
+        if find_mate(board) is None:
             raise ValueError(f"there is no mate in one after {line!r}")
     legal_moves, num_mates = LegalMoves(tokenizer), 0
     playable = np.flatnonzero(legal_moves.mask(boards).any(axis=1)).tolist()

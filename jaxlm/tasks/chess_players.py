@@ -26,7 +26,7 @@ from jaxlm.decoding.sample import check_temperature
 from jaxlm.metrics import Score, proportion
 from jaxlm.models import Model
 from jaxlm.spec import Params
-from jaxlm.tasks.chess_reading import LegalMoves, MoveReader, choose_ids, gives_checkmate
+from jaxlm.tasks.chess_reading import LegalMoves, MoveReader, choose_ids, find_mate
 
 if TYPE_CHECKING:
     import chess
@@ -36,6 +36,10 @@ MAX_OPENING_MOVES = 200
 """Maximum number of random moves in the opening of a game. If the game ends within the opening, another random opening
 replaces it. With this limit, few openings are replaced: of 400 games with random moves, 87 % had more than 200 moves,
 35 % more than 400, and 3 % more than 600."""
+
+UNFINISHED = "maximum number of moves"
+"""The reason for the draw of a game that reached its maximum number of moves."""
+_ILLEGAL = "illegal move"
 
 
 class Player(Protocol):
@@ -106,7 +110,7 @@ class ModelPlayer:
         for row, moves_by_id in zip(legal_mask, legal_moves, strict=True):
             row[list(moves_by_id)] = True
         ids = choose_ids(np.where(legal_mask, logits, -np.inf), self.temperature, rng)
-        mates = [_find_mate(board) if self.search else None for board in boards]
+        mates = [find_mate(board) if self.search else None for board in boards]
         return [
             mate or (moves_by_id[id] if moves_by_id else _random_move(board, rng))
             for board, mate, moves_by_id, id in zip(boards, mates, legal_moves, ids.tolist(), strict=True)
@@ -268,8 +272,7 @@ def check_opening_moves(name: str, opening_moves: int, max_moves: int) -> None:
     Args:
         name: name of the argument ``opening_moves`` in the error message.
     """
-    if opening_moves < 0:
-        raise ValueError(f"{name}={opening_moves} must be at least 0")
+    check_min(0, **{name: opening_moves})
     if opening_moves > min(MAX_OPENING_MOVES, max_moves - 1):
         raise ValueError(
             f"{name}={opening_moves} must be at most {MAX_OPENING_MOVES} and less than {max_moves}, the maximum number "
@@ -312,7 +315,7 @@ def play_match(
             )
     rng = np.random.default_rng(seed)
     boards = _openings(games, opening_moves, rng)
-    outcomes: list[_Outcome | None] = [_outcome(board, max_moves) for board in boards]
+    outcomes = [result_and_reason(board, max_moves) for board in boards]
     while None in outcomes:
         for side, parity in ((player, 0), (opponent, 1)):
             to_move = [
@@ -324,36 +327,33 @@ def play_match(
                 moves = side.choose([boards[game] for game in to_move], rng)
                 for game, move in zip(to_move, moves, strict=True):
                     outcomes[game] = _play(boards[game], move, max_moves)
-    return _result(boards, [outcome for outcome in outcomes if outcome is not None])
+    return _match_result(boards, [outcome for outcome in outcomes if outcome is not None])
 
 
-@dataclasses.dataclass(frozen=True)
-class _Outcome:
-    """The outcome of a finished game."""
+def result_and_reason(board: chess.Board, max_moves: int | None) -> tuple[str, str] | None:
+    """The result of a game and the reason. None: the game has not ended.
 
-    result: str
-    unfinished: bool = False
-    illegal: bool = False
-
-
-def _play(board: chess.Board, move: chess.Move | None, max_moves: int) -> _Outcome | None:
-    """Play a move and return the outcome of the game. None: the game has not ended."""
-    if move is None or not board.is_legal(move):
-        return _Outcome("0-1" if board.turn else "1-0", illegal=True)
-    board.push(move)
-    return _outcome(board, max_moves)
-
-
-def _outcome(board: chess.Board, max_moves: int) -> _Outcome | None:
-    """The outcome of a game. None: the game has not ended."""
+    Args:
+        max_moves: a game of this number of moves is a draw, and the reason is :data:`UNFINISHED`. None: no limit.
+    """
     outcome = board.outcome()
     if outcome is not None:
-        return _Outcome(outcome.result())
-    if board.is_repetition(3) or board.is_fifty_moves():
-        return _Outcome("1/2-1/2")
-    if len(board.move_stack) >= max_moves:
-        return _Outcome("1/2-1/2", unfinished=True)
+        return outcome.result(), outcome.termination.name.lower().replace("_", " ")
+    if board.is_repetition(3):
+        return "1/2-1/2", "threefold repetition"
+    if board.is_fifty_moves():
+        return "1/2-1/2", "50 moves by each player without a capture or pawn move"
+    if max_moves is not None and len(board.move_stack) >= max_moves:
+        return "1/2-1/2", UNFINISHED
     return None
+
+
+def _play(board: chess.Board, move: chess.Move | None, max_moves: int) -> tuple[str, str] | None:
+    """Play a move and return the result of the game and the reason. None: the game has not ended."""
+    if move is None or not board.is_legal(move):
+        return "0-1" if board.turn else "1-0", _ILLEGAL
+    board.push(move)
+    return result_and_reason(board, max_moves)
 
 
 def _openings(games: int, moves: int, rng: np.random.Generator) -> list[chess.Board]:
@@ -375,19 +375,19 @@ def _random_move(board: chess.Board, rng: np.random.Generator) -> chess.Move:
     return moves[int(rng.integers(len(moves)))]
 
 
-def _result(boards: Sequence[chess.Board], outcomes: Sequence[_Outcome]) -> MatchResult:
+def _match_result(boards: Sequence[chess.Board], outcomes: Sequence[tuple[str, str]]) -> MatchResult:
+    results, reasons = zip(*outcomes, strict=True)
     points = []
-    for game, outcome in enumerate(outcomes):
-        white = {"1-0": 1.0, "0-1": 0.0}.get(outcome.result, 0.5)
+    for game, result in enumerate(results):
+        white = {"1-0": 1.0, "0-1": 0.0}.get(result, 0.5)
         points.append(white if game % 2 == 0 else 1.0 - white)
     lines = tuple(" ".join(move.uci() for move in board.move_stack) for board in boards)
-    results = tuple(outcome.result for outcome in outcomes)
     return MatchResult(
         wins=points.count(1.0),
         draws=points.count(0.5),
         losses=points.count(0.0),
-        unfinished=sum(outcome.unfinished for outcome in outcomes),
-        illegal=sum(outcome.illegal and point == 0.0 for outcome, point in zip(outcomes, points, strict=True)),
+        unfinished=reasons.count(UNFINISHED),
+        illegal=list(zip(reasons, points, strict=True)).count((_ILLEGAL, 0.0)),
         games=Games(lines, results, "uci", source="match"),
     )
 
@@ -440,11 +440,6 @@ def _draws_or_repeats(board: chess.Board, move: chess.Move) -> bool:
     is_draw = board.is_stalemate() or board.is_repetition(2)
     board.pop()
     return is_draw
-
-
-def _find_mate(board: chess.Board) -> chess.Move | None:
-    """The first legal move that gives checkmate. None: there is no such move."""
-    return next((move for move in board.legal_moves if gives_checkmate(board, move)), None)
 
 
 def _engine_path() -> str:

@@ -20,6 +20,7 @@ import numpy as np
 from jaxlm.config import check_min
 from jaxlm.data.games import UCI_MOVE, import_chess, san_without_check_signs
 from jaxlm.data.moves import MoveTokenizer
+from jaxlm.data.tokenizers import check_strings
 from jaxlm.decoding import decoder_start_id
 from jaxlm.decoding.batches import pad_rows
 from jaxlm.decoding.describe import require_next_token_head
@@ -155,6 +156,11 @@ def gives_checkmate(board: chess.Board, move: chess.Move) -> bool:
     return is_mate
 
 
+def find_mate(board: chess.Board) -> chess.Move | None:
+    """The first legal move that gives checkmate. None: there is no such move."""
+    return next((move for move in board.legal_moves if gives_checkmate(board, move)), None)
+
+
 def choose_ids(logits: np.ndarray, temperature: float, rng: np.random.Generator) -> np.ndarray:
     """One id per row of logits [B, V], drawn from ``softmax(logits / temperature)``. Temperature 0 gives the argmax.
 
@@ -246,10 +252,9 @@ class MoveReader:
         length = max(map(len, new_ids))
         if length:
             if self._state is None or self._used + length > self._capacity:
-                active_rows = set(indices)
-                for index, row in enumerate(self._rows):
-                    row.dropped |= index not in active_rows
-                new_ids = [row.ids if index in active_rows else [] for index, row in enumerate(self._rows)]
+                self._rows[:] = [self._rows[index] for index in indices]
+                indices = list(range(len(indices)))
+                new_ids = [row.ids for row in self._rows]
                 length = self._new_state(max(map(len, new_ids)))
             self._read(new_ids, length)
         return self._logits[indices]
@@ -259,10 +264,11 @@ class MoveReader:
         found: list[int] = []
         for board in boards:
             start, moves = (found[-1] + 1 if found else 0), board.move_stack
-            row = next((i for i in range(start, len(self._rows)) if self._rows[i].is_prefix_of(moves)), None)
-            if row is None:
+            rows = ((i, self._rows[i].moves) for i in range(start, len(self._rows)))
+            index = next((i for i, read_moves in rows if moves[: len(read_moves)] == read_moves), None)
+            if index is None:
                 return None
-            found.append(row)
+            found.append(index)
         return found
 
     def _reset(self, boards: Sequence[chess.Board]) -> None:
@@ -319,18 +325,10 @@ class MoveReader:
 
 @dataclasses.dataclass
 class _Row:
-    """The moves that a ``MoveReader`` has read in one batch row, and their ids. The first id is BOS.
-
-    ``dropped`` is True if the model state no longer has the moves, because a new state was created without this row.
-    """
+    """The moves that a ``MoveReader`` has read in one batch row, and their ids. The first id is BOS."""
 
     moves: list[chess.Move]
     ids: list[int]
-    dropped: bool = False
-
-    def is_prefix_of(self, moves: list[chess.Move]) -> bool:
-        """Whether the model state still has this row, and the moves of the row are a prefix of ``moves``."""
-        return not self.dropped and moves[: len(self.moves)] == self.moves
 
 
 @jax.jit(static_argnames="model", donate_argnames="state")
@@ -405,12 +403,6 @@ def padded_length(model: Model, rows: Sequence[np.ndarray]) -> int:
     return min(length, model.max_positions or length)
 
 
-def check_lines(name: str, lines: Sequence[str]) -> None:
-    """Raise ``TypeError`` if the argument ``name`` is one string instead of a sequence of lines."""
-    if isinstance(lines, str):
-        raise TypeError(f"{name}={lines[:40]!r} is one string: give a sequence of lines")
-
-
 def check_games(name: str, games: Sequence[str], batch_size: int) -> None:
     """Check the games that a function reads in batches.
 
@@ -421,7 +413,7 @@ def check_games(name: str, games: Sequence[str], batch_size: int) -> None:
         TypeError: ``games`` is one string.
         ValueError: there are no games, or ``batch_size`` is below 1.
     """
-    check_lines(name, games)
+    check_strings(name, games)
     if not len(games):
         raise ValueError(f"{name} is empty: give at least one line of moves")
     check_min(1, batch_size=batch_size)

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from jaxlm.config import check_value
 from jaxlm.data.games import import_chess
 from jaxlm.data.moves import MoveTokenizer
 from jaxlm.models import Model
 from jaxlm.spec import Params
-from jaxlm.tasks.chess_players import ModelPlayer
+from jaxlm.tasks.chess_players import UNFINISHED, ModelPlayer, result_and_reason
 
 if TYPE_CHECKING:
     import chess
@@ -77,8 +78,7 @@ def play_on_terminal(
         ValueError: ``color`` is neither "white" nor "black".
         TypeError, ValueError: as in ``ModelPlayer``.
     """
-    if color not in ("white", "black"):
-        raise ValueError(f"color={color!r} must be 'white' or 'black'")
+    check_value(Literal["white", "black"], color, "color")
     board, person_is_white = import_chess().Board(), color == "white"
     player, rng = ModelPlayer(model, params, tokenizer, temperature), np.random.default_rng(seed)
     say(f"You play {color}. Type {HELP}.")
@@ -89,45 +89,18 @@ def play_on_terminal(
         if board.turn == person_is_white:
             outcome = _read_line(board, ask, say, person_is_white)
         else:
-            _play_model_move(board, player, rng, say, person_is_white)
-        outcome = outcome or _result_and_reason(board, player)
+            move = player.choose([board], rng)[0]
+            # By default, ModelPlayer selects only legal moves. The game has not ended, so there is a legal move.
+            assert move is not None
+            say(f"The model plays {board.san(move)}.")
+            board.push(move)
+            say(draw_board(board, white_below=person_is_white))
+        outcome = outcome or result_and_reason(board, None if player.max_moves is None else player.max_moves + 1)
     result, reason = outcome
+    if reason == UNFINISHED:
+        reason = f"the model reads games of at most {player.max_moves} moves, of White and Black together"
     say(f"Result: {result} ({reason})")
     return result
-
-
-def _result_and_reason(board: chess.Board, player: ModelPlayer) -> tuple[str, str] | None:
-    """The result of the game and the reason. None: the game has not ended.
-
-    A game that is too long for the model is a draw.
-    """
-    outcome = board.outcome()
-    if outcome is not None:
-        return outcome.result(), outcome.termination.name.lower().replace("_", " ")
-    if board.is_repetition(3):
-        return "1/2-1/2", "threefold repetition"
-    if board.is_fifty_moves():
-        return "1/2-1/2", "50 moves by each player without a capture or pawn move"
-    if player.max_moves is not None and len(board.move_stack) > player.max_moves:
-        return "1/2-1/2", f"the model reads games of at most {player.max_moves} moves, of White and Black together"
-    return None
-
-
-def _play_model_move(
-    board: chess.Board,
-    player: ModelPlayer,
-    rng: np.random.Generator,
-    say: Callable[[str], object],
-    person_is_white: bool,
-) -> None:
-    """Play and show the model's move."""
-    move = player.choose([board], rng)[0]
-    # ModelPlayer selects only legal moves by default (masked=True). The game has not ended, so there is a legal move.
-    assert move is not None
-    name = board.san(move)
-    board.push(move)
-    say(f"The model plays {name}.")
-    say(draw_board(board, white_below=person_is_white))
 
 
 def _read_line(
@@ -140,7 +113,7 @@ def _read_line(
     try:
         line = ask("your move: ").strip()
     except EOFError:
-        return "*", "you quit"
+        line = "quit"
     match line.lower():
         case "quit":
             return "*", "you quit"

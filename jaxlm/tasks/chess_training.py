@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from jaxlm.config import check_min
+from jaxlm.config import check_min, check_value
 from jaxlm.data import PackedDocuments, Source
 from jaxlm.data.buckets import Bucketed, Encoded
-from jaxlm.data.games import Games, Notation, check_notation, import_chess, read_games, to_san
+from jaxlm.data.games import Games, Notation, import_chess, read_games, to_san
 from jaxlm.data.moves import MoveTokenizer
 from jaxlm.models import Model
 from jaxlm.objectives.batch import Batch
@@ -119,7 +119,7 @@ def generated_games(count: int, notation: Notation = "uci", seed: int = 0) -> Ga
         ImportError: the package ``chess`` is not installed.
         ValueError: the notation is unknown, or ``count`` or ``seed`` is negative.
     """
-    check_notation(notation)
+    check_value(Notation, notation, "notation")
     check_min(0, count=count, seed=seed)
     matches = [
         play_match(

@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxlm.config import check_same_number, check_value
 from jaxlm.data.encodings import SPECIAL_TOKEN, Encoding
-from jaxlm.data.tokenizers import Tokenizer
+from jaxlm.data.tokenizers import Tokenizer, check_strings
 from jaxlm.data.tokens import check_tokens
 from jaxlm.decoding import decoder_start_id
 from jaxlm.decoding.batches import bucket_length, length_batches, pad_rows
@@ -138,12 +139,8 @@ def label_words(
             as in :func:`classify`.
         NotFiniteError: as in :func:`classify`.
     """
-    require_task(
-        model, ("token_classification",), "it does not label words",
-        "fine-tune it with load_pretrained(directory, task='token_classification'), or load a token classifier",
-    )  # fmt: skip
-    if unit not in ("word", "token"):
-        raise ValueError(f"unit={unit!r} is unknown: choose from 'word', 'token'")
+    require_head(model, "token_classification", "it does not label words", "a token classifier")
+    check_value(Literal["word", "token"], unit, "unit")
     encodings, names = _encode(model, tokenizer, texts, None), model.labels
     labels: list[list[TokenLabel]] = [[] for _ in encodings]
     ids, types = [encoding.ids for encoding in encodings], [encoding.token_types for encoding in encodings]
@@ -151,10 +148,10 @@ def label_words(
         probabilities_BTL = _checked_probabilities(model, params, batch)
         for number, probabilities_TL in zip(batch.numbers, probabilities_BTL, strict=True):
             encoding, text = encodings[number], texts[number]
-            labels[number] = [
-                _token_label(probabilities_TL[position], start, end, names)
-                for position, start, end in _units(encoding, text, unit)
-            ]
+            for position, start, end in _units(encoding, text, unit):
+                best = int(np.argmax(probabilities_TL[position]))
+                name = best if names is None else names[best]
+                labels[number].append(TokenLabel(start, end, name, float(probabilities_TL[position, best])))
     return labels
 
 
@@ -173,12 +170,6 @@ def _units(encoding: Encoding, text: str, unit: str) -> Iterator[tuple[int, int,
         overlapping = np.flatnonzero((ends > word.start()) & (starts < word.end()))
         if overlapping.size:
             yield int(text_positions[overlapping[0]]), word.start(), word.end()
-
-
-def _token_label(probabilities_L: np.ndarray, start: int, end: int, names: tuple[str, ...] | None) -> TokenLabel:
-    """The most probable label of ``text[start:end]``."""
-    best = int(np.argmax(probabilities_L))
-    return TokenLabel(start, end, best if names is None else names[best], float(probabilities_L[best]))
 
 
 # ------------------------------------------------------------------------------------------------- likelihoods
@@ -256,42 +247,25 @@ def score_texts(
     if not model.reads_source:
         if sources is not None:
             raise ValueError(f"{model.family} reads no source: do not pass sources")
-        return _score_causal(model, params, tokenizer, texts, batch_size)
+        rows = [tokenizer.encode(text) for text in texts]
+        for number, ids in enumerate(rows):
+            if ids.size < 2:
+                raise ValueError(
+                    f"text {number} is {texts[number]!r}, {ids.size} tokens: the first token is not predicted, so a "
+                    "text needs at least 2 tokens"
+                )
+        return score_ids(model, params, [ids[:1] for ids in rows], [ids[1:] for ids in rows], batch_size=batch_size)
     if sources is not None:
         check_texts(sources, "source")
     if sources is None or len(sources) != len(texts):
         count = "none" if sources is None else str(len(sources))
         raise ValueError(f"{model.family} needs one source for each text: got {count} for {len(texts)} texts")
-    return _score_targets(model, params, tokenizer, texts, sources, batch_size)
-
-
-def _score_causal(
-    model: Model, params: Params, tokenizer: Tokenizer, texts: Sequence[str], batch_size: int
-) -> TextScores:
-    rows = [tokenizer.encode(text) for text in texts]
-    for number, ids in enumerate(rows):
-        if ids.size < 2:
-            raise ValueError(
-                f"text {number} is {texts[number]!r}, {ids.size} tokens: the first token is not predicted, so a text "
-                "needs at least 2 tokens"
-            )
-    return score_ids(model, params, [ids[:1] for ids in rows], [ids[1:] for ids in rows], batch_size=batch_size)
-
-
-def _score_targets(
-    model: Model, params: Params, tokenizer: Tokenizer, texts: Sequence[str], sources: Sequence[str], batch_size: int
-) -> TextScores:
     start_id, end_id = decoder_start_id(model, tokenizer), tokenizer.end_id
-    encoded = _encode(model, tokenizer, sources, None, "source")
-    rows = []
-    for encoding in tokenizer.encode_inputs_batch(texts):
-        ids = encoding.ids
-        if end_id is not None and (ids.size == 0 or ids[-1] != end_id):
-            ids = np.append(ids, np.int32(end_id))
-        rows.append(ids)
-    return score_ids(
-        model, params, [encoding.ids for encoding in encoded], rows, start_id=start_id, batch_size=batch_size
-    )
+    contexts = [encoding.ids for encoding in _encode(model, tokenizer, sources, None, "source")]
+    rows = [encoding.ids for encoding in tokenizer.encode_inputs_batch(texts)]
+    if end_id is not None:
+        rows = [ids if ids[-1:].tolist() == [end_id] else np.append(ids, np.int32(end_id)) for ids in rows]
+    return score_ids(model, params, contexts, rows, start_id=start_id, batch_size=batch_size)
 
 
 def score_ids(
@@ -324,10 +298,7 @@ def score_ids(
         NotFiniteError: as in :func:`classify`.
     """
     require_next_token_head(model, "it does not score texts")
-    if len(contexts) != len(continuations):
-        raise ValueError(
-            f"each continuation needs one context: got {len(continuations)} continuations and {len(contexts)} contexts"
-        )
+    check_same_number(continuation=continuations, context=contexts)
     if not len(continuations):
         raise ValueError("there are no continuations: pass at least one")
     if model.reads_source != (start_id is not None):
@@ -495,10 +466,18 @@ def _labels_are_independent(model: Model) -> bool:
 
 def require_classifier(model: Model) -> None:
     """Raise ``ValueError`` if the head of the model does not classify texts."""
-    require_task(
-        model, ("classification",), "it does not classify texts",
-        "fine-tune it with load_pretrained(directory, task='classification'), or load a classifier",
-    )  # fmt: skip
+    require_head(model, "classification", "it does not classify texts", "a classifier")
+
+
+def require_head(model: Model, task: str, problem: str, kind: str) -> None:
+    """Raise ``ValueError`` if the model does not have the head of ``task``.
+
+    Args:
+        problem: a clause about the missing ability, for the message.
+        kind: the kind of model to load instead, with an article.
+    """
+    remedy = f"fine-tune it with load_pretrained(directory, task={task!r}), or load {kind}"
+    require_task(model, (task,), problem, remedy)
 
 
 def label_probabilities(
@@ -581,13 +560,9 @@ def check_texts(texts: Sequence[str], name: str = "text") -> None:
         TypeError: ``texts`` is a single string, or an element is not a string.
         ValueError: there are no texts.
     """
-    if isinstance(texts, str):
-        raise TypeError(f"{name}s must be a sequence of strings, got one string: pass [{texts!r}]")
+    check_strings(f"{name}s", texts)
     if not len(texts):
         raise ValueError(f"there are no {name}s: pass at least one {name}")
-    for number, text in enumerate(texts):
-        if not isinstance(text, str):
-            raise TypeError(f"{name}s[{number}] must be a string, got {type(text).__name__}: {text!r}")
 
 
 def _check_length(size: int, limit: int | None, what: str) -> None:

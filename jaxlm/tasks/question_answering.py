@@ -21,14 +21,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm.config import check_min
+from jaxlm.config import check_min, check_same_number
 from jaxlm.data.buckets import BucketBatch, Bucketed, Encoded
 from jaxlm.data.encodings import SPECIAL_TOKEN, Encoding
 from jaxlm.data.examples import Examples
 from jaxlm.data.tokenizers import Tokenizer
 from jaxlm.data.tokens import check_tokens
 from jaxlm.decoding.batches import pad_rows
-from jaxlm.decoding.describe import require_task
 from jaxlm.decoding.finite import check_finite, rename_rows_in_errors, rows_finite
 from jaxlm.metrics import Score, exact_match, predictions_and_answers, token_f1, word_f1
 from jaxlm.models import Model
@@ -36,7 +35,7 @@ from jaxlm.objectives import span_qa
 from jaxlm.objectives.batch import Batch
 from jaxlm.spec import Params
 from jaxlm.tasks.attention_maps import write_attention_maps
-from jaxlm.tasks.predict import BATCH_SIZE, check_texts, check_token_types, input_batches
+from jaxlm.tasks.predict import BATCH_SIZE, check_texts, check_token_types, input_batches, require_head
 from jaxlm.training.report import write_samples
 
 MAX_LENGTH = 384
@@ -162,12 +161,12 @@ def _targets(
     # Most vocabularies have no tokens for white space, so leave out white space around the answer.
     stripped_start, stripped_end = start + len(text) - len(text.lstrip()), start + len(text.rstrip())
     overlaps = [_overlapping(window, stripped_start, stripped_end) for window in windows]
-    if not any(positions.size for positions in overlaps):
+    offsets = np.concatenate([window.offsets[tokens] for window, tokens in zip(windows, overlaps, strict=True)])
+    if not offsets.size:
         raise ValueError(
             f"{what}: the answer {text!r} has no tokens: remove this example, or use a tokenizer that has tokens for it"
         )
-    begin = min(window.offsets[tokens[0], 0] for window, tokens in zip(windows, overlaps, strict=True) if tokens.size)
-    end = max(window.offsets[tokens[-1], 1] for window, tokens in zip(windows, overlaps, strict=True) if tokens.size)
+    begin, end = offsets[:, 0].min(), offsets[:, 1].max()
     targets = []
     for window, tokens, position in zip(windows, overlaps, no_answer, strict=True):
         has_answer = tokens.size and window.offsets[tokens[0], 0] == begin and window.offsets[tokens[-1], 1] == end
@@ -247,32 +246,26 @@ def answer(
     _check_model(model)
     check_texts(questions, "question")
     check_texts(contexts, "context")
-    if len(questions) != len(contexts):
-        raise ValueError(
-            f"each question needs one context: got {len(questions)} questions and {len(contexts)} contexts"
-        )
+    check_same_number(question=questions, context=contexts)
     check_min(1, max_answer_tokens=max_answer_tokens)
     max_length, stride = _window_size(model, max_length, stride)
     windows: list[Encoding] = []
-    question_numbers: list[int] = []  # the question of each window
+    starts = [0]  # the index of the first window of each question, and the number of all windows
     for number, (question, context) in enumerate(zip(questions, contexts, strict=True)):
-        new_windows = _windows(model, tokenizer, question, context, max_length, stride, f"question {number}")
-        windows += new_windows
-        question_numbers += [number] * len(new_windows)
-    with rename_rows_in_errors("question", question_numbers):
+        windows += _windows(model, tokenizer, question, context, max_length, stride, f"question {number}")
+        starts.append(len(windows))
+    with rename_rows_in_errors("question", np.repeat(np.arange(len(questions)), np.diff(starts))):
         spans, span_logits, no_answer = _score(model, params, tokenizer, windows, max_answer_tokens, batch_size)
-    best_windows = np.full(len(questions), -1)
-    no_answer_logits = np.full(len(questions), np.inf)
-    for index, number in enumerate(question_numbers):
-        no_answer_logits[number] = min(no_answer_logits[number], no_answer[index])
-        if best_windows[number] < 0 or span_logits[index] > span_logits[best_windows[number]]:
-            best_windows[number] = index
-    return [
-        _answer(windows[index], spans[index], float(span_logits[index] - no_answer_logit), context, no_answer_threshold)
-        for index, no_answer_logit, context in zip(
-            best_windows.tolist(), no_answer_logits.tolist(), contexts, strict=True
-        )
-    ]
+    answers = []
+    for context, start, stop in zip(contexts, starts[:-1], starts[1:], strict=True):
+        best = start + int(span_logits[start:stop].argmax())
+        score = float(span_logits[best] - no_answer[start:stop].min())
+        if no_answer_threshold is not None and not score > no_answer_threshold:
+            answers.append(Answer("", score, 0, 0))
+        else:
+            first, last = (int(windows[best].offsets[token, side]) for side, token in enumerate(spans[best]))
+            answers.append(Answer(context[first:last], score, first, last))
+    return answers
 
 
 def scores(answers: Sequence[Answer], references: Sequence[Sequence[str]]) -> list[Score]:
@@ -347,14 +340,6 @@ def best_no_answer_threshold(answers: Sequence[Answer], references: Sequence[Seq
     is_separable = np.concatenate([[True], scores[order][1:] > scores[order][:-1], [True]])
     num_unanswered = int(np.argmax(np.where(is_separable, totals, -np.inf)))
     return float(scores[order][num_unanswered - 1]) if num_unanswered else float(np.nextafter(scores.min(), -np.inf))
-
-
-def _answer(window: Encoding, span: np.ndarray, score: float, context: str, threshold: float | None) -> Answer:
-    """The answer for a span [2] of a window. The answer is empty if ``score`` is not above the threshold."""
-    if threshold is not None and not score > threshold:
-        return Answer("", score, 0, 0)
-    start, end = int(window.offsets[span[0], 0]), int(window.offsets[span[1], 1])
-    return Answer(context[start:end], score, start, end)
 
 
 def _score(
@@ -436,8 +421,7 @@ def _windows(
 def _no_answer_position(tokenizer: Tokenizer, window: Encoding) -> int:
     """The position of the classifier token in a window, or 0 if the tokenizer has no classifier token."""
     cls = tokenizer.special_ids.cls
-    positions = np.flatnonzero((window.ids == cls) & (window.sequence_ids == SPECIAL_TOKEN))
-    return int(positions[0]) if positions.size else 0
+    return int(np.argmax((window.ids == cls) & (window.sequence_ids == SPECIAL_TOKEN)))
 
 
 def _window_size(model: Model, max_length: int | None, stride: int | None) -> tuple[int, int]:
@@ -455,7 +439,4 @@ def _window_size(model: Model, max_length: int | None, stride: int | None) -> tu
 
 
 def _check_model(model: Model) -> None:
-    require_task(
-        model, ("span_qa",), "it does not answer questions",
-        "fine-tune it with load_pretrained(directory, task='span_qa'), or load a model for question answering",
-    )  # fmt: skip
+    require_head(model, "span_qa", "it does not answer questions", "a model for question answering")

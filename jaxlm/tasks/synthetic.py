@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jaxlm.config import check_min
 from jaxlm.objectives.batch import Batch
 
 # ---------------------------------------------------------------------------------------------- associative recall
@@ -251,7 +252,7 @@ def word_problem(
     Raises:
         ValueError: the group or an element is unknown, ``elements`` is empty, or the length is less than 1.
     """
-    _check_sizes(length)
+    check_min(1, length=length)
     table = multiplication_table(group)
     chosen = np.arange(len(table)) if elements is None else np.asarray(elements)
     if not (chosen.size and chosen.min() >= 0 and chosen.max() < len(table)):
@@ -277,7 +278,8 @@ def copying(rng: np.random.Generator, rows: int, length: int, *, vocab_size: int
     Raises:
         ValueError: the length is less than 1, or ``vocab_size`` is less than 2.
     """
-    _check_sizes(length, vocab_size=vocab_size)
+    check_min(1, length=length)
+    check_min(2, vocab_size=vocab_size)  # one id is the separator
     symbols = rng.integers(0, vocab_size - 1, (rows, length))
     tokens = np.concatenate([symbols, np.full((rows, 1), vocab_size - 1), symbols[:, :-1]], axis=1)
     return _batch(tokens, symbols, np.broadcast_to(length + np.arange(length), symbols.shape))
@@ -291,7 +293,8 @@ def induction(rng: np.random.Generator, rows: int, length: int, *, vocab_size: i
     Raises:
         ValueError: the length is less than 3, or ``vocab_size`` is less than 2.
     """
-    _check_sizes(length, 3, vocab_size=vocab_size)
+    check_min(3, length=length)
+    check_min(2, vocab_size=vocab_size)  # one id is special
     tokens = rng.integers(0, vocab_size - 1, (rows, length))
     first = rng.integers(0, length - 2, (rows, 1))
     targets = np.take_along_axis(tokens, first + 1, axis=1)
@@ -326,13 +329,6 @@ def needle(rng: np.random.Generator, rows: int, length: int, text: np.ndarray, *
     np.put_along_axis(tokens, position + np.arange(5), marked, axis=1)
     tokens[:, -4:] = marked[:, :4]
     return _batch(tokens, number, np.broadcast_to(length - 4 + np.arange(4), number.shape))
-
-
-def _check_sizes(length: int, min_length: int = 1, vocab_size: int = 2) -> None:
-    if length < min_length:
-        raise ValueError(f"length={length} must be at least {min_length}")
-    if vocab_size < 2:
-        raise ValueError(f"vocab_size={vocab_size} must be at least 2: one id is special")
 
 
 def _batch(

@@ -53,7 +53,7 @@ def test_edge_cases_and_invalid_input():
     """Empty texts form one group; wrong keys and similarities are errors."""
     assert group_similar([]) == []
     assert group_similar(["", "", "one"]) == [0, 0, 2]
-    with pytest.raises(ValueError, match="1 keys for 2 texts"):
+    with pytest.raises(ValueError, match="each text needs one key: got 2 texts and 1 keys"):
         group_similar(["a", "b"], keys=["a"])
     with pytest.raises(ValueError, match="similarity=0.0 must be above 0"):
         group_similar(["a", "b"], similarity=0.0)

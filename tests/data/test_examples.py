@@ -145,7 +145,7 @@ def test_errors_for_other_bad_files(tmp_path):
     with pytest.raises(ValueError, match=r"delimiter=';' is not supported: convert .*a.txt to TSV"):
         read_table(tmp_path / "a.txt", FIELDS, delimiter=";")
     for on_error in ("Raise", "ignore"):
-        with pytest.raises(ValueError, match=f"on_error='{on_error}' is unknown: choose from 'raise', 'report'"):
+        with pytest.raises(ValueError, match=f"on_error='{on_error}' must be 'raise' or 'report'"):
             read_jsonl(tmp_path / "b.jsonl", {"text": "b"}, on_error=on_error)
     deep = write(tmp_path / "deep.jsonl", "[" * 100_000 + '\n{"text": "x", "label": 1}')
     with pytest.raises(ValueError, match="deep.jsonl, line 1: not JSON: it is nested too deeply"):
@@ -175,7 +175,7 @@ def test_splits_keep_groups_together_and_all_examples():
     ]
     by_values = Examples(rows).split(0.1, 0.2, seed=3, by=[n // 4 for n in range(80)])
     assert [subset.rows for subset in by_values] == [subset.rows for subset in splits]
-    with pytest.raises(ValueError, match="by has 2 values for 80 examples"):
+    with pytest.raises(ValueError, match="each example needs one value: got 80 examples and 2 values"):
         Examples(rows).split(0.1, by=[0, 1])
     with pytest.raises(ValueError, match="1 groups in"):
         Examples(rows).split(0.1, by=[0] * 80)
@@ -204,7 +204,7 @@ def test_folds_keep_groups_together():
     assert [test.rows for _, test in examples.folds(3, seed=1, by=values)] == [test.rows for _, test in folds]
     with pytest.raises(ValueError, match="8 folds of 7 different values of 'group': choose from 2 to the number of"):
         examples.folds(8, by="group")
-    with pytest.raises(ValueError, match="by has 2 values for 23 examples"):
+    with pytest.raises(ValueError, match="each example needs one value: got 23 examples and 2 values"):
         examples.folds(2, by=[0, 1])
 
 

@@ -255,7 +255,7 @@ def test_the_syntax_check_accepts_illegal_moves(tmp_path: Path) -> None:
         ("a.pgn", PGN, {"check": "syntax"}, "check='syntax' cannot read the PGN file"),
         ("a.txt", "e4", {"check": "no"}, "check='no' must be 'rules' or 'syntax'"),
         ("a.txt", "e4", {"workers": 0}, "workers=0 must be at least 1"),
-        ("a.txt", "e4", {"notation": "lan"}, "notation='lan' must be one of uci, san"),
+        ("a.txt", "e4", {"notation": "lan"}, "notation='lan' must be 'uci' or 'san'"),
     ],
 )
 def test_bad_files_and_arguments_raise_errors(

@@ -97,7 +97,7 @@ def test_a_loaded_tokenizer_equals_the_saved_one(tmp_path: Path, tokenizer: Move
         (lambda: MoveTokenizer("uci", ["e4"]), "'e4' is not a uci move"),
         (lambda: MoveTokenizer("san", ["e4", "e4"]), "must be distinct, got 'e4' twice"),
         (lambda: MoveTokenizer("san", []), "at least one move"),
-        (lambda: MoveTokenizer("lan"), "notation='lan' must be one of uci, san"),
+        (lambda: MoveTokenizer("lan"), "notation='lan' must be 'uci' or 'san'"),
         (lambda: MoveTokenizer.from_games(["e4"], "san", min_count=0), "min_count=0 must be at least 1"),
         (
             lambda: MoveTokenizer.from_games(["e4 e5"], "san", min_count=5),

@@ -44,7 +44,7 @@ def test_a_failed_write_keeps_the_old_file(tmp_path):
         write_tokens(path, iter([np.arange(4), np.asarray([1, 10])]), 10)
     with pytest.raises(ValueError, match="no tokens"):
         write_tokens(path, [], 10)
-    with pytest.raises(ValueError, match="iterable of arrays, got int"):
+    with pytest.raises(ValueError, match="expected a 1-D array of integer ids, got a int: use np.asarray"):
         write_tokens(path, [1, 2], 10)
     assert path.read_bytes() == original_bytes
     assert [entry.name for entry in tmp_path.iterdir()] == ["a.npy"]

@@ -74,7 +74,7 @@ def test_ready_encodings_are_not_encoded_again():
     window = tokenizer.encode_windows("who", "a house in the sun", max_length=8, stride=0)[1]
     [item] = attention_maps(model, params, tokenizer, ["who"], pairs=["a house in the sun"], encodings=[window])
     assert "".join(item.columns) == "who" + "se in"
-    with pytest.raises(ValueError, match="1 texts and 2 encodings: give one encoding for each text"):
+    with pytest.raises(ValueError, match="each text needs one encoding: got 1 texts and 2 encodings"):
         attention_maps(model, params, tokenizer, ["who"], pairs=["a house in the sun"], encodings=[window] * 2)
     with pytest.raises(ValueError, match="encoding 0 has two texts: pass the second texts as pairs"):
         attention_maps(model, params, tokenizer, ["who"], encodings=[window])

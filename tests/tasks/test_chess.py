@@ -288,7 +288,7 @@ def test_a_move_outside_the_san_vocabulary_is_read_as_unknown() -> None:
             "1 of 2 games need more positions than the model's max_positions=64, first game 1, which needs 68",
         ),
         (lambda: next_move_accuracy(*model_and_params("lstm-tiny"), UCI, [""]), ValueError, "at least one move each"),
-        (lambda: next_move_accuracy(*model_and_params("lstm-tiny"), UCI, FOOL), TypeError, "games=.* is one string"),
+        (lambda: next_move_accuracy(*model_and_params("lstm-tiny"), UCI, FOOL), TypeError, "games must be a sequence"),
         (
             lambda: next_move_accuracy(*model_and_params("lstm-tiny"), UCI, [FOOL], batch_size=-1),
             ValueError,
@@ -307,7 +307,7 @@ def test_a_move_outside_the_san_vocabulary_is_read_as_unknown() -> None:
         (
             lambda: next_move_probabilities(*model_and_params("lstm-tiny"), UCI, "e2e4"),
             TypeError,
-            "games_so_far='e2e4' is one string: give a sequence of lines",
+            r"games_so_far must be a sequence of strings, got one string: pass \['e2e4'\]",
         ),
         (
             lambda: legal_move_rate(*model_and_params("lstm-tiny"), UCI, games=0),
@@ -315,7 +315,7 @@ def test_a_move_outside_the_san_vocabulary_is_read_as_unknown() -> None:
             "games=0 must be at least 1",
         ),
         (lambda: legal_move_rate(*model_and_params("gpt2-tiny"), UCI, max_moves=65), ValueError, "max_positions=64"),
-        (lambda: mates_in_one("e2e4"), TypeError, "games='e2e4' is one string: give a sequence of lines"),
+        (lambda: mates_in_one("e2e4"), TypeError, r"games must be .* strings, got one string: pass \['e2e4'\]"),
         (lambda: mate_in_one_accuracy(*model_and_params("lstm-tiny"), UCI, []), ValueError, "positions is empty"),
         (
             lambda: mate_in_one_accuracy(*model_and_params("lstm-tiny"), UCI, ["e2e4"]),

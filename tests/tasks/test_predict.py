@@ -237,7 +237,7 @@ def test_a_byte_tokenizer_labels_words_of_several_bytes() -> None:
     model, params = model_and_params("bert-tiny", task="token_classification", num_labels=4)
     (labels,) = label_words(model, params, BYTES, ["né là"])
     assert [(label.start, label.end) for label in labels] == [(0, 2), (3, 5)]
-    with pytest.raises(ValueError, match="unit='byte' is unknown: choose from 'word', 'token'"):
+    with pytest.raises(ValueError, match="unit='byte' must be 'word' or 'token'"):
         label_words(model, params, BYTES, ["a"], unit="byte")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="this is a BERT with a classification head: it does not label words"):
         label_words(*classifier(), BYTES, ["a"])
