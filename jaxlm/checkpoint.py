@@ -323,11 +323,11 @@ class Checkpointer:
             self._path(step).rename(self.directory / f"{step}.deleted")
 
     def remove_leftovers(self) -> None:
-        """Remove the directories of interrupted saves and deletions. No save to the directory may be running."""
+        """Remove what interrupted saves and deletions have left. No save to the directory may be running."""
         if processes.is_first() and self.directory.is_dir():
             for path in self.directory.iterdir():
                 if _LEFTOVER.fullmatch(path.name):
-                    shutil.rmtree(path)
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     # ------------------------------------------------------------------------------------------------ listing
 

@@ -81,7 +81,8 @@ class Unembedding:
         table: [V, D].
         hidden: [B, T, D].
         bias: [V], added after ``soft_cap``; None: no bias.
-        vocab_size, soft_cap: as in :func:`unembed`.
+        vocab_size: number of rows of the table without padding.
+        soft_cap: bound of the logits, as in :func:`unembed`; None: no bound.
     """
 
     table: jax.Array
