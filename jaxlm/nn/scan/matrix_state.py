@@ -16,8 +16,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Any, Literal
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -122,29 +123,62 @@ def linear_attention(
     implementation = choose_implementation("linear_attention", implementation, T, default_chunk, unsupported)
     log_BTHE = log_decay.astype(jnp.float32)
     log_BTHE = log_BTHE[..., None] if log_decay.ndim == 3 else log_BTHE
-    if reset_BT is not None and implementation != "pallas":
-        log_BTHE = jnp.where(reset_BT[:, :, None, None], -jnp.inf, log_BTHE)
     scale_BTH1 = jnp.ones_like(log_BTHE[..., :1]) if scale_BTH is None else scale_BTH.astype(jnp.float32)[..., None]
     inputs, state_BHKV, reset_BT = prepare(
-        (query_BTGK, key_BTGK, value_BTHV, log_BTHE, scale_BTH1), state_BHKV, reset_BT, keep_BT
+        (query_BTGK, key_BTGK, value_BTHV, log_BTHE, scale_BTH1), state_BHKV, reset_BT, keep_BT, at_reset=(-jnp.inf,)
     )
-    if implementation == "pallas":
-        return head_blocks.run(matrix_state_pallas.KERNELS, inputs, state_BHKV, reset_BT)
-    if scale_BTH is None:
+    if scale_BTH is None and implementation != "pallas":
         inputs.pop()  # the scales of 1, which only the kernel needs
     # For a decay near 0, the gradient of the log decay must not be computed as a difference of two inner products (Yang
     # et al. 2024, section 4.3): the rounding errors of the difference would be large relative to the gradient. Here,
     # autodiff differentiates the products of decays.
     step, run_chunk = (functools.partial(function, jnp.exp) for function in (decay_step, decay_chunk))
-    if implementation == "reference":
-        if is_default and step_pallas.supports(query_BTGK, value_BTHV):
-            return step_pallas.run(step, inputs, (), state_BHKV, reset_BT)
-        return scan_steps(step, inputs, state_BHKV, reset_BT)
-    loop_without_gradient = is_default and choices.loops_without_gradient(
-        K, state_BHKV.size, per_channel=log_decay.ndim == 4
-    )
-    forward_step = step if loop_without_gradient else None
-    return scan_chunks(run_chunk, inputs, state_BHKV, reset_BT, implementation.steps, forward_step)
+    rule = Rule(step, run_chunk, matrix_state_pallas.KERNELS, has_faster_steps=is_default)
+    return run_rule(rule, implementation, inputs, state_BHKV, reset_BT)
+
+
+class Rule(NamedTuple):
+    """The functions of a recurrence whose state is a matrix.
+
+    Attributes:
+        step: see :func:`jaxlm.nn.scan.chunks.scan_steps`.
+        run_chunk: see :func:`jaxlm.nn.scan.chunks.scan_chunks`.
+        kernels: the TPU kernels of ``pallas``; None: there are none.
+        has_faster_steps: whether ``jaxlm.nn.scan.step_pallas`` may compute a single step, and whether a call that is
+            not differentiated may run as a loop over steps instead of chunks. False if the caller chose the
+            implementation.
+    """
+
+    step: Callable[..., Any]
+    run_chunk: Callable[..., Any]
+    kernels: head_blocks.Kernels | None = None
+    has_faster_steps: bool = False
+
+
+def run_rule(
+    rule: Rule, implementation: Literal["reference", "pallas"] | Chunked, inputs: Sequence[jax.Array],
+    state_BHKV: jax.Array, reset_BT: jax.Array | None,
+) -> Any:  # fmt: skip
+    """The outputs [B, T, H, V] and the last state.
+
+    Args:
+        implementation: from :func:`choose_implementation`.
+        inputs, state_BHKV, reset_BT: from :func:`jaxlm.nn.scan.chunks.prepare`. The first inputs are queries, keys,
+            values, and one decay per head or per channel.
+    """
+    query, _, value, decay = inputs[:4]
+    if isinstance(implementation, Chunked):
+        may_loop = rule.has_faster_steps and choices.loops_without_gradient(
+            query.shape[3], state_BHKV.size, per_channel=decay.shape[3] > 1
+        )
+        step = rule.step if may_loop else None
+        return scan_chunks(rule.run_chunk, inputs, state_BHKV, reset_BT, implementation.steps, step)
+    if implementation == "pallas":
+        assert rule.kernels is not None
+        return head_blocks.run(rule.kernels, inputs, state_BHKV, reset_BT)
+    if rule.has_faster_steps and step_pallas.supports(query, value):
+        return step_pallas.run(rule.step, inputs, state_BHKV, reset_BT)
+    return scan_steps(rule.step, inputs, state_BHKV, reset_BT)
 
 
 def choose_implementation(
@@ -331,25 +365,25 @@ def pair_scores_and_decays(
         The scores [B, H, L, L] or [B, H, N, L, L], which are 0 for keys of later steps; the product of all decays up
         to and including each step [B, H, L, E]; and the product of all decays after each step [B, H, L, E].
     """
-    B, H, L, E = decay_BHLE.shape
+    L = decay_BHLE.shape[2]
     prefix, scores = decay_BHLE[:, :, :, None], diagonal_BHL[..., None, None]
     suffix = jnp.ones_like(prefix)
     for size in (1 << power for power in range(L.bit_length() - 1)):
-        prefix_pairs, suffix_pairs = (x.reshape(B, H, L // (2 * size), 2, size, E) for x in (prefix, suffix))
-        lower = pair_scores(prefix_pairs[:, :, :, 1], suffix_pairs[:, :, :, 0])
+        (first, second), (first_suffix, second_suffix) = (block_pairs(x, size) for x in (prefix, suffix))
+        lower = pair_scores(second, first_suffix)
         upper = jnp.zeros_like(lower)
         rows = [jnp.concatenate(row, axis=-1) for row in ((scores[:, :, 0::2], upper), (lower, scores[:, :, 1::2]))]
         scores = jnp.concatenate(rows, axis=-2)
-        (first, second), (first_suffix, second_suffix) = (
-            (x[:, :, :, 0], x[:, :, :, 1]) for x in (prefix_pairs, suffix_pairs)
-        )
         prefix = jnp.concatenate([first, first[..., -1:, :] * second], axis=-2)
         suffix = jnp.concatenate([second[..., -1:, :] * first_suffix, second_suffix], axis=-2)
     return scores[:, :, 0], prefix[:, :, 0], suffix[:, :, 0]
 
 
-def block_pairs(x_BHLK: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
-    """The earlier and the later block of each pair of blocks of S = ``size`` steps, [B, H, P, S, K] each."""
-    B, H, L, K = x_BHLK.shape
-    pairs = x_BHLK.reshape(B, H, L // (2 * size), 2, size, K)
+def block_pairs(x: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
+    """The earlier and the later block of each pair of blocks of S = ``size`` steps, [B, H, P, S, K] each.
+
+    ``x`` has the steps on one axis, [B, H, L, K], or on two axes, [B, H, L / S, S, K].
+    """
+    num_pairs = math.prod(x.shape[2:-1]) // (2 * size)
+    pairs = x.reshape(*x.shape[:2], num_pairs, 2, size, x.shape[-1])
     return pairs[:, :, :, 0], pairs[:, :, :, 1]
