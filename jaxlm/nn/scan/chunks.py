@@ -25,7 +25,6 @@ def prepare(
     state_BHKV: jax.Array | None,
     reset_BT: jax.Array | None,
     keep_BT: jax.Array | None,
-    at_reset: Sequence[float] = (),
 ) -> tuple[list[jax.Array], jax.Array, jax.Array | None]:
     """The inputs with zeros at padding, the float32 state before the first step, and the resets.
 
@@ -37,14 +36,9 @@ def prepare(
         state_BHKV: the state before the first step; None: zeros.
         reset_BT: True where the state is set to zeros before the step; None: nowhere.
         keep_BT: False at padding; None: no padding.
-        at_reset: the values that the inputs after the third one have at resets, such as a log decay of -inf. Inputs
-            without an entry do not change.
     """
     H = inputs[2].shape[2]
     arrays = [sharding.constrain(x, ("batch", None, "heads" if x.shape[2] == H else None, None)) for x in inputs]
-    if reset_BT is not None:
-        for index, value in enumerate(at_reset, 3):
-            arrays[index] = jnp.where(reset_BT[:, :, None, None], value, arrays[index])
     if keep_BT is not None:
         arrays = [jnp.where(keep_BT[:, :, None, None], x, 0) for x in arrays]
         reset_BT = None if reset_BT is None else reset_BT & keep_BT

@@ -107,8 +107,10 @@ def gated_delta_rule(
     default_chunk = choices.gated_delta_rule_chunk()
     implementation = choose_implementation("gated_delta_rule", implementation, T, default_chunk, unsupported)
     log_BTH1, beta_BTH1 = (x[..., None].astype(jnp.float32) for x in (log_decay_BTH, beta_BTH))
+    if reset_BT is not None and implementation != "pallas":
+        log_BTH1 = jnp.where(reset_BT[:, :, None, None], -jnp.inf, log_BTH1)
     inputs, state_BHKV, reset_BT = chunks.prepare(
-        (query_BTHK, key_BTHK, value_BTHV, log_BTH1, beta_BTH1), state_BHKV, reset_BT, keep_BT, at_reset=(-jnp.inf,)
+        (query_BTHK, key_BTHK, value_BTHV, log_BTH1, beta_BTH1), state_BHKV, reset_BT, keep_BT
     )
     rule = Rule(_gated_step, _gated_chunk, delta_rule_pallas.KERNELS)
     return run_rule(rule, implementation, inputs, state_BHKV, reset_BT)
@@ -179,8 +181,12 @@ def generalized_delta_rule(
     default_chunk = choices.generalized_delta_rule_chunk(is_bounded)
     unsupported = "does not support the generalized rule"
     implementation = choose_implementation("generalized_delta_rule", implementation, T, default_chunk, unsupported)
-    arrays = query_BTHK, key_BTHK, value_BTHV, log_decay_BTHK.astype(jnp.float32), a_BTHK, b_BTHK
-    inputs, state_BHKV, reset_BT = chunks.prepare(arrays, state_BHKV, reset_BT, keep_BT, at_reset=(-jnp.inf, 0.0))
+    log_BTHK = log_decay_BTHK.astype(jnp.float32)
+    if reset_BT is not None:
+        log_BTHK = jnp.where(reset_BT[:, :, None, None], -jnp.inf, log_BTHK)
+        a_BTHK = jnp.where(reset_BT[:, :, None, None], 0, a_BTHK)
+    arrays = query_BTHK, key_BTHK, value_BTHV, log_BTHK, a_BTHK, b_BTHK
+    inputs, state_BHKV, reset_BT = chunks.prepare(arrays, state_BHKV, reset_BT, keep_BT)
     scores = _bounded_scores if isinstance(implementation, Chunked) and is_bounded(implementation.steps) else _scores
     rule = Rule(_generalized_step, functools.partial(_generalized_chunk, scores), has_faster_steps=is_default)
     return run_rule(rule, implementation, inputs, state_BHKV, reset_BT)

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -123,9 +122,11 @@ def linear_attention(
     implementation = choose_implementation("linear_attention", implementation, T, default_chunk, unsupported)
     log_BTHE = log_decay.astype(jnp.float32)
     log_BTHE = log_BTHE[..., None] if log_decay.ndim == 3 else log_BTHE
+    if reset_BT is not None and implementation != "pallas":
+        log_BTHE = jnp.where(reset_BT[:, :, None, None], -jnp.inf, log_BTHE)
     scale_BTH1 = jnp.ones_like(log_BTHE[..., :1]) if scale_BTH is None else scale_BTH.astype(jnp.float32)[..., None]
     inputs, state_BHKV, reset_BT = prepare(
-        (query_BTGK, key_BTGK, value_BTHV, log_BTHE, scale_BTH1), state_BHKV, reset_BT, keep_BT, at_reset=(-jnp.inf,)
+        (query_BTGK, key_BTGK, value_BTHV, log_BTHE, scale_BTH1), state_BHKV, reset_BT, keep_BT
     )
     if scale_BTH is None and implementation != "pallas":
         inputs.pop()  # the scales of 1, which only the kernel needs
@@ -365,25 +366,25 @@ def pair_scores_and_decays(
         The scores [B, H, L, L] or [B, H, N, L, L], which are 0 for keys of later steps; the product of all decays up
         to and including each step [B, H, L, E]; and the product of all decays after each step [B, H, L, E].
     """
-    L = decay_BHLE.shape[2]
+    B, H, L, E = decay_BHLE.shape
     prefix, scores = decay_BHLE[:, :, :, None], diagonal_BHL[..., None, None]
     suffix = jnp.ones_like(prefix)
     for size in (1 << power for power in range(L.bit_length() - 1)):
-        (first, second), (first_suffix, second_suffix) = (block_pairs(x, size) for x in (prefix, suffix))
-        lower = pair_scores(second, first_suffix)
+        prefix_pairs, suffix_pairs = (x.reshape(B, H, L // (2 * size), 2, size, E) for x in (prefix, suffix))
+        lower = pair_scores(prefix_pairs[:, :, :, 1], suffix_pairs[:, :, :, 0])
         upper = jnp.zeros_like(lower)
         rows = [jnp.concatenate(row, axis=-1) for row in ((scores[:, :, 0::2], upper), (lower, scores[:, :, 1::2]))]
         scores = jnp.concatenate(rows, axis=-2)
+        (first, second), (first_suffix, second_suffix) = (
+            (x[:, :, :, 0], x[:, :, :, 1]) for x in (prefix_pairs, suffix_pairs)
+        )
         prefix = jnp.concatenate([first, first[..., -1:, :] * second], axis=-2)
         suffix = jnp.concatenate([second[..., -1:, :] * first_suffix, second_suffix], axis=-2)
     return scores[:, :, 0], prefix[:, :, 0], suffix[:, :, 0]
 
 
-def block_pairs(x: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
-    """The earlier and the later block of each pair of blocks of S = ``size`` steps, [B, H, P, S, K] each.
-
-    ``x`` has the steps on one axis, [B, H, L, K], or on two axes, [B, H, L / S, S, K].
-    """
-    num_pairs = math.prod(x.shape[2:-1]) // (2 * size)
-    pairs = x.reshape(*x.shape[:2], num_pairs, 2, size, x.shape[-1])
+def block_pairs(x_BHLK: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
+    """The earlier and the later block of each pair of blocks of S = ``size`` steps, [B, H, P, S, K] each."""
+    B, H, L, K = x_BHLK.shape
+    pairs = x_BHLK.reshape(B, H, L // (2 * size), 2, size, K)
     return pairs[:, :, :, 0], pairs[:, :, :, 1]

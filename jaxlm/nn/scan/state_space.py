@@ -83,8 +83,10 @@ def ssd(
     implementation = choose_implementation("ssd", implementation, T, default_chunk, unsupported)
     # Padding must have the decay 1. ``prepare`` sets all inputs to 0 at padding, so this input is the decay minus 1.
     decay_minus_one_BTH1 = 2.0 * jnp.expm1(log_decay_BTH)[..., None]
+    if reset_BT is not None:
+        decay_minus_one_BTH1 = jnp.where(reset_BT[:, :, None, None], -1.0, decay_minus_one_BTH1)
     arrays = C_BTGN, B_BTGN, x_BTHP, decay_minus_one_BTH1, dt_BTH[..., None]
-    inputs, state_BHNP, reset_BT = prepare(arrays, state_BHNP, reset_BT, keep_BT, at_reset=(-1.0,))
+    inputs, state_BHNP, reset_BT = prepare(arrays, state_BHNP, reset_BT, keep_BT)
     step, run_chunk = (functools.partial(function, lambda gate: 1.0 + gate) for function in (decay_step, decay_chunk))
     return run_rule(Rule(step, run_chunk), implementation, inputs, state_BHNP, reset_BT)
 
