@@ -155,8 +155,4 @@ def masked_softmax(scores: jax.Array, keep: jax.Array | None) -> jax.Array:
         >>> masked_softmax(jnp.array([[1.0, 1.0, 9.0]]), jnp.array([[True, True, False]])).tolist()
         [[0.5, 0.5, 0.0]]
     """
-    scores = scores.astype(jnp.float32)
-    if keep is None:
-        return jax.nn.softmax(scores, axis=-1)
-    lowest = jnp.finfo(jnp.float32).min
-    return jnp.where(keep, jax.nn.softmax(jnp.where(keep, scores, lowest), axis=-1), 0.0)
+    return jax.nn.softmax(scores.astype(jnp.float32), where=keep)

@@ -37,10 +37,19 @@ class custom_vjp:
 
     @classmethod
     def from_rules(
-        cls, forward: Callable[..., Any], backward: Callable[..., Any], nondiff_argnums: Sequence[int] = ()
+        cls,
+        forward: Callable[..., Any],
+        backward: Callable[..., Any],
+        nondiff_argnums: Sequence[int] = (),
+        without_gradient: Callable[..., Any] | None = None,
     ) -> custom_vjp:
-        """The function with these forward and backward rules. Its value is the first result of ``forward``."""
-        function = cls(functools.wraps(forward)(lambda *arguments: forward(*arguments)[0]), nondiff_argnums)
+        """The function with these forward and backward rules. Its value is the first result of ``forward``.
+
+        Args:
+            without_gradient: replaces ``forward`` if the function is not differentiated. Only the first result is used.
+        """
+        compute = forward if without_gradient is None else without_gradient
+        function = cls(functools.wraps(forward)(lambda *arguments: compute(*arguments)[0]), nondiff_argnums)
         function.defvjp(forward, backward)
         return function
 

@@ -30,19 +30,35 @@ pl, pltpu = _Lazy("jax.experimental.pallas"), _Lazy("jax.experimental.pallas.tpu
 
 
 def call_with_carry(
-    kernel: Callable[..., None], name: str, grid: tuple[int, int, int], carry_shape: tuple[int, ...], **arguments: Any
-) -> Callable[..., Any]:
+    kernel: Callable[..., None], name: str, grid: tuple[int, int, int], carry_shape: tuple[int, ...],
+    in_specs: Sequence[Any], **arguments: Any,
+) -> Callable[..., Any]:  # fmt: skip
     """A function that runs the kernel on the grid. It gets the input arrays and returns the outputs.
 
     The last argument of the kernel is the carry, a float32 array in VMEM. It keeps its value from one step of the last
-    axis of the grid to the next step.
+    axis of the grid to the next step. The last input is the carry before the first of these steps. The last output is
+    the carry after the last step. The other arguments of the kernel are the other inputs and the other outputs.
 
     Args:
-        arguments: further arguments of ``pl.pallas_call``, such as ``in_specs`` and ``out_shape``.
+        in_specs: the block specs of the inputs.
+        arguments: further arguments of ``pl.pallas_call``, such as ``out_specs`` and ``out_shape``.
     """
+
+    def run_step(*references: Any) -> None:
+        *arrays, last, carry = references
+        first = arrays.pop(len(in_specs) - 1)
+
+        @pl.when(pl.program_id(2) == 0)
+        def initialize() -> None:
+            carry[...] = first[...]
+
+        kernel(*arrays, carry)
+        last[...] = carry[...]
+
     return pl.pallas_call(
-        kernel, name=name, grid=grid, interpret=INTERPRET, scratch_shapes=[pltpu.VMEM(carry_shape, jnp.float32)],
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")), **arguments,
+        run_step, name=name, grid=grid, interpret=INTERPRET, scratch_shapes=[pltpu.VMEM(carry_shape, jnp.float32)],
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
+        in_specs=in_specs, **arguments,
     )  # fmt: skip
 
 
@@ -74,17 +90,14 @@ def with_reference(run: Callable[..., Any], reference: Callable[..., Any]) -> Ca
     return function
 
 
+def shapes(*arrays: jax.Array) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """The shape and the dtype of each array, for ``out_shape`` of ``pl.pallas_call``."""
+    return tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays)
+
+
 def largest_divisor(size: int, multiple: int, maximum: int) -> int:
     """The largest divisor of ``size`` that is a multiple of ``multiple`` and at most ``maximum``.
 
     ``size`` must be a multiple of ``multiple``.
     """
     return max(x for x in range(multiple, min(size, maximum) + 1, multiple) if size % x == 0)
-
-
-def start_with(carry: Any, first: Any) -> None:
-    """Set the carry to ``first`` at the first step of the last axis of the grid."""
-
-    @pl.when(pl.program_id(2) == 0)
-    def initialize() -> None:
-        carry[...] = first[...]

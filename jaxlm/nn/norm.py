@@ -52,14 +52,7 @@ def _normalize(function: Callable[..., jax.Array], epsilon: float, x: jax.Array,
     require_arrays(x=x)
     if choices.norm_kernel(x, *params):
         return norm_pallas.run(functools.partial(function, epsilon), x, *params)
-    return _with_recomputation(function, epsilon, x, *params)
-
-
-@functools.partial(jax.checkpoint, static_argnums=(0, 1), prevent_cse=False)
-def _with_recomputation(
-    function: Callable[..., jax.Array], epsilon: float, x: jax.Array, *params: jax.Array
-) -> jax.Array:
-    return function(epsilon, x, *params)
+    return jax.checkpoint(functools.partial(function, epsilon), prevent_cse=False)(x, *params)
 
 
 def _broadcast(parameter: jax.Array, x: jax.Array) -> jax.Array:

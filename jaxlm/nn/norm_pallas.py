@@ -35,11 +35,9 @@ def run(normalize: Callable[..., jax.Array], x_B1W: jax.Array, *params_W: jax.Ar
             *inputs, out = refs
             out[...] = normalize(*(ref[...] for ref in inputs))
 
-        out_BW = pl.pallas_call(
-            kernel, name="norm", interpret=lazy_pallas.INTERPRET,
-            out_shape=jax.ShapeDtypeStruct(rows_BW.shape, rows_BW.dtype),
-        )(rows_BW, *params_W)  # fmt: skip
-        return out_BW[:, None]
+        (out_shape,) = lazy_pallas.shapes(rows_BW)
+        run_kernel = pl.pallas_call(kernel, name="norm", interpret=lazy_pallas.INTERPRET, out_shape=out_shape)
+        return run_kernel(rows_BW, *params_W)[:, None]
 
     def norm(*arrays: jax.Array) -> jax.Array:
         return sharding.map_shards(device_norm, axes, axes[0])(*arrays)

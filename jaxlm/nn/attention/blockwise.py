@@ -54,6 +54,7 @@ from jaxlm.nn.attention.tile_scores import (
 from jaxlm.nn.custom_gradient import custom_vjp
 from jaxlm.nn.dropout import keep_rows
 from jaxlm.nn.linear import dot
+from jaxlm.nn.time_chunks import loop_over_chunks
 
 BLOCK_ROWS = (256, 512)
 """Queries per block: the first number for fewer than ``LONG_SEQUENCE`` queries, otherwise the second. Small blocks give
@@ -223,16 +224,23 @@ def _loop_over_blocks(
     find_visible_keys = (
         static.sequential and keys >= MIN_KEYS_FOR_RANGES and (order is not None or segments is not None)
     )
+
+    def visit_section(start: int, end: int, carry: Any) -> Any:
+        first = 0 if static.window is None else max(start - static.window + 1, 0)
+        first = first // KEY_RANGE_MULTIPLE * KEY_RANGE_MULTIPLE
+
+        def visit_block(rows_before: Any, rows: int, carry: Any) -> Any:
+            return visit(carry, Tile(start + rows_before, rows, first, end - first))
+
+        return loop_over_chunks(end - start, block, visit_block, carry)
+
     if is_causal_by_index and not find_visible_keys:
         rows = -(-max(queries // MAX_SECTIONS, 1) // block) * block
-        for row in range(0, queries, rows):
-            end = min(row + rows, queries)
-            first = 0 if static.window is None else max(row - static.window + 1, 0)
-            first = first // KEY_RANGE_MULTIPLE * KEY_RANGE_MULTIPLE
-            carry = _loop_over_section(row, end, block, carry, functools.partial(_visit_with_keys, visit, first, end))
+        for start in range(0, queries, rows):
+            carry = visit_section(start, min(start + rows, queries), carry)
         return carry
 
-    def visit_visible_keys(carry: Any, row: Any, rows: int) -> Any:
+    def visit_visible_keys(row: Any, rows: int, carry: Any) -> Any:
         if not find_visible_keys:
             return visit(carry, Tile(row, rows, 0, keys))
         lengths = sorted(
@@ -247,26 +255,7 @@ def _loop_over_blocks(
         index = sum((end - first > length).astype(jnp.int32) for length in lengths[:-1])
         return lax.switch(index, [branch(length) for length in lengths], carry)
 
-    return _loop_over_section(0, queries, block, carry, visit_visible_keys)
-
-
-def _visit_with_keys(visit: Callable[[Any, Tile], Any], first: int, end: int, carry: Any, row: Any, rows: int) -> Any:
-    return visit(carry, Tile(row, rows, first, end - first))
-
-
-def _loop_over_section(start: int, end: int, block: int, carry: Any, visit: Callable[[Any, Any, int], Any]) -> Any:
-    """The final carry of ``carry = visit(carry, row, rows)`` for the blocks of queries [start, end).
-
-    A block has the queries [row, row + rows).
-    """
-    full_blocks = (end - start) // block
-    if full_blocks == 1:
-        carry = visit(carry, start, block)
-    elif full_blocks > 1:
-        carry = lax.fori_loop(0, full_blocks, lambda i, c: visit(c, start + i * block, block), carry)
-    if last_rows := (end - start) % block:
-        carry = visit(carry, end - last_rows, last_rows)
-    return carry
+    return loop_over_chunks(queries, block, visit_visible_keys, carry)
 
 
 def _visible_range(

@@ -23,6 +23,7 @@ from jax.typing import DTypeLike
 from jaxlm import spec
 from jaxlm.nn.attention.mask import Mask, document_mask
 from jaxlm.nn.segments import document_numbers, positions_in_segments
+from jaxlm.nn.time_chunks import pad_axis
 from jaxlm.spec import ArraySpec, State
 
 
@@ -160,8 +161,7 @@ def resize(specs: spec.Tree, state: State | None, slots: int) -> Any:
     def resize_leaf(leaf: jax.Array, dim: int) -> jax.Array:
         if leaf.shape[dim] >= slots:
             return lax.slice_in_dim(leaf, 0, slots, axis=dim)
-        widths = [(0, slots - leaf.shape[dim] if axis == dim else 0) for axis in range(leaf.ndim)]
-        return jnp.pad(leaf, widths)
+        return pad_axis(leaf, 0, slots - leaf.shape[dim], axis=dim)
 
     return spec.map_axis(specs, "slots", resize_leaf, state, optional=True)
 

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from jaxlm.devices import LANES
 from jaxlm.nn import choices
 from jaxlm.nn.attention.bias import AttentionBias, BiasFn, Tile
+from jaxlm.nn.time_chunks import pad_axis
 
 
 def sinusoids(distance_N: jax.Array, width: int) -> jax.Array:
@@ -165,9 +166,9 @@ class _ByDistance:
     def padded(
         self, floats: Mapping[str, jax.Array], query_padding: int, key_padding: int
     ) -> tuple[BiasFn, dict[str, jax.Array]]:
-        padded_floats = {"table": _pad_axis(floats["table"], query_padding, key_padding, axis=-1)}
+        padded_floats = {"table": pad_axis(floats["table"], query_padding, key_padding, axis=-1)}
         if "query" in floats:
-            padded_floats["query"] = _pad_axis(floats["query"], 0, query_padding, axis=-2)
+            padded_floats["query"] = pad_axis(floats["query"], 0, query_padding, axis=-2)
         return dataclasses.replace(self, offset=self.offset + query_padding), padded_floats
 
 
@@ -189,9 +190,9 @@ class _ByQueryPosition:
     def padded(
         self, floats: Mapping[str, jax.Array], query_padding: int, key_padding: int
     ) -> tuple[BiasFn, dict[str, jax.Array]]:
-        table, query = floats["table"], _pad_axis(floats["query"], 0, query_padding, axis=-2)
+        table, query = floats["table"], pad_axis(floats["query"], 0, query_padding, axis=-2)
         rows = max(table.shape[-1], self.keys + key_padding)
-        return self, {"table": _pad_axis(table, 0, rows + -rows % LANES - table.shape[-1], axis=-1), "query": query}
+        return self, {"table": pad_axis(table, 0, rows + -rows % LANES - table.shape[-1], axis=-1), "query": query}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,11 +230,4 @@ class _ByTokenTypes:
     def padded(
         self, floats: Mapping[str, jax.Array], query_padding: int, key_padding: int
     ) -> tuple[BiasFn, dict[str, jax.Array]]:
-        return self, {name: _pad_axis(x, 0, query_padding, axis=-2) for name, x in floats.items()}
-
-
-def _pad_axis(x: jax.Array, before: int, after: int, *, axis: int) -> jax.Array:
-    """``x`` padded with zeros along one axis."""
-    pads = [(0, 0)] * x.ndim
-    pads[axis] = (before, after)
-    return jnp.pad(x, pads)
+        return self, {name: pad_axis(x, 0, query_padding, axis=-2) for name, x in floats.items()}

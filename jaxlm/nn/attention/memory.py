@@ -31,6 +31,7 @@ from jaxlm.nn.attention.bias import AttentionBias
 from jaxlm.nn.attention.cache import CacheView
 from jaxlm.nn.attention.mask import Mask
 from jaxlm.nn.segments import document_numbers
+from jaxlm.nn.time_chunks import pad_axis
 from jaxlm.spec import ArraySpec, State
 
 
@@ -259,8 +260,7 @@ def to_decoding_layout(specs: spec.Tree, state: State, num_added: int) -> Any:
             )
 
     def sort_and_pad(leaf: jax.Array, batch_axis: int) -> jax.Array:
-        widths = [(0, num_added if axis == batch_axis + 1 else 0) for axis in range(leaf.ndim)]
-        return jnp.pad(_take_slots(leaf, order_BM, batch_axis), widths)
+        return pad_axis(_take_slots(leaf, order_BM, batch_axis), 0, num_added, axis=batch_axis + 1)
 
     length_B = jnp.sum(is_token_BM, axis=1, dtype=jnp.int32)
     capacity_B = jnp.full_like(length_B, slots)

@@ -94,19 +94,16 @@ def _factor_gradients(dproduct_RN: jax.Array, q_RK: jax.Array, table_KN: jax.Arr
     return dq_RK.astype(q_RK.dtype), dtable_KN.astype(table_KN.dtype)
 
 
-@functools.partial(custom_vjp, nondiff_argnums=(0,))
-def _product(scale: float, q_RK: jax.Array, table_KN: jax.Array) -> jax.Array:
-    return dot(q_RK, table_KN, (1, 0)) * scale
-
-
-_product.defvjp(
-    lambda scale, q, table: (_product(scale, q, table), (q, table)),
+_product = custom_vjp.from_rules(
+    lambda scale, q, table: (dot(q, table, (1, 0)) * scale, (q, table)),
     lambda scale, saved, dproduct: _factor_gradients((dproduct * scale).astype(saved[0].dtype), *saved),
+    nondiff_argnums=(0,),
 )
 
 
-@functools.partial(custom_vjp, nondiff_argnums=(0, 1))
-def _gather_shifted(columns: int, max_shift: int, x_RN: jax.Array, first_R1: jax.Array) -> jax.Array:
+def _gather_shifted_forward(
+    columns: int, max_shift: int, x_RN: jax.Array, first_R1: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     """An array [R, E] whose entry (i, j) is entry (i, first[i] + j) of ``x`` [R, E + max_shift]; E is ``columns``.
 
     Each ``first[i]`` must be in [0, max_shift]. The shifts by multiples of LANES come first, so that the later
@@ -118,7 +115,7 @@ def _gather_shifted(columns: int, max_shift: int, x_RN: jax.Array, first_R1: jax
         x_RN = jnp.where(_bit(first_R1, LANE_BITS + bit), x_RN[:, size : columns + 2 * size], x_RN[:, : columns + size])
     for bit in range(LANE_BITS):
         x_RN = jnp.where(_bit(first_R1, bit), pltpu.roll(x_RN, x_RN.shape[1] - (1 << bit), 1), x_RN)
-    return x_RN[:, :columns]
+    return x_RN[:, :columns], first_R1
 
 
 def _gather_shifted_backward(
@@ -137,21 +134,13 @@ def _vector_shift_bits(max_shift: int) -> int:
     return (max_shift // LANES).bit_length()
 
 
-_gather_shifted.defvjp(
-    lambda columns, max_shift, x, first: (_gather_shifted(columns, max_shift, x, first), first),
-    _gather_shifted_backward,
-)
+_gather_shifted = custom_vjp.from_rules(_gather_shifted_forward, _gather_shifted_backward, nondiff_argnums=(0, 1))
 
 
 def _diagonals_to_columns(x_RP: jax.Array) -> jax.Array:
     """An array [R, E] whose entry (i, j) is entry (i, R - i + j) of ``x`` [R, R + E]."""
     R, P = x_RP.shape
     return _rotate_progressively(x_RP, P - R)[:, : P - R]
-
-
-@functools.partial(custom_vjp, nondiff_argnums=(0,))
-def _diagonals(scale: float, q_RK: jax.Array, strip_KP: jax.Array) -> jax.Array:
-    return _diagonals_to_columns(_product(scale, q_RK, strip_KP))
 
 
 def _diagonals_backward(scale: float, saved: Any, dout_RE: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -169,12 +158,11 @@ def _diagonals_backward(scale: float, saved: Any, dout_RE: jax.Array) -> tuple[j
     return _reverse_rows(dq_RK).astype(dtype), dstrip_KP
 
 
-_diagonals.defvjp(lambda scale, q, strip: (_diagonals(scale, q, strip), (q, strip)), _diagonals_backward)
-
-
-@functools.partial(custom_vjp, nondiff_argnums=(0,))
-def _row_diagonals(R: int, strip_1P: jax.Array) -> jax.Array:
-    return _diagonals_to_columns(jnp.broadcast_to(strip_1P, (R, strip_1P.shape[1])))
+_diagonals = custom_vjp.from_rules(
+    lambda scale, q, strip: (_diagonals_to_columns(_product(scale, q, strip)), (q, strip)),
+    _diagonals_backward,
+    nondiff_argnums=(0,),
+)
 
 
 def _row_diagonals_backward(R: int, _: None, dout_RE: jax.Array) -> tuple[jax.Array]:
@@ -190,4 +178,8 @@ def _row_diagonals_backward(R: int, _: None, dout_RE: jax.Array) -> tuple[jax.Ar
     return (pltpu.roll(jnp.sum(total, axis=0, keepdims=True), total.shape[1] - SUBLANES + 1, 1),)
 
 
-_row_diagonals.defvjp(lambda R, strip: (_row_diagonals(R, strip), None), _row_diagonals_backward)
+_row_diagonals = custom_vjp.from_rules(
+    lambda R, strip: (_diagonals_to_columns(jnp.broadcast_to(strip, (R, strip.shape[1]))), None),
+    _row_diagonals_backward,
+    nondiff_argnums=(0,),
+)

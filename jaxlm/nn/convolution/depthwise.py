@@ -118,10 +118,8 @@ def causal_depthwise_convolution(
     """
     require_arrays(x_BTC=x_BTC, tail_BWC=tail_BWC)
     implementation = choices.depthwise_convolution(layout.segment_ids)
-    if tail_BWC is None:
-        return _convolution(params, x_BTC, "causal", dilation, layout.documents, implementation), None
-    x_BSC, documents_BS, tail_BWC = prepend_tail(layout, x_BTC, tail_BWC)
-    return _convolution(params, x_BSC, "valid", dilation, documents_BS, implementation), tail_BWC
+    x_BSC, documents_BS, padding, tail_BWC = prepend_tail(layout, x_BTC, tail_BWC)
+    return _convolution(params, x_BSC, padding, dilation, documents_BS, implementation), tail_BWC
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,6 +21,7 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from jaxlm.nn.segments import document_numbers, segment_boundaries, select_state
+from jaxlm.nn.time_chunks import pad_axis
 from jaxlm.spec import ArraySpec, require_arrays
 
 Padding = Literal["same", "valid", "causal"]
@@ -209,11 +210,8 @@ def causal_windows(
     If ``tail_BWC`` is None, there are no earlier tokens, and the returned tail is None.
     """
     require_arrays(x_BTC=x_BTC, tail_BWC=tail_BWC)
-    if tail_BWC is None:
-        documents = layout.documents
-        return windows(x_BTC, kernel, padding="causal", dilation=dilation, documents_BT=documents, fill=fill), None
-    x_BSC, documents, tail_BWC = prepend_tail(layout, x_BTC, tail_BWC)
-    return windows(x_BSC, kernel, padding="valid", dilation=dilation, documents_BT=documents, fill=fill), tail_BWC
+    x_BSC, documents, padding, tail_BWC = prepend_tail(layout, x_BTC, tail_BWC)
+    return windows(x_BSC, kernel, padding=padding, dilation=dilation, documents_BT=documents, fill=fill), tail_BWC
 
 
 def previous_inputs(
@@ -224,23 +222,27 @@ def previous_inputs(
     The first step of a document gets zeros.
     """
     require_arrays(x_BTC=x_BTC, tail_B1C=tail_B1C)
-    if tail_B1C is None:
-        x_BSC = jnp.pad(x_BTC, ((0, 0), (1, 0), (0, 0)))
-        documents_BS = None if layout.documents is None else jnp.pad(layout.documents, ((0, 0), (1, 0)))
-    else:
-        x_BSC, documents_BS, tail_B1C = prepend_tail(layout, x_BTC, tail_B1C)
+    x_BSC, documents_BS, padding, tail_B1C = prepend_tail(layout, x_BTC, tail_B1C)
+    if padding == "causal":
+        x_BSC = jnp.pad(x_BSC, ((0, 0), (1, 0), (0, 0)))
+        documents_BS = None if documents_BS is None else jnp.pad(documents_BS, ((0, 0), (1, 0)))
     previous_BTC = x_BSC[:, :-1]
     if documents_BS is not None:
         previous_BTC = jnp.where((documents_BS[:, :-1] == documents_BS[:, 1:])[..., None], previous_BTC, 0)
     return previous_BTC, tail_B1C
 
 
-def prepend_tail(layout: TokenLayout, x_BTC: jax.Array, tail_BWC: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The tail followed by the new inputs [B, S, C], their document numbers [B, S], and the tail for the next call."""
+def prepend_tail(
+    layout: TokenLayout, x_BTC: jax.Array, tail_BWC: jax.Array | None
+) -> tuple[jax.Array, Any, Padding, jax.Array | None]:
+    """The tail followed by the new inputs [B, S, C], their document numbers [B, S], the padding of their causal
+    windows, and the tail for the next call. Without a tail, the causal windows begin before the new inputs."""
+    if tail_BWC is None:
+        return x_BTC, layout.documents, "causal", None
     tail_length = tail_BWC.shape[1]
     x_BSC = jnp.concatenate([tail_BWC.astype(x_BTC.dtype), x_BTC], axis=1)
     documents_BS = layout.documents[:, layout.past_segment_ids.shape[1] - tail_length :]
-    return x_BSC, documents_BS, _last_real(x_BSC, layout.num_real, tail_length)
+    return x_BSC, documents_BS, "valid", _last_real(x_BSC, layout.num_real, tail_length)
 
 
 def _last_real(x_BS: jax.Array, num_real_B: jax.Array, length: int) -> jax.Array:
@@ -278,12 +280,8 @@ def pad_to_length(
         )
     if reverse:
         tokens_BT, segment_ids = tokens_BT[:, ::-1], None if segment_ids is None else segment_ids[:, ::-1]
-    if segment_ids is None:  # no padding to move
-        real_BT = jnp.broadcast_to(jnp.arange(length)[None] < T, (len(tokens_BT), length))
-        return jnp.pad(tokens_BT, ((0, 0), (0, length - T))), real_BT, jnp.ones(len(tokens_BT), bool)
+    tokens_BT, layout = move_padding_last(tokens_BT, segment_ids, None)
+    segment_ids = jnp.ones(tokens_BT.shape, jnp.int32) if segment_ids is None else layout.segment_ids
     single_B = jnp.all((segment_ids == 0) | (segment_ids == jnp.max(segment_ids, axis=1, keepdims=True)), axis=1)
-    order_BT = real_first_indices(segment_ids)
-    tokens_BT, segment_ids = (
-        jnp.pad(jnp.take_along_axis(x, order_BT, axis=1), ((0, 0), (0, length - T))) for x in (tokens_BT, segment_ids)
-    )
+    tokens_BT, segment_ids = (pad_axis(x, 0, length - T) for x in (tokens_BT, segment_ids))
     return tokens_BT, segment_ids > 0, single_B

@@ -16,8 +16,7 @@ import jax.numpy as jnp
 from jaxlm.nn.custom_gradient import custom_vjp
 
 
-@custom_vjp
-def permute_rows(x_RD: jax.Array, index_Q: jax.Array, inverse_R: jax.Array) -> jax.Array:
+def _permute_forward(x_RD: jax.Array, index_Q: jax.Array, inverse_R: jax.Array) -> tuple[jax.Array, jax.Array]:
     """``x[index]``, [Q, D], with zeros where ``index`` is out of range.
 
     Args:
@@ -25,22 +24,18 @@ def permute_rows(x_RD: jax.Array, index_Q: jax.Array, inverse_R: jax.Array) -> j
         inverse_R: for each row of ``x``, its index in the result; out of range if the result does not contain the row.
             The gradient is a gather with ``inverse_R``. Autodiff would use a scatter, which is slow.
     """
-    return _gather_rows(x_RD, index_Q)
+    return _gather_rows(x_RD, index_Q), inverse_R
 
 
 def _gather_rows(x_RD: jax.Array, index_Q: jax.Array) -> jax.Array:
     return x_RD.at[index_Q].get(mode="fill", fill_value=0, wrap_negative_indices=False)
 
 
-def _permute_forward(x_RD: jax.Array, index_Q: jax.Array, inverse_R: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return _gather_rows(x_RD, index_Q), inverse_R
-
-
 def _permute_backward(inverse_R: jax.Array, dy_QD: jax.Array) -> tuple[jax.Array, None, None]:
     return _gather_rows(dy_QD, inverse_R), None, None
 
 
-permute_rows.defvjp(_permute_forward, _permute_backward)
+permute_rows = custom_vjp.from_rules(_permute_forward, _permute_backward)
 
 
 class Groups(NamedTuple):

@@ -33,6 +33,7 @@ from jax import lax
 from jaxlm import sharding
 from jaxlm.nn.custom_gradient import custom_vjp
 from jaxlm.nn.segments import Masks, keep_state, reset_state
+from jaxlm.nn.time_chunks import loop_over_chunks
 
 Weights = dict[str, Any]
 """``weight_input`` [D, G, H] and ``weight_hidden`` [H, G, K] in the compute dtype; ``bias`` [G, H] and, for a GRU with
@@ -102,13 +103,6 @@ StaticArguments = tuple[Cell, int, bool, bool]
 """The static (trace-time) arguments: (cell, chunk, reverse, remat)."""
 
 
-@functools.partial(custom_vjp, nondiff_argnums=(0,))
-def _layer(
-    static: StaticArguments, weights: Weights, x_BTD: jax.Array, first: State, masks: Masks
-) -> tuple[jax.Array, State]:
-    return _forward(static, weights, x_BTD, first, masks, save_residuals=False)[0]
-
-
 def _forward(
     static: StaticArguments,
     weights: Weights,
@@ -157,7 +151,7 @@ def _forward(
     # Time is the first axis of the stored cells and gates, so that a step of the backward pass reads contiguous memory.
     axes = (1, *(0 for _ in output_shapes[1:]))
     stored = tuple(_zeros(x, T, axis) for x, axis in zip(output_shapes, axes, strict=True))
-    last, (hidden_BTH, *residuals) = _over_chunks(T, chunk, run_chunk, (first, stored))
+    last, (hidden_BTH, *residuals) = loop_over_chunks(T, chunk, run_chunk, (first, stored))
     return (hidden_BTH, last), (original_weights, x_BTD, first, masks, hidden_BTH, tuple(residuals))
 
 
@@ -230,25 +224,12 @@ def _backward(static: StaticArguments, saved: Any, cotangents: Any) -> tuple[Any
     def run_later_chunk(steps_before: Any, steps: int, carry: Any) -> Any:
         return run_chunk(steps_before + chunk, steps, carry)
 
-    dfirst, dx_BTD, dweight_sums = _over_chunks(T - chunk, chunk, run_later_chunk, carry)
+    dfirst, dx_BTD, dweight_sums = loop_over_chunks(T - chunk, chunk, run_later_chunk, carry)
     dweights = {name: x.astype(weights[name].dtype) for name, x in dweight_sums.items()}
     return dweights, dx_BTD, dfirst, None
 
 
-_layer.defvjp(_forward, _backward)
-
-
-def _over_chunks(T: int, chunk: int, run: Callable[[Any, int, Any], Any], carry: Any) -> Any:
-    """The final carry of ``carry = run(steps_before, steps, carry)`` over all chunks. The last chunk may be shorter.
-
-    ``steps_before`` is the number of steps of all earlier chunks, and ``steps`` is the number of steps of the chunk.
-    """
-    count, rest = divmod(T, chunk)
-    if count == 1:
-        carry = run(0, chunk, carry)
-    elif count:
-        carry = lax.fori_loop(0, count, lambda index, carry: run(index * chunk, chunk, carry), carry)
-    return run(count * chunk, rest, carry) if rest else carry
+_layer = custom_vjp.from_rules(_forward, _backward, (0,), functools.partial(_forward, save_residuals=False))
 
 
 # ---------------------------------------------------------------------------------------------------------- LSTM

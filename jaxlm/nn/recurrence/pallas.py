@@ -143,11 +143,6 @@ def layer(
     return hidden_BTH[:, num_padding:] if reverse else hidden_BTH[:, :T], last
 
 
-@functools.partial(custom_vjp, nondiff_argnums=(0,))
-def _layer(static: _Static, weights: Weights, x_BTD: jax.Array, first: State, mask_TB1: Any) -> tuple[jax.Array, State]:
-    return _forward(static, weights, x_BTD, first, mask_TB1, store=False)[0]
-
-
 def _forward(
     static: _Static, weights: Weights, x_BTD: jax.Array, first: State, mask_TB1: Any, *, store: bool = True
 ) -> tuple[tuple[jax.Array, State], Any]:
@@ -193,7 +188,7 @@ def _backward(static: _Static, saved: Any, cotangents: Any) -> tuple[Any, ...]:
     return {name: dweights[name].astype(x.dtype) for name, x in weights.items()}, dx_BTD, dfirst, None
 
 
-_layer.defvjp(_forward, _backward)
+_layer = custom_vjp.from_rules(_forward, _backward, (0,), functools.partial(_forward, store=False))
 
 
 def _over_devices(

@@ -36,6 +36,7 @@ from jax import lax
 from jaxlm.nn import choices
 from jaxlm.nn.custom_gradient import custom_vjp
 from jaxlm.nn.segments import Masks, check_masks, check_state, complete_masks, keep_state, reset_state
+from jaxlm.nn.time_chunks import pad_axis
 from jaxlm.sharding import constrain
 from jaxlm.spec import ZEROS, ArraySpec, Initializer, Params, State, require_arrays
 
@@ -190,8 +191,7 @@ def _chunks(L: int, projected_TBHGP: jax.Array, masks: Masks) -> Any:
 def _split(L: int, x: jax.Array) -> jax.Array:
     """``x`` [T, ...] in chunks, [C, L, ...]. The last chunk is filled with zeros."""
     num_chunks = -(-x.shape[0] // L)
-    padding = ((0, num_chunks * L - x.shape[0]), *((0, 0),) * (x.ndim - 1))
-    return jnp.pad(x, padding).reshape(num_chunks, L, *x.shape[1:])
+    return pad_axis(x, 0, num_chunks * L - x.shape[0], axis=0).reshape(num_chunks, L, *x.shape[1:])
 
 
 def _backward(L: int, saved: Any, cotangents: Any) -> Any:

@@ -34,16 +34,18 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from jaxlm.nn import choices
-from jaxlm.nn.scan import chunks, delta_rule_pallas, head_blocks, step_pallas
+from jaxlm.nn.scan import chunks, delta_rule_pallas, head_blocks
 from jaxlm.nn.scan.matrix_state import (
     Chunked,
     Implementation,
+    Rule,
     block_pairs,
     check_inputs,
     check_per_head,
     choose_implementation,
     decay_products,
     pair_scores_and_decays,
+    run_rule,
 )
 from jaxlm.nn.scan.triangular import solve_unit_lower
 from jaxlm.nn.segments import Masks, reset_state
@@ -110,11 +112,8 @@ def gated_delta_rule(
     inputs, state_BHKV, reset_BT = chunks.prepare(
         (query_BTHK, key_BTHK, value_BTHV, log_BTH1, beta_BTH1), state_BHKV, reset_BT, keep_BT
     )
-    if implementation == "reference":
-        return chunks.scan_steps(_gated_step, inputs, state_BHKV, reset_BT)
-    if implementation == "pallas":
-        return head_blocks.run(delta_rule_pallas.KERNELS, inputs, state_BHKV, reset_BT)
-    return chunks.scan_chunks(_gated_chunk, inputs, state_BHKV, reset_BT, implementation.steps)
+    rule = Rule(_gated_step, _gated_chunk, delta_rule_pallas.KERNELS)
+    return run_rule(rule, implementation, inputs, state_BHKV, reset_BT)
 
 
 def generalized_delta_rule(
@@ -164,9 +163,9 @@ def generalized_delta_rule(
         got = f"a tuple of {len(low_rank)}" if isinstance(low_rank, tuple) else type(low_rank).__name__
         raise ValueError(f"low_rank must be the tuple (a, b) of two arrays, not {got}")
     a_BTHK, b_BTHK = low_rank
-    arrays = {"log_decay": log_decay_BTHK, "a": a_BTHK, "b": b_BTHK}
-    require_arrays(**arrays)
-    for name, x in arrays.items():
+    named_arrays = {"log_decay": log_decay_BTHK, "a": a_BTHK, "b": b_BTHK}
+    require_arrays(**named_arrays)
+    for name, x in named_arrays.items():
         if x.shape != query_BTHK.shape:
             raise ValueError(f"{name} {list(x.shape)} must have the shape of the query, {list(query_BTHK.shape)}")
     if min_log_decay is not None and not min_log_decay <= 0.0:
@@ -186,20 +185,11 @@ def generalized_delta_rule(
     if reset_BT is not None:
         log_BTHK = jnp.where(reset_BT[:, :, None, None], -jnp.inf, log_BTHK)
         a_BTHK = jnp.where(reset_BT[:, :, None, None], 0, a_BTHK)
-    inputs, state_BHKV, reset_BT = chunks.prepare(
-        (query_BTHK, key_BTHK, value_BTHV, log_BTHK, a_BTHK, b_BTHK), state_BHKV, reset_BT, keep_BT
-    )
-    if not isinstance(implementation, Chunked):  # reference
-        if is_default and step_pallas.supports(query_BTHK, value_BTHV):
-            return step_pallas.run(_generalized_step, inputs[:4], inputs[4:], state_BHKV, reset_BT)
-        return chunks.scan_steps(_generalized_step, inputs, state_BHKV, reset_BT)
-    loop_without_gradient = is_default and choices.loops_without_gradient(
-        query_BTHK.shape[3], state_BHKV.size, per_channel=True
-    )
-    forward_step = _generalized_step if loop_without_gradient else None
-    chunk = implementation.steps
-    run_chunk = functools.partial(_generalized_chunk, _bounded_scores if is_bounded(chunk) else _scores)
-    return chunks.scan_chunks(run_chunk, inputs, state_BHKV, reset_BT, chunk, forward_step)
+    arrays = query_BTHK, key_BTHK, value_BTHV, log_BTHK, a_BTHK, b_BTHK
+    inputs, state_BHKV, reset_BT = chunks.prepare(arrays, state_BHKV, reset_BT, keep_BT)
+    scores = _bounded_scores if isinstance(implementation, Chunked) and is_bounded(implementation.steps) else _scores
+    rule = Rule(_generalized_step, functools.partial(_generalized_chunk, scores), has_faster_steps=is_default)
+    return run_rule(rule, implementation, inputs, state_BHKV, reset_BT)
 
 
 # ---------------------------------------------------------------------------------------------- gated delta rule

@@ -16,14 +16,12 @@ of heads, J heads of a block.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxlm.nn.lazy_pallas import start_with
 from jaxlm.nn.linear import dot
 from jaxlm.nn.scan.head_blocks import Blocks, Decays, Kernels, chunk_decays, split_non_finite
 
@@ -81,11 +79,9 @@ def _key_products(blocks: Blocks, key: Any, decays: Decays) -> list[jax.Array]:
     return [jnp.where(is_earlier, dot(k, k, (1, 1)) * decays.pairs(head), 0.0) for head, k in enumerate(keys)]
 
 
-def _forward_kernel(blocks: Blocks, inputs: Sequence[Any], outputs: Sequence[Any], carry: Any) -> None:
+def _forward_kernel(blocks: Blocks, *references: Any) -> None:
     """Compute a chunk for a block of heads. ``carry``: the state after the previous chunk."""
-    query, key, value, columns, rows, first = inputs
-    out, last, states = outputs
-    start_with(carry, first)
+    query, key, value, columns, rows, out, states, carry = references
     states[...] = carry[...]
     J, K, V, dtype = blocks.J, blocks.K, blocks.V, value.dtype
     decays, out_heads = chunk_decays(columns, rows, J), []
@@ -109,14 +105,11 @@ def _forward_kernel(blocks: Blocks, inputs: Sequence[Any], outputs: Sequence[Any
         decayed_state = decays.total[:, column] * state + jnp.where(decays.is_before_reset[-1:], nan_row, 0.0)
         carry[head] = decayed_state + dot(scaled_key, u, (1, 0))
     out[...] = jnp.concatenate(out_heads, axis=1).astype(dtype)
-    last[...] = carry[...]
 
 
-def _backward_kernel(blocks: Blocks, inputs: Sequence[Any], outputs: Sequence[Any], carry: Any) -> None:
+def _backward_kernel(blocks: Blocks, *references: Any) -> None:
     """Compute the gradients of a chunk for a block of heads. ``carry``: the gradient of the state after the chunk."""
-    query, key, value, columns, rows, states, dout, dlast = inputs
-    dquery, dkey, dvalue, dlog, dbeta, dstate = outputs
-    start_with(carry, dlast)
+    query, key, value, columns, rows, states, dout, dquery, dkey, dvalue, dlog, dbeta, carry = references
     J, K, V, dtype = blocks.J, blocks.K, blocks.V, value.dtype
     is_earlier, decays = _is_earlier(blocks.L), chunk_decays(columns, rows, J)
     key_products = _key_products(blocks, key, decays)
@@ -142,7 +135,6 @@ def _backward_kernel(blocks: Blocks, inputs: Sequence[Any], outputs: Sequence[An
         + _accurate_dot(1.0 - at_or_after, dlog_suffix, dtype)
     )
     dbeta[...] = dbetas
-    dstate[...] = carry[...]
 
 
 def _head_gradients(

@@ -21,7 +21,7 @@ of a chunk, N blocks of heads, J heads of a block.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -34,6 +34,7 @@ from jaxlm.devices import LANES
 from jaxlm.nn import choices
 from jaxlm.nn.custom_gradient import custom_vjp
 from jaxlm.nn.lazy_pallas import call_with_carry, pl
+from jaxlm.nn.time_chunks import pad_axis
 
 MIN_LOG_DECAY = -104.0
 """Lower bound of log decays. Smaller log decays are set to this value; its exponential is 0 in float32."""
@@ -151,41 +152,36 @@ class Blocks(NamedTuple):
     def _chunk(self, c: Any) -> Any:
         return self.C - 1 - c if self.from_last else c
 
-    def shape(self, kind: str) -> tuple[int, ...]:
-        """The shape of an array of this kind.
+    def array(self, kind: str) -> tuple[tuple[int, ...], Any]:
+        """The shape and the ``BlockSpec`` of an array of this kind.
 
         ``keys``: queries or keys. ``columns`` and ``rows``: the scalars of each step. ``per head``: the gradient of one
         scalar per step and head. ``dkeys``: gradients of queries or keys that heads share. ``state``: the state before
         the first step or after the last one. ``states``: the states before the chunks. ``one state``: the output that
         replaces ``states`` if they are not saved. Other gradients have the kind of their array.
         """
-        B, T, N, J = self.B, self.T, self.grid[1], self.J
-        state = self.H, self.K, self.V
-        return {
-            "keys": (B, T, self.G * self.K), "values": (B, T, self.H * self.V),
-            "columns": (B, N, T, 2 * J + 1), "rows": (B, N, 2 * J + 1, T), "per head": (B, N, T, J),
-            "dkeys": (B, N, T, self.K),
-            "state": (B, *state), "states": (B, self.C, *state), "one state": (B, 1, *state),
-        }[kind]  # fmt: skip
+        T, L, H, K, V, J, N, chunk = self.T, self.L, self.H, self.K, self.V, self.J, self.grid[1], self._chunk
+        block_keys, heads_per_group = J if self.has_own_keys else 1, H // self.G
 
-    def spec(self, kind: str) -> Any:
-        """The ``BlockSpec`` of an array of this kind (:meth:`shape`)."""
-        L, J, heads_per_group = self.L, self.J, self.H // self.G
-        if kind == "keys":
-            if self.has_own_keys:
-                return pl.BlockSpec((None, L, J * self.K), lambda b, n, c: (b, self._chunk(c), n))
-            return pl.BlockSpec((None, L, self.K), lambda b, n, c: (b, self._chunk(c), n * J // heads_per_group))
-        if kind == "values":
-            return pl.BlockSpec((None, L, J * self.V), lambda b, n, c: (b, self._chunk(c), n))
-        if kind == "state":
-            return pl.BlockSpec((None, J, self.K, self.V), lambda b, n, c: (b, n, 0, 0))
-        if kind == "one state":  # all chunks write to the same block
-            return pl.BlockSpec((None, None, J, self.K, self.V), lambda b, n, c: (b, 0, n, 0, 0))
-        if kind == "states":
-            return pl.BlockSpec((None, None, J, self.K, self.V), lambda b, n, c: (b, self._chunk(c), n, 0, 0))
-        if kind == "rows":
-            return pl.BlockSpec((None, None, 2 * J + 1, L), lambda b, n, c: (b, n, 0, self._chunk(c)))
-        return pl.BlockSpec((None, None, L, self.shape(kind)[3]), lambda b, n, c: (b, n, self._chunk(c), 0))
+        def key_index(b: Any, n: Any, c: Any) -> Any:
+            return b, chunk(c), n if self.has_own_keys else n * J // heads_per_group
+
+        def scalar_index(b: Any, n: Any, c: Any) -> Any:
+            return b, n, chunk(c), 0
+
+        arrays: dict[str, tuple[tuple[int, ...], tuple[int | None, ...], Callable[..., Any]]] = {
+            "keys": ((T, self.G * K), (L, block_keys * K), key_index),
+            "values": ((T, H * V), (L, J * V), lambda b, n, c: (b, chunk(c), n)),
+            "columns": ((N, T, 2 * J + 1), (None, L, 2 * J + 1), scalar_index),
+            "rows": ((N, 2 * J + 1, T), (None, 2 * J + 1, L), lambda b, n, c: (b, n, 0, chunk(c))),
+            "per head": ((N, T, J), (None, L, J), scalar_index),
+            "dkeys": ((N, T, K), (None, L, K), scalar_index),
+            "state": ((H, K, V), (J, K, V), lambda b, n, c: (b, n, 0, 0)),
+            "states": ((self.C, H, K, V), (None, J, K, V), lambda b, n, c: (b, chunk(c), n, 0, 0)),
+            "one state": ((1, H, K, V), (None, J, K, V), lambda b, n, c: (b, 0, n, 0, 0)),  # the same for all chunks
+        }
+        shape, block, index = arrays[kind]
+        return (self.B, *shape), pl.BlockSpec((None, *block), index)
 
 
 def make_blocks(query: jax.Array, value: jax.Array, L: int, from_last: bool) -> Blocks:
@@ -196,12 +192,7 @@ def make_blocks(query: jax.Array, value: jax.Array, L: int, from_last: bool) -> 
     return Blocks(B, -(-T // L), L, G, H, K, V, J, from_last)
 
 
-def pad_time(x_BT: jax.Array, L: int) -> jax.Array:
-    """The array [B, T, ...] with zeros appended on the time axis, so that L divides the number of steps."""
-    return jnp.pad(x_BT, ((0, 0), (0, -x_BT.shape[1] % L), *((0, 0),) * (x_BT.ndim - 2)))
-
-
-def _step_scalars(log_BTH: jax.Array, scale_BTH: jax.Array, reset_BT: jax.Array, blocks: Blocks) -> tuple[Any, Any]:
+def _step_scalars(blocks: Blocks, log_BTH: jax.Array, scale_BTH: jax.Array, reset_BT: jax.Array) -> tuple[Any, Any]:
     """The scalars of each step, as columns [B, N, T, 2 * J + 1] and as rows [B, N, 2 * J + 1, T].
 
     The scalars are the sum b_t of each head, the scale of each head, and the index of the step's segment in the chunk.
@@ -230,16 +221,11 @@ def _call(
 
     The carry is [J, K, V].
     """
-
-    def run_kernel(*references: Any) -> None:
-        *arrays, carry = references
-        kernel(blocks, arrays[: len(inputs)], arrays[len(inputs) :], carry)
-
     return call_with_carry(
-        run_kernel, name, blocks.grid, (blocks.J, blocks.K, blocks.V),
-        in_specs=[blocks.spec(kind) for kind in inputs],
-        out_specs=tuple(blocks.spec(kind) for kind, _ in outputs),
-        out_shape=tuple(jax.ShapeDtypeStruct(blocks.shape(kind), dtype) for kind, dtype in outputs),
+        functools.partial(kernel, blocks), name, blocks.grid, (blocks.J, blocks.K, blocks.V),
+        in_specs=[blocks.array(kind)[1] for kind in inputs],
+        out_specs=tuple(blocks.array(kind)[1] for kind, _ in outputs),
+        out_shape=tuple(jax.ShapeDtypeStruct(blocks.array(kind)[0], dtype) for kind, dtype in outputs),
     )  # fmt: skip
 
 
@@ -248,10 +234,9 @@ def padded_inputs(inputs: Sequence[jax.Array], blocks: Blocks) -> tuple[jax.Arra
 
     The time axis of all of them is padded. ``inputs``: query, key, value, log decay, scale and reset.
     """
-    (query, key, value, log_BTH, scale_BTH, reset_BT), L = inputs, blocks.L
-    flat = [pad_time(x, L).reshape(blocks.B, blocks.T, -1) for x in (query, key, value)]
-    flat[:2] = (x.astype(value.dtype) for x in flat[:2])
-    return *flat, *_step_scalars(pad_time(log_BTH, L), pad_time(scale_BTH, L), pad_time(reset_BT, L), blocks)
+    query, key, value, *scalars = (pad_axis(x, 0, blocks.T - x.shape[1]) for x in inputs)
+    arrays = query.astype(value.dtype), key.astype(value.dtype), value
+    return *(x.reshape(blocks.B, blocks.T, -1) for x in arrays), *_step_scalars(blocks, *scalars)
 
 
 class Decays(NamedTuple):
@@ -315,9 +300,9 @@ class Kernels(NamedTuple):
 
     Attributes:
         name: the name of ``forward`` in the compiled program. ``backward`` has the name ``{name}_backward``.
-        forward, backward: functions. Their arguments are a :class:`Blocks`, the list of the references of all inputs,
-            the list of the references of all outputs, and the reference of the carry [J, K, V]. The order of inputs and
-            outputs is that of the calls in :func:`_device_forward` and :func:`_device_backward`.
+        forward, backward: functions. Their arguments are a :class:`Blocks` and the arguments of a kernel of
+            ``lazy_pallas.call_with_carry``, with a carry [J, K, V]. The order of inputs and outputs is that of the
+            calls in :func:`_device_forward` and :func:`_device_backward`.
         returns_gradient_of_sums: True if ``backward`` returns the gradients of the sums b_t; False if it returns the
             gradients of the log decays.
     """
@@ -345,11 +330,6 @@ def run(
     log_BTH = jnp.where(reset_BT[..., None], 0.0, jnp.maximum(log_BTH, MIN_LOG_DECAY))
     L = choices.kernel_chunk(query.shape[1])
     return _run(kernels, L, (query, key, value, log_BTH, scale_BTH, reset_BT), state_BHKV)
-
-
-@functools.partial(custom_vjp, nondiff_argnums=(0, 1))
-def _run(kernels: Kernels, L: int, inputs: Any, state_BHKV: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return _forward(kernels, L, inputs, state_BHKV, save_states=False)[0]
 
 
 def _forward(kernels: Kernels, L: int, inputs: Any, state_BHKV: jax.Array, *, save_states: bool = True) -> Any:
@@ -386,7 +366,7 @@ def _backward(kernels: Kernels, L: int, saved: Any, cotangents: Any) -> Any:
     return (dquery.astype(query.dtype), dkey.astype(key.dtype), dvalue, dlog_BTH, dscale_BTH, None), dstate_BHKV
 
 
-_run.defvjp(_forward, _backward)
+_run = custom_vjp.from_rules(_forward, _backward, (0, 1), functools.partial(_forward, save_states=False))
 
 
 def _input_axes(inputs: Any) -> list[tuple[str | None, ...]]:
@@ -410,9 +390,9 @@ def _device_forward(
     query, _, value = inputs[:3]
     blocks = make_blocks(query, value, L, from_last=False)
     states = "states" if save_states else "one state"
-    outputs = [("values", value.dtype), ("state", jnp.float32), (states, jnp.float32)]
+    outputs = [("values", value.dtype), (states, jnp.float32), ("state", jnp.float32)]
     run = _call(kernels.forward, kernels.name, blocks, (*_INPUTS, "state"), outputs)
-    out_BTX, last_BHKV, states_BCHKV = run(*padded_inputs(inputs, blocks), state_BHKV)
+    out_BTX, states_BCHKV, last_BHKV = run(*padded_inputs(inputs, blocks), state_BHKV)
     return out_BTX[:, : query.shape[1]].reshape(value.shape), last_BHKV, states_BCHKV
 
 
@@ -431,7 +411,7 @@ def _device_backward(kernels: Kernels, L: int, is_shared: bool, *arrays: jax.Arr
     query, key, value = inputs[:3]
     blocks = make_blocks(query, value, L, from_last=True)
     T = query.shape[1]
-    dout_BTX = pad_time(dout_BTHV, L).reshape(blocks.shape("values"))
+    dout_BTX = pad_axis(dout_BTHV, 0, blocks.T - T).reshape(blocks.array("values")[0])
     dkeys = "keys" if blocks.has_own_keys else "dkeys", jnp.float32 if is_shared else value.dtype
     outputs = [dkeys, dkeys, ("values", value.dtype), *[("per head", jnp.float32)] * 2, ("state", jnp.float32)]
     kinds = (*_INPUTS, "states", "values", "state")

@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -128,23 +128,58 @@ def linear_attention(
     inputs, state_BHKV, reset_BT = prepare(
         (query_BTGK, key_BTGK, value_BTHV, log_BTHE, scale_BTH1), state_BHKV, reset_BT, keep_BT
     )
-    if implementation == "pallas":
-        return head_blocks.run(matrix_state_pallas.KERNELS, inputs, state_BHKV, reset_BT)
-    if scale_BTH is None:
+    if scale_BTH is None and implementation != "pallas":
         inputs.pop()  # the scales of 1, which only the kernel needs
     # For a decay near 0, the gradient of the log decay must not be computed as a difference of two inner products (Yang
     # et al. 2024, section 4.3): the rounding errors of the difference would be large relative to the gradient. Here,
     # autodiff differentiates the products of decays.
     step, run_chunk = (functools.partial(function, jnp.exp) for function in (decay_step, decay_chunk))
-    if implementation == "reference":
-        if is_default and step_pallas.supports(query_BTGK, value_BTHV):
-            return step_pallas.run(step, inputs, (), state_BHKV, reset_BT)
-        return scan_steps(step, inputs, state_BHKV, reset_BT)
-    loop_without_gradient = is_default and choices.loops_without_gradient(
-        K, state_BHKV.size, per_channel=log_decay.ndim == 4
-    )
-    forward_step = step if loop_without_gradient else None
-    return scan_chunks(run_chunk, inputs, state_BHKV, reset_BT, implementation.steps, forward_step)
+    rule = Rule(step, run_chunk, matrix_state_pallas.KERNELS, has_faster_steps=is_default)
+    return run_rule(rule, implementation, inputs, state_BHKV, reset_BT)
+
+
+class Rule(NamedTuple):
+    """The functions of a recurrence whose state is a matrix.
+
+    Attributes:
+        step: see :func:`jaxlm.nn.scan.chunks.scan_steps`.
+        run_chunk: see :func:`jaxlm.nn.scan.chunks.scan_chunks`.
+        kernels: the TPU kernels of ``pallas``; None: there are none.
+        has_faster_steps: whether ``jaxlm.nn.scan.step_pallas`` may compute a single step, and whether a call that is
+            not differentiated may run as a loop over steps instead of chunks. False if the caller chose the
+            implementation.
+    """
+
+    step: Callable[..., Any]
+    run_chunk: Callable[..., Any]
+    kernels: head_blocks.Kernels | None = None
+    has_faster_steps: bool = False
+
+
+def run_rule(
+    rule: Rule, implementation: Literal["reference", "pallas"] | Chunked, inputs: Sequence[jax.Array],
+    state_BHKV: jax.Array, reset_BT: jax.Array | None,
+) -> Any:  # fmt: skip
+    """The outputs [B, T, H, V] and the last state.
+
+    Args:
+        implementation: from :func:`choose_implementation`.
+        inputs, state_BHKV, reset_BT: from :func:`jaxlm.nn.scan.chunks.prepare`. The first inputs are queries, keys,
+            values, and one decay per head or per channel.
+    """
+    query, _, value, decay = inputs[:4]
+    if isinstance(implementation, Chunked):
+        may_loop = rule.has_faster_steps and choices.loops_without_gradient(
+            query.shape[3], state_BHKV.size, per_channel=decay.shape[3] > 1
+        )
+        step = rule.step if may_loop else None
+        return scan_chunks(rule.run_chunk, inputs, state_BHKV, reset_BT, implementation.steps, step)
+    if implementation == "pallas":
+        assert rule.kernels is not None
+        return head_blocks.run(rule.kernels, inputs, state_BHKV, reset_BT)
+    if rule.has_faster_steps and step_pallas.supports(query, value):
+        return step_pallas.run(rule.step, inputs, state_BHKV, reset_BT)
+    return scan_steps(rule.step, inputs, state_BHKV, reset_BT)
 
 
 def choose_implementation(

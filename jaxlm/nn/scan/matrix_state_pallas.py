@@ -17,25 +17,21 @@ of a chunk, N blocks of heads, J heads of a block.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
 
-from jaxlm.nn.lazy_pallas import start_with
 from jaxlm.nn.linear import dot
 from jaxlm.nn.scan.head_blocks import Blocks, Kernels, chunk_decays, split_non_finite
 
 
-def _forward_kernel(blocks: Blocks, inputs: Sequence[Any], outputs: Sequence[Any], carry: Any) -> None:
+def _forward_kernel(blocks: Blocks, *references: Any) -> None:
     """Compute the outputs of a chunk for a block of heads.
 
     ``carry``: at the start, the state before the chunk; at the end, the state after the chunk.
     """
-    query, key, value, columns, rows, first = inputs
-    out, last, states = outputs
-    start_with(carry, first)
+    query, key, value, columns, rows, out, states, carry = references
     states[...] = carry[...]
     J, K, V, dtype = blocks.J, blocks.K, blocks.V, value.dtype
     decays, out_heads = chunk_decays(columns, rows, J), []
@@ -53,18 +49,15 @@ def _forward_kernel(blocks: Blocks, inputs: Sequence[Any], outputs: Sequence[Any
         decayed_state = decays.total[:, column] * state + jnp.where(decays.is_before_reset[-1:], nan_row, 0.0)
         carry[head] = decayed_state + dot(scaled_key, v, (1, 0))
     out[...] = jnp.concatenate(out_heads, axis=1).astype(dtype)
-    last[...] = carry[...]
 
 
-def _backward_kernel(blocks: Blocks, inputs: Sequence[Any], outputs: Sequence[Any], carry: Any) -> None:
+def _backward_kernel(blocks: Blocks, *references: Any) -> None:
     """Compute the gradients of a chunk for a block of heads.
 
     ``carry``: at the start, the gradient of the state after the chunk; at the end, the gradient of the state before the
     chunk.
     """
-    query, key, value, columns, rows, states, dout, dlast = inputs
-    dquery, dkey, dvalue, db, dscale, dstate = outputs
-    start_with(carry, dlast)
+    query, key, value, columns, rows, states, dout, dquery, dkey, dvalue, db, dscale, carry = references
     J, K, V, L, dtype = blocks.J, blocks.K, blocks.V, blocks.L, value.dtype
     is_last_row = lax.broadcasted_iota(jnp.int32, (L, 1), 0) == L - 1
     decays = chunk_decays(columns, rows, J)
@@ -109,7 +102,6 @@ def _backward_kernel(blocks: Blocks, inputs: Sequence[Any], outputs: Sequence[An
         )
     dvalue[...] = jnp.concatenate(dv_heads, axis=1).astype(dtype)
     db[...], dscale[...] = jnp.concatenate(db_heads, axis=1), jnp.concatenate(dscale_heads, axis=1)
-    dstate[...] = carry[...]
 
 
 KERNELS = Kernels("linear_attention", _forward_kernel, _backward_kernel, returns_gradient_of_sums=True)

@@ -37,6 +37,7 @@ from jaxlm.nn.scan.matrix_state import (
     linear_attention,
 )
 from jaxlm.nn.segments import Masks, check_state, reset_state, select_state
+from jaxlm.nn.time_chunks import pad_axis
 from jaxlm.spec import ArraySpec, State
 
 STABILIZER_LIMITS = (-80.0, 40.0)
@@ -108,8 +109,11 @@ def mlstm(
         >>> out.ravel().tolist(), state["normalizer"].ravel().tolist()
         ([4.0, 6.0, 6.0], [3.0])
     """
-    _check(query_BTHK, key_BTHK, value_BTHV, log_input_BTH, log_forget_BTH, state, reset_BT, keep_BT)
-    T = query_BTHK.shape[1]
+    check_inputs(query_BTHK, key_BTHK, value_BTHV, None, reset_BT, keep_BT)
+    check_per_head(query_BTHK, log_input=log_input_BTH, log_forget=log_forget_BTH)
+    (B, T, H, K), V = query_BTHK.shape, value_BTHV.shape[-1]
+    if state is not None:
+        check_state(state, B, mlstm_state_specs(1, H, K, V))
     normalizers = jax.ShapeDtypeStruct((*value_BTHV.shape[:3], LANES), value_BTHV.dtype)
     unsupported = unsupported_reason(query_BTHK, value_BTHV) or unsupported_reason(query_BTHK, normalizers)
     default_chunk = choices.linear_attention_chunk()
@@ -129,17 +133,6 @@ def mlstm(
         step = functools.partial(_step, epsilon)
         return scan_steps(step, (q, k, v, log_input_BTH, log_forget_BTH), state, reset_BT)
     return _by_linear_attention(q, k, v, log_input_BTH, log_forget_BTH, state, reset_BT, epsilon, implementation)
-
-
-def _check(
-    query: jax.Array, key: jax.Array, value: jax.Array, log_input: jax.Array, log_forget: jax.Array, state: Any,
-    reset: Any, keep: Any,
-) -> None:  # fmt: skip
-    check_inputs(query, key, value, None, reset, keep)
-    check_per_head(query, log_input=log_input, log_forget=log_forget)
-    (B, _, H, K), V = query.shape, value.shape[-1]
-    if state is not None:
-        check_state(state, B, mlstm_state_specs(1, H, K, V))
 
 
 def _step(
@@ -195,18 +188,13 @@ def _by_linear_attention(
     cell, normalizer = state["cell"], state["normalizer"][..., None]
     if implementation == "pallas":  # a second call computes n: appending a column to v would copy v
         out, cell = run(v, cell)
-        q_times_n, normalizer = run(_pad_width(ones, LANES), _pad_width(normalizer, LANES))
+        q_times_n, normalizer = run(*(pad_axis(x, 0, LANES - 1, axis=-1) for x in (ones, normalizer)))
     else:
         joined, state_BHKW = run(*(jnp.concatenate(pair, axis=-1) for pair in ((v, ones), (cell, normalizer))))
         out, q_times_n = joined[..., :V], joined[..., V:]
         cell, normalizer = state_BHKW[..., :V], state_BHKW[..., V:]
     out_BTHV = _output(out.astype(jnp.float32), q_times_n[..., 0].astype(jnp.float32), m_BTH, epsilon)
     return out_BTHV.astype(v.dtype), {"cell": cell, "normalizer": normalizer[..., 0], "stabilizer": m_BTH[:, -1]}
-
-
-def _pad_width(x: jax.Array, width: int) -> jax.Array:
-    """``x`` with zeros appended along its last axis, so that this axis has ``width`` entries."""
-    return jnp.pad(x, (*((0, 0),) * (x.ndim - 1), (0, width - x.shape[-1])))
 
 
 def _stabilizers(log_i_BTH: jax.Array, log_f_BTH: jax.Array, m_BH: jax.Array, reset_BT: Any) -> jax.Array:

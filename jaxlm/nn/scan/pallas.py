@@ -26,7 +26,7 @@ import jax.numpy as jnp
 
 from jaxlm import sharding
 from jaxlm.devices import LANES
-from jaxlm.nn.lazy_pallas import call_with_carry, largest_divisor, pl, pltpu, start_with
+from jaxlm.nn.lazy_pallas import call_with_carry, largest_divisor, pl, pltpu, shapes
 
 MAX_STEPS = 256
 """Maximum number of steps of a block."""
@@ -141,14 +141,11 @@ def _scan(
     # In the order of the scan, the padding comes after the last step. It does not change the state.
     padding = ((0, 0), (blocks.num_padding, 0) if reverse else (0, blocks.num_padding), (0, 0))
     decay_BTD, input_BTD = jnp.pad(decay_BTD, padding, constant_values=1), jnp.pad(input_BTD, padding)
+    arrays = decay_BTD, input_BTD, state_BD[:, None]
     hidden_BTD, last_B1D = _call(
         _forward_kernel, "linear_scan", blocks, in_specs=[blocks.steps_spec, blocks.steps_spec, blocks.state_spec],
-        out_specs=(blocks.steps_spec, blocks.state_spec),
-        out_shape=(
-            jax.ShapeDtypeStruct(input_BTD.shape, input_BTD.dtype),
-            jax.ShapeDtypeStruct(state_BD[:, None].shape, jnp.float32),
-        ),
-    )(decay_BTD, input_BTD, state_BD[:, None])  # fmt: skip
+        out_specs=(blocks.steps_spec, blocks.state_spec), out_shape=shapes(*arrays[1:]),
+    )(*arrays)  # fmt: skip
     return hidden_BTD[:, blocks.num_padding :] if reverse else hidden_BTD[:, :T], last_B1D[:, 0]
 
 
@@ -177,11 +174,7 @@ def _backward(
         _backward_kernel, "linear_scan_backward", blocks,
         in_specs=[blocks.steps_spec, blocks.steps_spec, blocks.row_spec, blocks.steps_spec, blocks.state_spec],
         out_specs=(blocks.steps_spec, blocks.steps_spec, blocks.state_spec),
-        out_shape=(
-            jax.ShapeDtypeStruct(decay_BTD.shape, decay_BTD.dtype),
-            jax.ShapeDtypeStruct(dhidden_BTD.shape, dhidden_BTD.dtype),
-            jax.ShapeDtypeStruct(state_BD[:, None].shape, jnp.float32),
-        ),
+        out_shape=shapes(decay_BTD, dhidden_BTD, dlast_BD[:, None]),
     )(decay_BTD, hidden_BTD, before_BND[:, :, None], dhidden_BTD, dlast_BD[:, None])  # fmt: skip
     real = slice(0, T) if reverse else slice(num_padding, None)
     return ddecay_BTD[:, real], dinput_BTD[:, real], dstate_B1D[:, 0]
@@ -218,10 +211,8 @@ def _last_row(x: jax.Array, reverse: bool) -> jax.Array:
     return x[:1] if reverse else x[-1:]
 
 
-def _forward_kernel(blocks: _Blocks, decay: Any, inputs: Any, first: Any, hidden: Any, last: Any, carry: Any) -> None:
+def _forward_kernel(blocks: _Blocks, decay: Any, inputs: Any, hidden: Any, carry: Any) -> None:
     """Run the steps of a block, one tile of rows after the other. ``carry``: the state after the previous block."""
-    start_with(carry, first)
-
     rows, reverse = blocks.tile_rows, blocks.from_last
     state = carry[...]
     for tile in _tiles(decay.shape[0], rows, reverse):
@@ -229,21 +220,17 @@ def _forward_kernel(blocks: _Blocks, decay: Any, inputs: Any, first: Any, hidden
         hidden[tile] = h.astype(hidden.dtype)
         state = _last_row(h, reverse)
     carry[...] = state
-    last[...] = state
 
 
 def _backward_kernel(
-    blocks: _Blocks, decay: Any, hidden: Any, before: Any, dhidden: Any, dlast: Any, ddecay: Any, dinput: Any,
-    dstate: Any, carry: Any,
-) -> None:  # fmt: skip
+    blocks: _Blocks, decay: Any, hidden: Any, before: Any, dhidden: Any, ddecay: Any, dinput: Any, carry: Any
+) -> None:
     """Compute the gradients of the steps of a block. The forward pass went in the opposite order.
 
     Args:
         before: the state before the block in the order of the forward pass.
         carry: the last e of the previous block of the kernel; for the first block, the gradient of the last state.
     """
-    start_with(carry, dlast)
-
     rows, reverse = blocks.tile_rows, blocks.from_last
     e_next = carry[...]
     tiles = _tiles(decay.shape[0], rows, reverse)
@@ -258,4 +245,3 @@ def _backward_kernel(
         dinput[tile] = gradient.astype(dinput.dtype)
         e_next = _last_row(e, reverse)
     carry[...] = e_next
-    dstate[...] = e_next

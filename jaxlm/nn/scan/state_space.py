@@ -17,14 +17,15 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.nn import choices
-from jaxlm.nn.scan.chunks import prepare, scan_chunks, scan_steps
+from jaxlm.nn.scan.chunks import prepare
 from jaxlm.nn.scan.matrix_state import (
-    Chunked,
     Implementation,
+    Rule,
     choose_implementation,
     decay_chunk,
     decay_step,
     linear_attention,
+    run_rule,
 )
 from jaxlm.nn.segments import check_masks
 from jaxlm.spec import require_arrays
@@ -84,13 +85,10 @@ def ssd(
     decay_minus_one_BTH1 = 2.0 * jnp.expm1(log_decay_BTH)[..., None]
     if reset_BT is not None:
         decay_minus_one_BTH1 = jnp.where(reset_BT[:, :, None, None], -1.0, decay_minus_one_BTH1)
-    inputs, state_BHNP, reset_BT = prepare(
-        (C_BTGN, B_BTGN, x_BTHP, decay_minus_one_BTH1, dt_BTH[..., None]), state_BHNP, reset_BT, keep_BT
-    )
+    arrays = C_BTGN, B_BTGN, x_BTHP, decay_minus_one_BTH1, dt_BTH[..., None]
+    inputs, state_BHNP, reset_BT = prepare(arrays, state_BHNP, reset_BT, keep_BT)
     step, run_chunk = (functools.partial(function, lambda gate: 1.0 + gate) for function in (decay_step, decay_chunk))
-    if not isinstance(implementation, Chunked):  # reference
-        return scan_steps(step, inputs, state_BHNP, reset_BT)
-    return scan_chunks(run_chunk, inputs, state_BHNP, reset_BT, implementation.steps)
+    return run_rule(Rule(step, run_chunk), implementation, inputs, state_BHNP, reset_BT)
 
 
 def _check_inputs(x: jax.Array, dt: jax.Array, A: jax.Array, B: jax.Array, C: jax.Array, state: Any) -> None:

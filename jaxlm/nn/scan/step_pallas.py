@@ -21,7 +21,6 @@ from jax import lax
 
 from jaxlm import sharding
 from jaxlm.nn import choices, lazy_pallas
-from jaxlm.nn.custom_gradient import custom_vjp
 from jaxlm.nn.lazy_pallas import pl, pltpu
 from jaxlm.nn.scan.head_blocks import groups_are_sharded, shards_divide_heads
 
@@ -40,50 +39,41 @@ def supports(query_BTGK: jax.Array, value_BTHV: jax.Array) -> bool:
 
 
 def run(
-    step: Callable[..., Any], inputs: Sequence[jax.Array], low_rank: Sequence[jax.Array], state_BHKV: jax.Array,
-    reset_BT: jax.Array | None,
-) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+    step: Callable[..., Any], inputs: Sequence[jax.Array], state_BHKV: jax.Array, reset_BT: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
     """The output of one step, [B, 1, H, V] in the dtype of the values, and the new state, [B, H, K, V] float32.
 
     Args:
-        step: ``step(state, mask, *inputs of the step)`` computes the same results with XLA, as in ``scan_steps``. The
-            gradient is the gradient of this function.
-        inputs: queries and keys [B, 1, G, K], values [B, 1, H, V], log decays [B, 1, H, E], and optionally scales
-            [B, 1, H, 1]. Without this array, all scales are 1.
-        low_rank: a and b, [B, 1, H, K] each; () for none.
+        step: ``step(state, mask, *inputs of the step)`` computes the same results with XLA, as in ``scan_steps``. It is
+            the reference of ``lazy_pallas.with_reference``, which describes derivatives and ``vmap``.
+        inputs: queries and keys [B, 1, G, K], values [B, 1, H, V], log decays [B, 1, H, E]; optionally scales
+            [B, 1, H, 1]; and optionally a and b, [B, 1, H, K] each. Without scales, all scales are 1.
         state_BHKV: the state before the step, float32.
         reset_BT: True where the state is set to zeros before the step; None: nowhere.
     """
-    arrays = tuple(x[:, 0] for x in (*inputs, *low_rank))
+    arrays = tuple(x[:, 0] for x in inputs)
     is_reset_B = jnp.zeros(len(state_BHKV), jnp.int32) if reset_BT is None else reset_BT[:, 0].astype(jnp.int32)
     head_axes, row_axes = ("batch", "heads", None), ("batch", None, None)
     key_axes = head_axes if groups_are_sharded(arrays[0].shape[1], state_BHKV.shape[1]) else row_axes
     axes = [("batch",), key_axes, key_axes, *[head_axes] * (len(arrays) - 2), (*head_axes, None)]
 
-    def forward(arrays: Any, state_BHKV: jax.Array, is_reset_B: jax.Array) -> Any:
-        mapped = sharding.map_shards(
-            lambda *shards: _device_step(len(low_rank) > 0, *shards), axes, [head_axes, (*head_axes, None)]
-        )
-        return mapped(is_reset_B, *arrays, state_BHKV), (arrays, state_BHKV, is_reset_B)
+    def kernel(*arrays: jax.Array) -> Any:
+        return sharding.map_shards(_device_step, axes, [head_axes, (*head_axes, None)])(*arrays)
 
-    def backward(saved: Any, cotangents: Any) -> Any:
-        arrays, state_BHKV, is_reset_B = saved
+    def reference(is_reset_B: jax.Array, *arrays: jax.Array) -> Any:
+        *inputs, state_BHKV = arrays
+        new_BHKV, out_BHV = step(state_BHKV, (is_reset_B > 0, None), *inputs)
+        return out_BHV, new_BHKV
 
-        def reference(arrays: Any, state_BHKV: jax.Array) -> Any:
-            new_BHKV, out_BHV = step(state_BHKV, (is_reset_B > 0, None), *arrays)
-            return out_BHV, new_BHKV
-
-        return (*jax.vjp(reference, arrays, state_BHKV)[1](cotangents), None)
-
-    out_BHV, new_BHKV = custom_vjp.from_rules(forward, backward)(arrays, state_BHKV, is_reset_B)
+    out_BHV, new_BHKV = lazy_pallas.with_reference(kernel, reference)(is_reset_B, *arrays, state_BHKV)
     return out_BHV[:, None], new_BHKV
 
 
-def _device_step(has_low_rank: bool, is_reset_B: jax.Array, *arrays: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _device_step(is_reset_B: jax.Array, *arrays: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The output of the rows and heads of one device, [B, H, V], and their new state.
 
     Args:
-        arrays: the inputs of the step without the axis of time, a and b, and the state.
+        arrays: the inputs of the step without the axis of time, and the state.
     """
     *inputs, state_BHKV = arrays
     state_BHVK = jnp.swapaxes(state_BHKV, 2, 3)
@@ -91,10 +81,10 @@ def _device_step(has_low_rank: bool, is_reset_B: jax.Array, *arrays: jax.Array) 
     def row_block(x: jax.Array | jax.ShapeDtypeStruct) -> Any:
         return pl.BlockSpec((None, *x.shape[1:]), lambda b, is_reset: (b, *[0] * (len(x.shape) - 1)))
 
-    outputs = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (inputs[2], state_BHVK))
+    outputs = lazy_pallas.shapes(inputs[2], state_BHVK)
 
     def kernel(is_reset: Any, *references: Any) -> None:
-        _kernel(has_low_rank, is_reset, references[:-3], *references[-3:])
+        _kernel(is_reset, references[:-3], *references[-3:])
 
     out_BHV, new_BHVK = pl.pallas_call(
         kernel, name="recurrence_step", interpret=lazy_pallas.INTERPRET, out_shape=outputs,
@@ -108,21 +98,19 @@ def _device_step(has_low_rank: bool, is_reset_B: jax.Array, *arrays: jax.Array) 
     return out_BHV, jnp.swapaxes(new_BHVK, 2, 3)
 
 
-def _kernel(
-    has_low_rank: bool, is_reset: Any, inputs: Sequence[Any], state: Any, out: Any, new_state: Any
-) -> None:  # fmt: skip
+def _kernel(is_reset: Any, inputs: Sequence[Any], state: Any, out: Any, new_state: Any) -> None:
     """Compute the step of one row.
 
     Args:
         is_reset: [B], whether the state of the row is set to zeros before the step.
-        inputs: the queries and keys [G, K], the values [H, V], the log decays [H, E], the scales [H, 1] if there are
-            scales, and a and b [H, K] if ``has_low_rank``.
+        inputs: the queries and keys [G, K], the values [H, V], the log decays [H, E], and optionally the scales
+            [H, 1] and a and b [H, K] (:func:`run`).
         state, new_state: [H, V, K].
         out: [H, V].
     """
     q_GK, k_GK, v_HV, log_HE, *optional = (x[...].astype(jnp.float32) for x in inputs)
     v_VH = v_HV.T
-    a_HK, b_HK = optional[-2:] if has_low_rank else (None, None)
+    a_HK, b_HK = optional[-2:] if len(optional) > 1 else (None, None)
     scale_H1 = optional[0] if len(optional) % 2 else None
     H, decay_HE, keeps_state = state.shape[0], jnp.exp(log_HE), is_reset[pl.program_id(0)] == 0
     out_VH, head_VH = jnp.zeros_like(v_VH), lax.broadcasted_iota(jnp.int32, v_VH.shape, 1)

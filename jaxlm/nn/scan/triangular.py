@@ -17,8 +17,7 @@ from jaxlm.nn import choices
 from jaxlm.nn.custom_gradient import custom_vjp
 
 
-@custom_vjp
-def solve_unit_lower(lower_BHLL: jax.Array, right_BHLV: jax.Array) -> jax.Array:
+def _forward(lower_BHLL: jax.Array, right_BHLV: jax.Array) -> Any:
     """The solution u of ``u + lower @ u = right``, [B, H, L, V] in the dtype of the arguments (float32).
 
     Matmuls compute the inverse of ``I + lower``. ``lax.linalg.triangular_solve`` is not used, because it cannot be
@@ -33,10 +32,6 @@ def solve_unit_lower(lower_BHLL: jax.Array, right_BHLV: jax.Array) -> jax.Array:
         >>> solve_unit_lower(lower[None, None], jnp.ones((1, 1, 2, 1))).ravel().tolist()
         [1.0, 0.5]
     """
-    return _product(inverse_unit_lower(lower_BHLL), right_BHLV)
-
-
-def _forward(lower_BHLL: jax.Array, right_BHLV: jax.Array) -> Any:
     inverse_BHLL = inverse_unit_lower(lower_BHLL)
     solution_BHLV = _product(inverse_BHLL, right_BHLV)
     return solution_BHLV, (inverse_BHLL, solution_BHLV)
@@ -48,7 +43,7 @@ def _backward(saved: Any, dsolution_BHLV: jax.Array) -> Any:
     return -jnp.tril(_product(dright_BHLV, solution_BHLV.mT), -1), dright_BHLV
 
 
-solve_unit_lower.defvjp(_forward, _backward)
+solve_unit_lower = custom_vjp.from_rules(_forward, _backward)
 
 
 def inverse_unit_lower(lower_BHLL: jax.Array) -> jax.Array:

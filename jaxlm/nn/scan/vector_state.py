@@ -83,21 +83,6 @@ def linear_scan(
         >>> states[0, :, 0].tolist(), last.tolist()
         ([1.0, 1.5, 1.75], [[1.75]])
     """
-    masks = _check(decay_BTD, input_BTD, state_BD, reset_BT, keep_BT)
-    unsupported = pallas.unsupported_reason(decay_BTD, input_BTD)
-    choices.check_implementation("linear_scan", implementation, Implementation, {"pallas": unsupported})
-    implementation = implementation or choices.linear_scan(unsupported)
-    # The time axis is not sharded, because the steps are sequential.
-    decay_BTD, input_BTD = (sharding.constrain(x, ("batch", None, "mlp")) for x in (decay_BTD, input_BTD))
-    state_BD = jnp.zeros_like(input_BTD[:, 0], jnp.float32) if state_BD is None else state_BD.astype(jnp.float32)
-    if implementation == "reference":
-        return _reference(decay_BTD, input_BTD, state_BD, masks, reverse)
-    return _scan(implementation, reverse, decay_BTD, input_BTD, state_BD, masks)
-
-
-def _check(decay_BTD: jax.Array, input_BTD: jax.Array, state_BD: Any, reset_BT: Any, keep_BT: Any) -> Masks:
-    """The masks ``(reset_BT, keep_BT)``; None if both are None. Raises the errors of :func:`linear_scan` for shapes and
-    dtypes."""
     require_arrays(decay_BTD=decay_BTD, input_BTD=input_BTD, state_BD=state_BD)
     if input_BTD.ndim != 3 or decay_BTD.shape != input_BTD.shape or not input_BTD.shape[1]:
         raise ValueError(
@@ -110,7 +95,16 @@ def _check(decay_BTD: jax.Array, input_BTD: jax.Array, state_BD: Any, reset_BT: 
     if state_BD is not None and state_BD.shape != (B, D):
         raise ValueError(f"state_BD {list(state_BD.shape)} must be [batch, channels] of the input, {[B, D]}")
     check_masks(reset_BT, keep_BT, (B, T))
-    return complete_masks(reset_BT, keep_BT, (B, T))
+    masks = complete_masks(reset_BT, keep_BT, (B, T))
+    unsupported = pallas.unsupported_reason(decay_BTD, input_BTD)
+    choices.check_implementation("linear_scan", implementation, Implementation, {"pallas": unsupported})
+    implementation = implementation or choices.linear_scan(unsupported)
+    # The time axis is not sharded, because the steps are sequential.
+    decay_BTD, input_BTD = (sharding.constrain(x, ("batch", None, "mlp")) for x in (decay_BTD, input_BTD))
+    state_BD = jnp.zeros_like(input_BTD[:, 0], jnp.float32) if state_BD is None else state_BD.astype(jnp.float32)
+    if implementation == "reference":
+        return _reference(decay_BTD, input_BTD, state_BD, masks, reverse)
+    return _scan(implementation, reverse, decay_BTD, input_BTD, state_BD, masks)
 
 
 def _step(state_BD: jax.Array, decay_BD: jax.Array, input_BD: jax.Array, mask: Masks) -> jax.Array:

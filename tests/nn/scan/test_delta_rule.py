@@ -9,7 +9,14 @@ import pytest
 
 from jaxlm import sharding
 from jaxlm.nn import choices
-from jaxlm.nn.scan import Chunked, delta_rule, gated_delta_rule, generalized_delta_rule, linear_attention
+from jaxlm.nn.scan import (
+    Chunked,
+    delta_rule,
+    gated_delta_rule,
+    generalized_delta_rule,
+    linear_attention,
+    matrix_state,
+)
 from jaxlm.nn.scan.triangular import inverse_unit_lower
 from jaxlm.nn.segments import segment_boundaries
 from jaxlm.testing.helpers import assert_trees_close, assert_trees_equal, relative_error
@@ -109,13 +116,13 @@ def test_float16_does_not_use_the_bound(monkeypatch):
 def test_an_accelerator_has_large_chunks_only_with_a_sufficient_bound(monkeypatch):
     monkeypatch.setattr(sharding, "platform", lambda: "gpu")
     small, large = choices.GENERALIZED_DELTA_RULE_CHUNK_ACCELERATOR, choices.GENERALIZED_DELTA_RULE_CHUNK_BOUNDED
-    sizes, scan = [], delta_rule.chunks.scan_chunks
+    sizes, scan = [], matrix_state.scan_chunks
 
     def recorded(*arguments):
         sizes.append(arguments[4])
         return scan(*arguments)
 
-    monkeypatch.setattr(delta_rule.chunks, "scan_chunks", recorded)
+    monkeypatch.setattr(matrix_state, "scan_chunks", recorded)
     for bound in (None, -delta_rule.MAX_CHUNK_DECAY / large, -delta_rule.MAX_CHUNK_DECAY / small):
         jax.eval_shape(functools.partial(generalized, min_log_decay=bound), *arrays("generalized"))
     assert sizes == [small, large, small]

@@ -1,5 +1,7 @@
 """Tests of the TPU kernel for one step of a recurrence, interpreted on the CPU."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -49,7 +51,8 @@ def value_and_gradients(function, inputs, **options):
         out, last = function(*inputs, **options)
         return jnp.sum(jnp.sin(out.astype(jnp.float32))) + jnp.sum(jnp.cos(last)), (out, last)
 
-    return jax.jit(jax.value_and_grad(loss, has_aux=True))(inputs)
+    # A call that is differentiated does not use the kernel.
+    return jax.jit(loss)(inputs), jax.jit(jax.value_and_grad(loss, has_aux=True))(inputs)
 
 
 def calls_of_kernel(function, *inputs):
@@ -70,6 +73,15 @@ def test_bfloat16():
     want, got = generalized(*inputs, implementation="reference"), generalized(*inputs)
     assert [x.dtype for x in got] == [jnp.bfloat16, jnp.float32]
     assert_trees_close(jax.tree.map(jnp.float32, got), jax.tree.map(jnp.float32, want), 4e-3)
+
+
+def test_vmap_of_the_kernel_is_the_reference():
+    inputs = arrays()
+    pairs = jax.tree.map(lambda x: np.stack([x, 2 * x]), inputs)
+    got = jax.vmap(generalized)(*pairs)
+    want = jax.vmap(functools.partial(generalized, implementation="reference"))(*pairs)
+    assert_trees_close(got, want, 2e-6)
+    assert calls_of_kernel(jax.vmap(generalized), *pairs) == 0
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
