@@ -173,7 +173,7 @@ def transformer_xl_module() -> Any:
 
 @functools.cache
 def xlstm_module() -> Any:
-    """The module of xLSTM in transformers, with its own mLSTM and two corrected shapes in the chunked mLSTM.
+    """The module of xLSTM in transformers. It uses the mLSTM of transformers, and two of its shapes are corrected.
 
     If the package ``xlstm`` is installed, the original module imports the mLSTM of that package. In transformers 4.57,
     texts of at least ``chunk_size`` tokens raise a ``TypeError``, and one shape has the width of all chunks instead of
@@ -197,7 +197,7 @@ def _corrected(original: Any, replacements: dict[str, str]) -> Any:
     for pattern, replacement in replacements.items():
         source, count = re.subn(pattern, replacement, source)
         if not count:
-            raise ValueError(f"the source of {original.__name__} has no match of {pattern!r}: correct another version")
+            raise ValueError(f"the source of {original.__name__} has no match of {pattern!r}: use transformers 4.57")
     module = types.ModuleType(original.__name__)
     module.__dict__.update(__file__=original.__file__, __package__=original.__package__, __spec__=original.__spec__)
     exec(compile(source, original.__file__, "exec", dont_inherit=True), vars(module))

@@ -127,9 +127,9 @@ def attention(queries: int, keys: int, *, biases: bool, reasons: dict[str, str |
 def causal_tile() -> int:
     """The maximum number of queries of a tile if ``pallas`` splits a block of queries into causal tiles.
 
-    Smaller tiles compute fewer masked scores, but use the matrix unit less well. For GPT-2 with 1,024 tokens on a v6e,
-    tiles of 512 instead of 256 queries take 0.83 of the bundles of the forward kernel and 0.93 of those of the backward
-    kernel (TPU compiler). On a v5e, they take 0.98 and 1.10.
+    Smaller tiles compute fewer masked scores, but use the matrix unit less well. With tiles of 512 queries, the forward
+    kernel has 0.83 times as many bundles as with tiles of 256, and the backward kernel 0.93 times (GPT-2, 1,024 tokens,
+    v6e, TPU compiler). On a v5e, the numbers are 0.98 and 1.10.
     """
     return 512 if sharding.device_kind().startswith("TPU v6") else 256
 
@@ -622,11 +622,19 @@ def _may_reject_pallas_call() -> bool:
     return sharding.is_explicit() or bool(jax.sharding.get_abstract_mesh().manual_axes)
 
 
-MIN_LOSS_KERNEL_ROWS = 256
-"""Minimum number of positions per device for the kernels of the cross entropy. With fewer positions, reading the table
-takes longer than a matmul."""
-MIN_LOSS_KERNEL_IDS = 2048
-"""Minimum number of ids for the kernels of the cross entropy. With fewer ids, the logits are small."""
+MIN_LOSS_KERNEL_POSITIONS = 256
+"""Minimum number of positions per device for the kernels of the cross entropy. With fewer positions, the time to read
+the table is longer than the time of a matmul."""
+MIN_LOSS_KERNEL_VOCAB = 2048
+"""Minimum size of the vocabulary for the kernels of the cross entropy. With fewer ids, storing the logits takes little
+time."""
+TWO_CORE_TPUS = ("TPU v5", "TPU v5p")
+"""The device kinds of TPUs with two cores per device. The kernels of the cross entropy use only one of them, because
+their grid steps depend on each other. On a v5p, GPT-2 has 44.7 % of the peak with them and 50.5 % without them (TPU
+compiler's estimate)."""
+MAX_LOSS_KERNEL_WIDTH = 4096
+"""Maximum model width for the kernels of the cross entropy. With a width of 6,144, the blocks of a float32 table do not
+fit into 64 MiB of VMEM (tpu7x)."""
 
 
 def loss_kernels(table_VD: jax.Array, hidden_BTD: jax.Array) -> bool:
@@ -638,11 +646,13 @@ def loss_kernels(table_VD: jax.Array, hidden_BTD: jax.Array) -> bool:
     V, (B, T, D) = table_VD.shape[0], hidden_BTD.shape
     return (
         _is_new_tpu()
+        and sharding.device_kind() not in TWO_CORE_TPUS
         and hidden_BTD.dtype == jnp.bfloat16
-        and V >= MIN_LOSS_KERNEL_IDS
-        and D <= MAX_UNEMBED_KERNEL_WIDTH
+        and table_VD.dtype in (jnp.bfloat16, jnp.float32)  # the TPU compiler cannot convert float16 to bfloat16
+        and V >= MIN_LOSS_KERNEL_VOCAB
+        and D <= MAX_LOSS_KERNEL_WIDTH
         and B % shards == 0
-        and B * T // shards >= MIN_LOSS_KERNEL_ROWS
+        and B * T // shards >= MIN_LOSS_KERNEL_POSITIONS
         and not any(sharding.num_shards((axis,)) > 1 for axis in ("seq", "vocab", "activation_embed"))
         and not _may_reject_pallas_call()
     )

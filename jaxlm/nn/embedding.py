@@ -75,7 +75,7 @@ def unembed(table_VD: jax.Array, hidden_BTD: jax.Array, vocab_size: int, *, soft
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Unembedding:
-    """The arrays from which logits of tokens are computed. A loss can use them without all logits at the same time.
+    """The table, the hidden states and the bias of an output layer. A loss can compute its logits in blocks.
 
     Attributes:
         table: [V, D].
@@ -92,7 +92,7 @@ class Unembedding:
     soft_cap: float | None = dataclasses.field(default=None, kw_only=True, metadata={"static": True})
 
     def logits(self) -> jax.Array:
-        """The logits [B, T, V] (V padded), float32."""
+        """The logits, [B, T, V] float32. V includes the padding rows."""
         logits_BTV = unembed(self.table, self.hidden, self.vocab_size, soft_cap=self.soft_cap)
         if self.bias is not None:
             logits_BTV = logits_BTV + self.bias.astype(jnp.float32)[None, None, :]
@@ -100,7 +100,7 @@ class Unembedding:
 
 
 def as_logits(output: jax.Array | Unembedding) -> jax.Array:
-    """The logits of an :class:`Unembedding`; any other output of a head unchanged."""
+    """The logits of an :class:`Unembedding`, or ``output`` itself if it is an array."""
     return output.logits() if isinstance(output, Unembedding) else output
 
 

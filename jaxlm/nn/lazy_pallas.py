@@ -63,9 +63,9 @@ def call_with_carry(
 
 
 def with_reference(run: Callable[..., Any], reference: Callable[..., Any]) -> Callable[..., Any]:
-    """A function that runs ``run``. Its derivatives are those of ``reference``, and under ``vmap`` it is ``reference``.
+    """A function that calls ``run``, which uses a kernel. Under ``vmap`` and in derivatives, it is ``reference``.
 
-    Both functions have the same positional arguments, trees of arrays. A Pallas kernel has no derivatives in general,
+    Both functions have the same positional arguments, trees of arrays. JAX cannot differentiate most Pallas kernels,
     and the TPU compiler rejects many kernels under ``vmap``.
     """
 

@@ -156,9 +156,17 @@ def counted_training_flops(model: Model, loss: Loss, batch: Batch, state: Any = 
         state: the model state that is carried from batch to batch, or None.
     """
     model = without_recomputation(model)
-    forward = counted_flops(
-        lambda params, batch, state: loss(model, params, batch, state=state), spec.abstract(model.specs), batch, state
-    )
+
+    def run(params: Any, batch: Batch, state: Any) -> Any:
+        return loss(model, params, batch, state=state)
+
+    # The loss is traced for a CPU, because the kernels for TPUs also compute padding.
+    try:
+        device = jax.local_devices(backend="cpu")[0]
+    except RuntimeError:  # JAX_PLATFORMS excludes the CPU
+        device = None
+    with jax.default_device(device):
+        forward = counted_flops(run, spec.abstract(model.specs), batch, state)
     return Flops(3 * forward.amount, "3 * dots and convolutions of the loss (causal attention is not halved)")
 
 

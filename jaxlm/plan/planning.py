@@ -393,9 +393,9 @@ def _kernels(
         if schedule is not None and grid is not None:
             cycles = kernels.cycles(schedule, grid)
             if device is not None and device.clock is not None:
-                copies = max(call.bytes for call in same_kernel) / device.bandwidth
-                products = max(call.flops for call in same_kernel) / (device.tflops * 1e12)
-                cycles = max(cycles, round(max(copies, products) * device.clock))
+                copy_seconds = max(call.bytes for call in same_kernel) / device.bandwidth
+                matmul_seconds = max(call.flops for call in same_kernel) / (device.tflops * 1e12)
+                cycles = max(cycles, round(max(copy_seconds, matmul_seconds) * device.clock))
             cycles *= operation.times
         kernel_stats.append(KernelStats(name, operation.times, grid, schedule, cycles))
     return kernel_stats
@@ -410,7 +410,7 @@ def _notes(costs: hlo.Costs, kernel_stats: list[KernelStats]) -> list[str]:
             notes.append(f"kernel with inner loops, whose iterations are counted once: {kernel.name}")
     if kernel_stats and all(kernel.cycles is not None for kernel in kernel_stats):
         notes.append(
-            "kernel cycles are bundles times grid steps, including code that a grid step skips; if the copies between "
-            "HBM and VMEM or the matmuls at peak speed take longer, kernel cycles are those of the longest of the three"
+            "the cycles of a kernel are the maximum of three estimates: bundles times grid steps (including code that "
+            "a step skips), the copies between HBM and VMEM, and the matmuls at the peak of bfloat16"
         )
     return notes

@@ -1,6 +1,6 @@
 """Cross entropy and argmax of logits, computed for one chunk of time steps at a time.
 
-The logits of only one chunk exist at a time.
+The logits of only one chunk exist at a time. If TPU kernels compute the loss, no logits are stored.
 
 Shapes: B batch, T time, D model width, V vocabulary, C number of time steps of a chunk.
 """
@@ -19,11 +19,11 @@ from jaxlm.nn.embedding import Unembedding, argmax, as_logits
 from jaxlm.nn.loss.cross_entropy import (
     Head,
     check_shapes,
+    choose_kernels,
     loss_and_gradients,
     scale_gradients,
-    token_losses,
-    uses_kernels,
-)
+    weighted_loss,
+)  # fmt: skip
 from jaxlm.nn.time_chunks import join_time, split_time
 from jaxlm.spec import Params, require_arrays
 
@@ -41,11 +41,12 @@ def chunked_cross_entropy(
     """``sum(weights * cross_entropy(head(params, hidden), targets, label_smoothing))``, in chunks of time.
 
     The time axis is split into chunks of at most ``max_chunk_logits`` logits (default:
-    ``jaxlm.nn.choices.max_logits``). If one time step has more logits than this maximum, a chunk is one time step.
-    Under differentiation, the forward pass also computes the gradients of each chunk, and the backward pass only
-    multiplies them by the cotangent of the loss. The function is differentiable in ``hidden`` and ``params``. The
-    gradient of ``weights`` is always zeros. Positions with weight 0 are ignored; weights may be negative. ``head`` must
-    not read other differentiated arrays (``Head``).
+    ``jaxlm.nn.choices.max_logits``). If one time step has more logits than this maximum, a chunk is one time step. If
+    TPU kernels compute the loss, there is one chunk, and its logits are not stored. Under differentiation, the forward
+    pass also computes the gradients of each chunk, and the backward pass only multiplies them by the cotangent of the
+    loss. The function is differentiable in ``hidden`` and ``params``. The gradient of ``weights`` is always zeros.
+    Positions with weight 0 are ignored; weights may be negative. ``head`` must not read other differentiated arrays
+    (``Head``).
 
     Returns:
         A float32 scalar, in nats.
@@ -105,15 +106,6 @@ def chunk_length(head: Head, max_chunk_logits: int, params: Params, hidden_BTD: 
     return choices.loss_chunk(T, max(1, max_chunk_logits // (B * V)))
 
 
-def _loss_chunk_length(
-    head: Head, max_chunk_logits: int, label_smoothing: float, params: Params, hidden_BTD: jax.Array
-) -> int:
-    """:func:`chunk_length`, or all time steps if kernels compute the loss, because they store no logits."""
-    if uses_kernels(jax.eval_shape(head, params, hidden_BTD), label_smoothing):
-        return hidden_BTD.shape[1]
-    return chunk_length(head, max_chunk_logits, params, hidden_BTD)
-
-
 @functools.partial(custom_vjp, nondiff_argnums=(0, 1, 2))
 def _chunked_loss(
     head: Head,
@@ -124,16 +116,18 @@ def _chunked_loss(
     targets: jax.Array,
     weights: jax.Array,
 ) -> Any:
-    def add_chunk(total: jax.Array, chunk: Any) -> tuple[jax.Array, None]:
-        hidden, targets, weights = chunk
-        losses = token_losses(head(params, hidden), targets, label_smoothing)
-        return total + jnp.sum(jnp.where(weights != 0, losses * weights, 0.0)), None
+    def in_chunks(params: Params, *arrays: jax.Array) -> jax.Array:
+        def add_chunk(total: jax.Array, chunk: Any) -> tuple[jax.Array, None]:
+            return total + weighted_loss(head, label_smoothing, params, *chunk), None
 
-    C = _loss_chunk_length(head, max_chunk_logits, label_smoothing, params, hidden)
-    chunks = tuple(split_time(x, C) for x in (hidden, targets, weights))
-    # In ``shard_map``, the first carry must vary over the same mesh axes as the later carries. ``zeros_like`` gives
-    # it the axes of the weights.
-    return jax.lax.scan(add_chunk, jnp.zeros_like(weights, jnp.float32, ()), chunks)[0]
+        C = chunk_length(head, max_chunk_logits, params, arrays[0])
+        # In ``shard_map``, the first carry must vary over the same mesh axes as the later carries. ``zeros_like`` gives
+        # it the axes of the weights.
+        zero = jnp.zeros_like(arrays[-1], jnp.float32, ())
+        return jax.lax.scan(add_chunk, zero, tuple(split_time(x, C) for x in arrays))[0]
+
+    run = choose_kernels(weighted_loss, in_chunks, head, label_smoothing, params, hidden)
+    return run(params, hidden, targets, weights)
 
 
 def _forward(
@@ -145,22 +139,28 @@ def _forward(
     targets: jax.Array,
     weights: jax.Array,
 ) -> Any:
-    def add_chunk(carry: Any, chunk: Any) -> tuple[Any, jax.Array]:
-        loss, dparams, dhidden = loss_and_gradients(head, label_smoothing, params, *chunk)
-        sums = (loss, jax.tree.map(lambda gradient: gradient.astype(jnp.float32), dparams))
-        return sums if carry is None else jax.tree.map(jnp.add, carry, sums), dhidden
+    def in_chunks(params: Params, *arrays: jax.Array) -> Any:
+        def add_chunk(carry: Any, chunk: Any) -> tuple[Any, jax.Array]:
+            loss, dparams, dhidden = loss_and_gradients(head, label_smoothing, params, *chunk)
+            sums = (loss, jax.tree.map(lambda gradient: gradient.astype(jnp.float32), dparams))
+            return sums if carry is None else jax.tree.map(jnp.add, carry, sums), dhidden
 
-    C = _loss_chunk_length(head, max_chunk_logits, label_smoothing, params, hidden)
-    chunks = tuple(split_time(x, C) for x in (hidden, targets, weights))
-    # The first chunk is computed before the loop. Its loss and gradients are the first carry, instead of zeros.
-    carry, dhidden = add_chunk(None, jax.tree.map(lambda x: x[0], chunks))
-    dhidden = dhidden[None]
-    if hidden.shape[1] > C:
-        carry, later_dhidden = jax.lax.scan(add_chunk, carry, jax.tree.map(lambda x: x[1:], chunks))
-        dhidden = jnp.concatenate([dhidden, later_dhidden])
-    total, dparams = carry
-    dparams = jax.tree.map(lambda gradient, leaf: gradient.astype(leaf.dtype), dparams, params)
-    return total, (dparams, join_time(dhidden, hidden.shape[1]))
+        T = arrays[0].shape[1]
+        C = chunk_length(head, max_chunk_logits, params, arrays[0])
+        chunks = tuple(split_time(x, C) for x in arrays)
+        # The first chunk is computed before the loop. Its loss and gradients are the first carry, instead of zeros.
+        carry, dhidden = add_chunk(None, jax.tree.map(lambda x: x[0], chunks))
+        dhidden = dhidden[None]
+        if T > C:
+            carry, later_dhidden = jax.lax.scan(add_chunk, carry, jax.tree.map(lambda x: x[1:], chunks))
+            dhidden = jnp.concatenate([dhidden, later_dhidden])
+        total, dparams = carry
+        dparams = jax.tree.map(lambda gradient, leaf: gradient.astype(leaf.dtype), dparams, params)
+        return total, dparams, join_time(dhidden, T)
+
+    run = choose_kernels(loss_and_gradients, in_chunks, head, label_smoothing, params, hidden)
+    total, *gradients = run(params, hidden, targets, weights)
+    return total, tuple(gradients)
 
 
 def _backward(

@@ -72,51 +72,61 @@ def _target_logits(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
     return jnp.where(target_BT == jnp.finfo(jnp.float32).min, jnp.nan, target_BT)
 
 
-def uses_kernels(output: Any, label_smoothing: float) -> bool:
-    """Whether TPU kernels compute the losses from the output of a head.
+def choose_kernels(
+    function: Callable[..., Any], reference: Callable[..., Any], head: Head, label_smoothing: float, params: Params,
+    hidden: jax.Array,
+) -> Callable[..., Any]:  # fmt: skip
+    """``function(head, label_smoothing, ..., kernels=True)`` if TPU kernels compute the loss, otherwise ``reference``.
 
-    The output may be abstract (``jax.ShapeDtypeStruct``).
+    With the kernels, ``reference`` is used under ``vmap`` and in derivatives (``lazy_pallas.with_reference``).
+
+    Args:
+        function: :func:`weighted_loss` or :func:`loss_and_gradients`.
+        reference: a function of (params, hidden, targets, weights) with the same result, without kernels.
     """
+    output = jax.eval_shape(head, params, hidden)
     is_supported = isinstance(output, Unembedding) and label_smoothing == 0.0
-    return is_supported and choices.loss_kernels(output.table, output.hidden)
+    if not is_supported or not choices.loss_kernels(output.table, output.hidden):
+        return reference
+    return lazy_pallas.with_reference(functools.partial(function, head, label_smoothing, kernels=True), reference)
 
 
-def token_losses(output: jax.Array | Unembedding, targets_BT: jax.Array, label_smoothing: float) -> jax.Array:
-    """The cross entropy at each position, [B, T], from the output of a head."""
-    if uses_kernels(output, label_smoothing):
-        return lazy_pallas.with_reference(
-            pallas.token_losses, lambda output, targets: cross_entropy(as_logits(output), targets)
-        )(output, targets_BT)
-    return cross_entropy(as_logits(output), targets_BT, label_smoothing)
+def weighted_loss(
+    head: Head, label_smoothing: float, params: Params, hidden: jax.Array, targets: jax.Array, weights: jax.Array, *,
+    kernels: bool = False,
+) -> jax.Array:  # fmt: skip
+    """The weighted sum of the cross entropies of a chunk. Positions with weight 0 are ignored."""
+    output: Any = head(params, hidden)
+    if kernels:
+        losses = pallas.token_losses(output, targets)
+    else:
+        losses = cross_entropy(as_logits(output), targets, label_smoothing)
+    return jnp.sum(jnp.where(weights != 0, losses * weights, 0.0))
 
 
 def loss_and_gradients(
-    head: Head, label_smoothing: float, params: Params, hidden: jax.Array, targets: jax.Array, weights: jax.Array
-) -> tuple[jax.Array, Any, jax.Array]:
+    head: Head, label_smoothing: float, params: Params, hidden: jax.Array, targets: jax.Array, weights: jax.Array, *,
+    kernels: bool = False,
+) -> tuple[jax.Array, Any, jax.Array]:  # fmt: skip
     """The weighted sum of the cross entropies of a chunk, and the gradients of this sum for ``params`` and ``hidden``.
 
     The hidden states are [B, C, D]; the targets and weights are [B, C]. Positions with weight 0 are ignored.
+
+    Args:
+        kernels: whether TPU kernels compute the loss; then ``head`` returns an ``Unembedding``.
     """
     # A hidden state at a position of weight 0 may be NaN or infinite. It is set to zeros, because its product with a
     # gradient of 0 would be NaN in the gradient of ``params``.
     hidden = jnp.where(weights[..., None] != 0, hidden, jnp.zeros_like(hidden))
+    output: Any
     output, head_vjp = jax.vjp(head, params, hidden)
-    reference = functools.partial(_output_loss_and_gradient, label_smoothing=label_smoothing)
-    if uses_kernels(output, label_smoothing):
-        function = lazy_pallas.with_reference(pallas.loss_and_gradients, reference)
+    if kernels:
+        loss, doutput = pallas.loss_and_gradients(output, targets, weights)
     else:
-        function = reference
-    loss, doutput = function(output, targets, weights)
+        logits, logits_vjp = jax.vjp(as_logits, output)
+        loss, dlogits = _loss_and_gradient(logits, targets, weights, label_smoothing)
+        (doutput,) = logits_vjp(dlogits.astype(logits.dtype))
     return loss, *head_vjp(doutput)
-
-
-def _output_loss_and_gradient(
-    output: jax.Array | Unembedding, targets: jax.Array, weights: jax.Array, *, label_smoothing: float
-) -> tuple[jax.Array, Any]:
-    """The weighted sum of the cross entropies, and its gradient for the output of a head."""
-    logits, logits_vjp = jax.vjp(as_logits, output)
-    loss, dlogits = _loss_and_gradient(logits, targets, weights, label_smoothing)
-    return loss, *logits_vjp(dlogits.astype(logits.dtype))
 
 
 def _loss_and_gradient(

@@ -1,16 +1,17 @@
 """Pallas kernels for TPUs: the cross entropy of tokens and its gradients, without logits in HBM.
 
-XLA writes the logits to HBM and reads them again for the sums of exponentials and for the products of the gradients.
-The kernels compute tiles of logits in VMEM. The first kernel computes the log-sum-exp of each position and the logit of
+XLA writes the logits to HBM. It reads them again for the log-sum-exp and for the matmuls of the gradients. The kernels
+compute tiles of logits in VMEM. The first kernel computes the log-sum-exp of each position and the logit of
 its target. The second kernel computes the logits again, and multiplies their gradient by the table and by the hidden
 states. So there are four matmuls instead of three. The logits and the sums of the gradients are float32. The gradient
 of the logits is rounded to the dtype of the hidden states before the two products.
 
-A tile of logits is transposed, [E, R]. The numbers of a position (target, weight, log-sum-exp) are then a row [1, R],
+A tile of logits is transposed, [E, R]. The targets, weights and log-sum-exps of the R positions are then rows [1, R],
 which the vector unit broadcasts at no cost.
 
-Shapes: B batch, T time, D model width, V vocabulary, E block of the vocabulary, N = B * T positions of a device, R
-block of the positions, C positions of a call of the second kernel. V and N include the padding of the blocks.
+Shapes: B batch, T time, D model width, V vocabulary (rows of the table), E number of ids of a block, N = B * T
+positions of a device with the padding of the blocks, R number of positions of a block, C number of positions of a call
+of the second kernel.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from jax import lax
 from jaxlm import sharding
 from jaxlm.devices import LANES, SUBLANES
 from jaxlm.nn import lazy_pallas
-from jaxlm.nn.embedding import Unembedding
+from jaxlm.nn.embedding import Unembedding, widen_ids
 from jaxlm.nn.lazy_pallas import pl, pltpu
 from jaxlm.nn.linear import dot
 
@@ -34,15 +35,15 @@ MAX_BLOCK_IDS = 512
 MAX_BLOCK_ROWS = 1024
 """Maximum of R with 64 MiB of VMEM. With 128 MiB, the maximum is twice as large."""
 MAX_BLOCK_ENTRIES = 2**19
-"""Maximum number of entries of a block of the table, if E is more than LANES. A block of hidden states has at most
-twice as many with 64 MiB of VMEM, and four times as many with 128 MiB, if R is more than LANES."""
+"""Maximum number of entries of a block of the table [E, D]. The maximum for a block of hidden states [R, D] is twice as
+large with 64 MiB of VMEM, and four times as large with 128 MiB. A block with LANES rows may have more entries."""
 LARGE_VMEM_TPUS = ("TPU v5 lite", "TPU v6")
 """Prefixes of the device kinds of TPUs with 128 MiB of VMEM. Other TPUs from v5 on have 64 MiB."""
 VMEM_LIMIT_SHARE = 3 / 4
 """Share of the VMEM that a kernel may use."""
 MAX_SUM_SHARE = 3 / 8
-"""Share of the VMEM for the float32 gradients of the hidden states of a call of the second kernel, if the call has more
-than one block of positions."""
+"""Maximum share of the VMEM for the float32 sums [C, D] of the gradients of the hidden states. With one block of
+positions, the sums may have more bytes."""
 
 _LOWEST = float(jnp.finfo(jnp.float32).min)
 _POSITION_AXES = ("batch", None)
@@ -51,8 +52,7 @@ _ARRAY_AXES = [(None, "activation_embed"), (None,), ("batch", None, "activation_
 
 
 def token_losses(unembedding: Unembedding, targets_BT: jax.Array) -> jax.Array:
-    """The cross entropy at each position, [B, T] float32, as ``jaxlm.nn.loss.cross_entropy`` of the logits."""
-
+    """The same as ``cross_entropy(unembedding.logits(), targets)``, [B, T] float32."""
     vmem_bytes = _vmem_bytes()
 
     def device_losses(table: jax.Array, bias: jax.Array, hidden: jax.Array, targets: jax.Array) -> jax.Array:
@@ -96,10 +96,10 @@ def loss_and_gradients(
 
 
 def _arrays(unembedding: Unembedding) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The table, the bias in float32 (the lowest number for padding ids), and the hidden states."""
+    """The table, the bias in float32 (0 without a bias, the lowest number for padding ids), and the hidden states."""
     table, V = unembedding.table, unembedding.table.shape[0]
     if sharding.num_shards(("embed",)) > 1:
-        table = table.astype(unembedding.hidden.dtype)  # the devices send smaller parts of the table
+        table = table.astype(unembedding.hidden.dtype)  # the all-gather sends half as many bytes
     bias_V = jnp.zeros(V, jnp.float32) if unembedding.bias is None else unembedding.bias.astype(jnp.float32)
     bias_V = jnp.where(jnp.arange(V) < unembedding.vocab_size, bias_V, _LOWEST)
     return table, bias_V, unembedding.hidden
@@ -110,8 +110,10 @@ class _Blocks:
     """The padded arrays of a device, and the sizes of their blocks.
 
     Attributes:
-        bias_V1: the table has fewer rows if E does not divide V.
+        bias_V1: padded to a multiple of E. The table is not padded.
+        targets_1N: -1 for a target outside the vocabulary.
         shape: [B, T, D].
+        vocab_size: number of rows of the table without padding ids.
     """
 
     table_VD: jax.Array
@@ -134,11 +136,11 @@ class _Blocks:
         return len(self.bias_V1) // self.E, len(self.hidden_ND) // self.R
 
     def load_table(self, table: Any, i: jax.Array) -> jax.Array:
-        """Block i of the table, [E, D], inside a kernel. Rows after the end of the table are zeros."""
-        rows, table_ED = len(self.table_VD), table[...]
-        if rows % self.E:
-            is_row_ED = lax.broadcasted_iota(jnp.int32, table.shape, 0) < rows - i * self.E
-            table_ED = jnp.where(is_row_ED, table_ED, jnp.zeros(table.shape, table.dtype))
+        """Block i of the table, [E, D], inside a kernel. Rows of padding ids and behind the table are zeros."""
+        table_ED = table[...]
+        if self.vocab_size < len(self.bias_V1):
+            is_id_ED = lax.broadcasted_iota(jnp.int32, table.shape, 0) < self.vocab_size - i * self.E
+            table_ED = jnp.where(is_id_ED, table_ED, jnp.zeros(table.shape, table.dtype))
         return table_ED.astype(self.hidden_ND.dtype)
 
     def logits(self, table_ED: jax.Array, bias: Any, hidden: Any) -> tuple[jax.Array, jax.Array]:
@@ -169,6 +171,8 @@ def _make_blocks(
     R = _block_size(N, vmem_bytes // 2**26 * min(MAX_BLOCK_ROWS, 2 * max_ids))
     V, N = V + -V % E, N + -N % R
     C = lazy_pallas.largest_divisor(N, R, max(int(MAX_SUM_SHARE * vmem_bytes) // (4 * padded_width), R))
+    vocab_size, targets_BT = min(unembedding.vocab_size, len(table_VD)), widen_ids(targets_BT)
+    targets_BT = jnp.where((targets_BT >= 0) & (targets_BT < vocab_size), targets_BT, -1)
     return _Blocks(
         table_VD,
         pad(bias_V, V, _LOWEST)[:, None],
@@ -176,14 +180,14 @@ def _make_blocks(
         pad(targets_BT.reshape(-1).astype(jnp.int32), N)[None],
         pad(weights_BT.reshape(-1), N)[None],
         shape=hidden_BTD.shape, E=E, R=R, C=C, vmem_bytes=vmem_bytes,
-        vocab_size=unembedding.vocab_size, soft_cap=unembedding.soft_cap, has_bias=unembedding.bias is not None,
+        vocab_size=vocab_size, soft_cap=unembedding.soft_cap, has_bias=unembedding.bias is not None,
     )  # fmt: skip
 
 
 def _block_size(size: int, maximum: int) -> int:
     """The size of the blocks of an axis, a multiple of LANES, at most ``maximum`` or LANES.
 
-    The padding of the last block is computed too. A matmul has about LANES more cycles per block.
+    The padding of the last block is computed too. A block takes about as long as its entries and LANES more.
     """
 
     def cycles(block: int) -> int:
@@ -209,13 +213,14 @@ def _statistics(blocks: _Blocks) -> tuple[jax.Array, jax.Array]:
 
     def kernel(table: Any, bias: Any, hidden: Any, targets: Any, lse: Any, target_logits: Any, *sums: Any) -> None:
         i = pl.program_id(1)
-        # The maximum, the sum of exponentials and the target's logit of every SUBLANES-th id, [SUBLANES, R] each.
+        # Row s of these arrays [SUBLANES, R] belongs to the ids whose remainder modulo SUBLANES is s: their maximum,
+        # their sum of exponentials, and the logit of the target.
         maximum, total, target = sums
 
         @pl.when(i == 0)
         def initialize() -> None:
-            maximum[...] = jnp.full((SUBLANES, R), _LOWEST)
-            total[...] = target[...] = jnp.zeros((SUBLANES, R))
+            maximum[...] = jnp.full((SUBLANES, R), _LOWEST, jnp.float32)
+            total[...] = target[...] = jnp.zeros((SUBLANES, R), jnp.float32)
 
         logits_ER, _ = blocks.logits(blocks.load_table(table, i), bias, hidden)
         is_target_ER = lax.broadcasted_iota(jnp.int32, (E, R), 0) == targets[...] - i * E
@@ -245,9 +250,7 @@ def _statistics(blocks: _Blocks) -> tuple[jax.Array, jax.Array]:
         scratch_shapes=[pltpu.VMEM((SUBLANES, R), jnp.float32)] * 3,
         compiler_params=_compiler_params(blocks, "parallel", "arbitrary"),
     )(blocks.table_VD, blocks.bias_V1, blocks.hidden_ND, blocks.targets_1N)  # fmt: skip
-    targets_1N = blocks.targets_1N
-    is_valid_1N = (targets_1N >= 0) & (targets_1N < blocks.vocab_size)
-    losses_1N = jnp.where(is_valid_1N, lse_1N - target_logits_1N, jnp.nan)
+    losses_1N = jnp.where(blocks.targets_1N >= 0, lse_1N - target_logits_1N, jnp.nan)
     B, T, _ = blocks.shape
     return losses_1N[0, : B * T].reshape(B, T), lse_1N
 
@@ -255,8 +258,8 @@ def _statistics(blocks: _Blocks) -> tuple[jax.Array, jax.Array]:
 def _gradients(blocks: _Blocks, lse_1N: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The gradients of the table [V, D] and of the bias [V], float32, and of the hidden states [B, T, D].
 
-    The grid computes all blocks of positions for a block of the vocabulary before the next block of the vocabulary. So
-    the gradient of a block of the table is summed in VMEM, and so are the gradients of all hidden states of a call.
+    The inner axis of the grid is the blocks of positions. The gradient of a block of the table stays in VMEM during the
+    inner axis. The gradients of all hidden states of a call stay in VMEM during the whole call.
     """
     E, R, (B, T, D) = blocks.E, blocks.R, blocks.shape
     ids, C = blocks.grid[0], blocks.C
@@ -264,9 +267,9 @@ def _gradients(blocks: _Blocks, lse_1N: jax.Array) -> tuple[jax.Array, jax.Array
     last = ids - 1
 
     def kernel(
-        table: Any, bias: Any, hidden: Any, targets: Any, weights: Any, lse: Any, *sums: Any,
+        table: Any, bias: Any, hidden: Any, targets: Any, weights: Any, lse: Any, *outputs: Any,
     ) -> None:  # fmt: skip
-        *old_sums, dtable, dbias, dhidden, dhidden_sum = sums
+        *old_sums, dtable, dbias, dhidden, dhidden_sum = outputs
         i, n = pl.program_id(0), pl.program_id(1)
         table_ED = blocks.load_table(table, i)
         logits_ER, derivative = blocks.logits(table_ED, bias, hidden)
@@ -293,7 +296,7 @@ def _gradients(blocks: _Blocks, lse_1N: jax.Array) -> tuple[jax.Array, jax.Array
 
     row = pl.BlockSpec((1, R), lambda i, n: (0, n))
     table_block, bias_block = (pl.BlockSpec((E, width), lambda i, n: (i, 0)) for width in (D, 1))
-    # Until the last block of the vocabulary, the output block stays the same, so nothing is written to HBM.
+    # Before the last block of the vocabulary, the index of the output block is 0, so Pallas writes no block to HBM.
     dhidden_block = pl.BlockSpec((R, D), lambda i, n: (jnp.where(i == last, n, 0), 0))
     sum_blocks = [table_block, bias_block]
     sum_shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((V, D), blocks.bias_V1.shape)]

@@ -17,7 +17,14 @@ from jaxlm.nn import choices
 from jaxlm.nn.custom_gradient import custom_vjp
 from jaxlm.nn.embedding import as_logits
 from jaxlm.nn.loss.chunked import chunked_cross_entropy
-from jaxlm.nn.loss.cross_entropy import Head, check_shapes, loss_and_gradients, scale_gradients, token_losses
+from jaxlm.nn.loss.cross_entropy import (
+    Head,
+    check_shapes,
+    choose_kernels,
+    loss_and_gradients,
+    scale_gradients,
+    weighted_loss,
+)
 from jaxlm.spec import Params
 
 
@@ -52,8 +59,8 @@ def selected_cross_entropy(
 @functools.partial(custom_vjp, nondiff_argnums=(0,))
 def _selected(head: Head, params: Params, hidden: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
     def add_block(total: jax.Array, _: Any, block: Any) -> jax.Array:
-        hidden, targets, weights = block
-        return total + jnp.sum(jnp.where(weights != 0, token_losses(head(params, hidden), targets, 0.0) * weights, 0.0))
+        reference = functools.partial(weighted_loss, head, 0.0)
+        return total + choose_kernels(weighted_loss, reference, head, 0.0, params, block[0])(params, *block)
 
     return _fold_weighted_blocks(
         head, params, (hidden, targets, weights), add_block, jnp.zeros_like(weights, shape=())
@@ -104,7 +111,9 @@ def _block_rows(head: Head, params: Params, hidden_BTD: jax.Array) -> int:
 def _selected_forward(head: Head, params: Params, hidden: jax.Array, targets: jax.Array, weights: jax.Array) -> Any:
     def add_block(carry: Any, first: Any, block: Any) -> Any:
         total, dparams, dhidden = carry
-        loss, block_dparams, block_dhidden = loss_and_gradients(head, 0.0, params, *block)
+        reference = functools.partial(loss_and_gradients, head, 0.0)
+        run = choose_kernels(loss_and_gradients, reference, head, 0.0, params, block[0])
+        loss, block_dparams, block_dhidden = run(params, *block)
         dparams = jax.tree.map(lambda sum_, new: sum_ + new.astype(jnp.float32), dparams, block_dparams)
         dhidden = jax.lax.dynamic_update_slice_in_dim(dhidden, block_dhidden.reshape(-1, D), first, 0)
         return total + loss, dparams, dhidden

@@ -137,3 +137,65 @@ def test_losses_with_label_smoothing_have_no_kernels(kernels):
     params, *inputs = make_inputs(B=1, T=20)
     loss = lambda params: chunked_cross_entropy(make_head(), params, *inputs, label_smoothing=0.1)  # noqa: E731
     assert "pallas_call" not in str(jax.make_jaxpr(jax.grad(loss))(params))
+
+
+def test_under_vmap_and_in_derivatives_the_logits_are_in_chunks(kernels):
+    """The program has an array of the logits of one time step, and none of the logits of all time steps."""
+    params, hidden, targets, weights = make_inputs(B=2, T=40)
+
+    def loss(params):
+        return chunked_cross_entropy(make_head(), params, hidden, targets, weights, max_chunk_logits=2 * V)
+
+    stacked = jax.tree.map(lambda x: jnp.stack([x, x]), params)
+    for function, argument, rows in (
+        (jax.vmap(jax.grad(loss)), stacked, "2,2"),
+        (lambda params: jax.jvp(jax.grad(loss), (params,), (params,)), params, "2"),
+    ):
+        text = str(jax.make_jaxpr(function)(argument))
+        assert "pallas_call" not in text
+        assert f"[{rows},1,{V}]" in text
+        assert f"[{rows},40,{V}]" not in text
+
+
+@pytest.mark.parametrize("dtype", [jnp.uint8, jnp.int16])
+def test_narrow_integer_targets(dtype, request):
+    params, hidden, targets, weights = make_inputs(B=1)
+    arrays = params, hidden, (targets % 120).astype(dtype), weights
+    want = value_and_gradients(chunked_cross_entropy, *arrays)
+    request.getfixturevalue("kernels")
+    assert_trees_close(value_and_gradients(chunked_cross_entropy, *arrays), want, 1e-5)
+
+
+def test_rows_of_padding_ids_may_be_nan(kernels):
+    params, hidden, targets, weights = make_inputs(B=1)
+    params["table"] = params["table"].at[290:].set(jnp.nan)
+    results = value_and_gradients(chunked_cross_entropy, params, hidden, targets, weights)
+    assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(results))
+
+
+SUPPORTED = {"V": 4096, "D": 64, "T": 128, "table": "float32", "hidden": "bfloat16", "mesh": "data=8"}
+
+
+@pytest.mark.parametrize(
+    ("change", "want"),
+    [
+        ({}, True),
+        ({"mesh": "fsdp=8"}, True),
+        ({"table": "bfloat16"}, True),
+        ({"mesh": "data=4,tensor=2"}, False),
+        ({"mesh": "data=4,sequence=2"}, False),
+        ({"hidden": "float32"}, False),
+        ({"table": "float16"}, False),
+        ({"V": 1024}, False),
+        ({"D": 8192}, False),
+        ({"T": 32}, False),
+    ],
+)
+def test_the_kernels_are_chosen_for_supported_arguments(change, want, monkeypatch):
+    """By default, each of the 8 devices has 4 rows and 512 positions."""
+    monkeypatch.setattr(choices, "_is_new_tpu", lambda: True)
+    setting = SUPPORTED | change
+    table = jax.ShapeDtypeStruct((setting["V"], setting["D"]), setting["table"])
+    hidden = jax.ShapeDtypeStruct((32, setting["T"], setting["D"]), setting["hidden"])
+    with Sharding(make_mesh(setting["mesh"])).scope():
+        assert choices.loss_kernels(table, hidden) == want
