@@ -187,7 +187,7 @@ SUPPORTED = {"V": 4096, "D": 64, "T": 128, "table": "float32", "hidden": "bfloat
         ({"hidden": "float32"}, False),
         ({"table": "float16"}, False),
         ({"V": 1024}, False),
-        ({"D": 8192}, False),
+        ({"D": 2048}, False),
         ({"T": 32}, False),
     ],
 )
