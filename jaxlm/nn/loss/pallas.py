@@ -136,7 +136,7 @@ class _Blocks:
         return len(self.bias_V1) // self.E, len(self.hidden_ND) // self.R
 
     def load_table(self, table: Any, i: jax.Array) -> jax.Array:
-        """Block i of the table, [E, D], inside a kernel. Rows of padding ids and behind the table are zeros."""
+        """Block i of the table, [E, D], inside a kernel. Rows of padding ids and after the table are zeros."""
         table_ED = table[...]
         if self.vocab_size < len(self.bias_V1):
             is_id_ED = lax.broadcasted_iota(jnp.int32, table.shape, 0) < self.vocab_size - i * self.E
