@@ -780,7 +780,7 @@ def test_every_family_is_planned(name):
     assert result.mfu > 0.0
     # The loss of an adaptive softmax loops over a number of blocks that depends on the data. A note says so.
     unknown = [note for note in result.notes if note.startswith("loop of unknown length, counted once")]
-    of_kernels = [note for note in result.notes if note.startswith("kernel cycles are bundles times grid steps")]
+    of_kernels = [note for note in result.notes if note.startswith("the cycles of a kernel are the maximum")]
     assert result.notes == [*unknown, *of_kernels]
     assert bool(of_kernels) == bool(result.kernels)
     assert bool(unknown) == hasattr(model.module, "cross_entropy")
