@@ -23,7 +23,7 @@ from jaxlm.training.report import metric_curve, read_metrics, read_results, read
 STEPS = 3
 PHASES = [  # functions that are called after the training, in this order
     (lib, "save_pretrained"),
-    (lib, "draw_losses"),
+    (lib, "save_png"),
     (text_generation, "print_passage"),
     (text_generation, "write_sample"),
     (text_generation, "scores"),
