@@ -74,6 +74,10 @@ def _is_new_tpu() -> bool:
     return sharding.platform() == "tpu" and not sharding.device_kind().startswith(lazy_pallas.OLD_TPUS)
 
 
+def _is_v6e() -> bool:
+    return sharding.device_kind().startswith("TPU v6")
+
+
 # ------------------------------------------------------------------------------------------------------ attention
 
 MIN_BLOCKWISE_QUERIES = 256
@@ -131,7 +135,7 @@ def causal_tile() -> int:
     kernel has 0.83 times as many bundles as with tiles of 256, and the backward kernel 0.93 times (GPT-2, 1,024 tokens,
     v6e, TPU compiler). On a v5e, the numbers are 0.98 and 1.10.
     """
-    return 512 if sharding.device_kind().startswith("TPU v6") else 256
+    return 512 if _is_v6e() else 256
 
 
 def loop_over_heads() -> bool:
@@ -647,8 +651,7 @@ def loss_kernels(table_VD: jax.Array, hidden_BTD: jax.Array) -> bool:
     Only the shapes and dtypes of the arguments are used.
     """
     shards = sharding.num_shards(("batch",))
-    is_v6e = sharding.device_kind().startswith("TPU v6")
-    max_width = MAX_LOSS_KERNEL_WIDTH_V6E if is_v6e else MAX_LOSS_KERNEL_WIDTH
+    max_width = MAX_LOSS_KERNEL_WIDTH_V6E if _is_v6e() else MAX_LOSS_KERNEL_WIDTH
     vocab_size, (B, T, width) = table_VD.shape[0], hidden_BTD.shape
     return (
         _is_new_tpu()

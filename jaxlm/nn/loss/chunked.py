@@ -20,10 +20,11 @@ from jaxlm.nn.loss.cross_entropy import (
     Head,
     check_shapes,
     choose_kernels,
+    logits_shape,
     loss_and_gradients,
     scale_gradients,
     weighted_loss,
-)  # fmt: skip
+)
 from jaxlm.nn.time_chunks import join_time, split_time
 from jaxlm.spec import Params, require_arrays
 
@@ -102,7 +103,7 @@ def chunk_length(head: Head, max_chunk_logits: int, params: Params, hidden_BTD: 
     """C, the number of time steps of a chunk, at least 1. A chunk [B, C, V] has at most ``max_chunk_logits`` logits if
     C is more than 1."""
     B, T, _ = hidden_BTD.shape
-    V = jax.eval_shape(lambda *arguments: as_logits(head(*arguments)), params, hidden_BTD).shape[-1]
+    V = logits_shape(head, params, hidden_BTD)[-1]
     return choices.loss_chunk(T, max(1, max_chunk_logits // (B * V)))
 
 

@@ -101,7 +101,17 @@ def weighted_loss(
         losses = pallas.token_losses(output, targets)
     else:
         losses = cross_entropy(as_logits(output), targets, label_smoothing)
+    return _weighted_sum(losses, weights)
+
+
+def _weighted_sum(losses: jax.Array, weights: jax.Array) -> jax.Array:
+    # At a position with weight 0, the target may be outside the vocabulary. The loss there is then NaN and is ignored.
     return jnp.sum(jnp.where(weights != 0, losses * weights, 0.0))
+
+
+def logits_shape(head: Head, params: Params, hidden: jax.Array) -> tuple[int, ...]:
+    """The shape [B, T, V] of the logits of a head. Nothing is computed."""
+    return jax.eval_shape(lambda *arguments: as_logits(head(*arguments)), params, hidden).shape
 
 
 def loss_and_gradients(
@@ -121,7 +131,8 @@ def loss_and_gradients(
     output: Any
     output, head_vjp = jax.vjp(head, params, hidden)
     if kernels:
-        loss, doutput = pallas.loss_and_gradients(output, targets, weights)
+        losses, doutput = pallas.losses_and_gradients(output, targets, weights)
+        loss = _weighted_sum(losses, weights)
     else:
         logits, logits_vjp = jax.vjp(as_logits, output)
         loss, dlogits = _loss_and_gradient(logits, targets, weights, label_smoothing)
@@ -137,9 +148,7 @@ def _loss_and_gradient(
     exp = jnp.exp(logits - max_logit)
     total = jnp.sum(exp, axis=-1, keepdims=True)
     losses = (max_logit + jnp.log(total))[..., 0] - _expected_logit(logits, targets, label_smoothing)
-    # At a position with weight 0, the target may be outside the vocabulary. The loss there is then NaN and is ignored.
-    is_weighted = weights != 0
-    loss = jnp.sum(jnp.where(is_weighted, losses * weights, 0.0))
+    loss = _weighted_sum(losses, weights)
     is_target = jnp.arange(logits.shape[-1])[None, None, :] == targets[..., None]
     if label_smoothing == 0.0:
         weighted_targets = jnp.where(is_target, weights[..., None], 0.0)
@@ -149,7 +158,7 @@ def _loss_and_gradient(
         smoothed = jnp.where(is_target, 1.0 - label_smoothing + uniform, jnp.where(in_vocabulary, uniform, 0.0))
         weighted_targets = weights[..., None] * smoothed
     gradient = exp * (weights[..., None] / total) - weighted_targets
-    return loss, jnp.where(is_weighted[..., None], gradient, 0.0)
+    return loss, jnp.where(weights[..., None] != 0, gradient, 0.0)
 
 
 def scale_gradients(gradients: Any, cotangent: jax.Array) -> Any:

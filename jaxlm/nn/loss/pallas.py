@@ -29,6 +29,7 @@ from jaxlm.nn import lazy_pallas
 from jaxlm.nn.embedding import Unembedding, widen_ids
 from jaxlm.nn.lazy_pallas import pl, pltpu
 from jaxlm.nn.linear import dot
+from jaxlm.nn.time_chunks import pad_axis
 
 MAX_BLOCK_IDS = 512
 """Maximum of E."""
@@ -56,28 +57,23 @@ def token_losses(unembedding: Unembedding, targets_BT: jax.Array) -> jax.Array:
     vmem_bytes = _vmem_bytes()
 
     def device_losses(table: jax.Array, bias: jax.Array, hidden: jax.Array, targets: jax.Array) -> jax.Array:
-        weights = jnp.zeros(targets.shape, jnp.float32)  # only the gradients need weights
-        return _statistics(_make_blocks(unembedding, vmem_bytes, table, bias, hidden, targets, weights))[0]
+        return _losses_and_lse(_make_blocks(unembedding, vmem_bytes, table, bias, hidden, targets))[0]
 
     return sharding.map_shards(device_losses, _ARRAY_AXES, _POSITION_AXES)(*_arrays(unembedding), targets_BT)
 
 
-def loss_and_gradients(
+def losses_and_gradients(
     unembedding: Unembedding, targets_BT: jax.Array, weights_BT: jax.Array
 ) -> tuple[jax.Array, Unembedding]:
-    """The weighted sum of the cross entropies, and the gradients of this sum for the arrays of ``unembedding``.
-
-    Positions with weight 0 are ignored.
-    """
-
+    """The result of :func:`token_losses`, and the gradients of its weighted sum for the arrays of ``unembedding``."""
     vmem_bytes = _vmem_bytes()
 
     def device_gradients(
         table: jax.Array, bias: jax.Array, hidden: jax.Array, targets: jax.Array, weights: jax.Array
     ) -> tuple[jax.Array, ...]:
-        blocks = _make_blocks(unembedding, vmem_bytes, table, bias, hidden, targets, weights)
-        losses_BT, lse_1N = _statistics(blocks)
-        dtable_VD, dbias_V, dhidden_BTD = _gradients(blocks, lse_1N)
+        blocks = _make_blocks(unembedding, vmem_bytes, table, bias, hidden, targets)
+        losses_BT, lse_1N = _losses_and_lse(blocks)
+        dtable_VD, dbias_V, dhidden_BTD = _gradients(blocks, weights, lse_1N)
         return losses_BT, *jax.lax.psum((dtable_VD, dbias_V), mesh_axes), dhidden_BTD
 
     active = sharding.active()
@@ -87,7 +83,7 @@ def loss_and_gradients(
         device_gradients, [*_ARRAY_AXES, _POSITION_AXES], out_axes
     )(*_arrays(unembedding), targets_BT, weights_BT)
     table, bias = unembedding.table, unembedding.bias
-    return jnp.sum(jnp.where(weights_BT != 0, losses_BT * weights_BT, 0.0)), dataclasses.replace(
+    return losses_BT, dataclasses.replace(
         unembedding,
         table=dtable_VD.astype(table.dtype),
         hidden=dhidden_BTD,
@@ -96,12 +92,11 @@ def loss_and_gradients(
 
 
 def _arrays(unembedding: Unembedding) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The table, the bias in float32 (0 without a bias, the lowest number for padding ids), and the hidden states."""
+    """The table, the bias in float32 (zeros without a bias), and the hidden states."""
     table, V = unembedding.table, unembedding.table.shape[0]
     if sharding.num_shards(("embed",)) > 1:
         table = table.astype(unembedding.hidden.dtype)  # the all-gather sends half as many bytes
     bias_V = jnp.zeros(V, jnp.float32) if unembedding.bias is None else unembedding.bias.astype(jnp.float32)
-    bias_V = jnp.where(jnp.arange(V) < unembedding.vocab_size, bias_V, _LOWEST)
     return table, bias_V, unembedding.hidden
 
 
@@ -110,7 +105,7 @@ class _Blocks:
     """The padded arrays of a device, and the sizes of their blocks.
 
     Attributes:
-        bias_V1: padded to a multiple of E. The table is not padded.
+        bias_V1: the lowest number for ids that are padding. V is padded to a multiple of E; the table is not padded.
         targets_1N: -1 for a target outside the vocabulary.
         shape: [B, T, D].
         vocab_size: number of rows of the table without padding ids.
@@ -120,7 +115,6 @@ class _Blocks:
     bias_V1: jax.Array
     hidden_ND: jax.Array
     targets_1N: jax.Array
-    weights_1N: jax.Array
     shape: tuple[int, ...]
     E: int
     R: int
@@ -143,6 +137,10 @@ class _Blocks:
             table_ED = jnp.where(is_id_ED, table_ED, jnp.zeros(table.shape, table.dtype))
         return table_ED.astype(self.hidden_ND.dtype)
 
+    def is_target(self, targets: Any, i: jax.Array) -> jax.Array:
+        """Whether an id of block i of the vocabulary is the target of a position, [E, R], inside a kernel."""
+        return lax.broadcasted_iota(jnp.int32, (self.E, self.R), 0) == targets[...] - i * self.E
+
     def logits(self, table_ED: jax.Array, bias: Any, hidden: Any) -> tuple[jax.Array, jax.Array]:
         """A tile of logits [E, R] inside a kernel, and the derivative of the soft cap (1.0 without a soft cap)."""
         logits_ER, derivative = dot(table_ED, hidden[...], (1, 1)), jnp.float32(1.0)
@@ -159,27 +157,23 @@ def _make_blocks(
     bias_V: jax.Array,
     hidden_BTD: jax.Array,
     targets_BT: jax.Array,
-    weights_BT: jax.Array,
 ) -> _Blocks:
-    def pad(x: jax.Array, size: int, value: float = 0) -> jax.Array:
-        return jnp.pad(x, [(0, size - len(x)), *[(0, 0)] * (x.ndim - 1)], constant_values=value)
-
     (V, D), N = table_VD.shape, targets_BT.size
     padded_width = D + -D % LANES
     max_ids = MAX_BLOCK_ENTRIES // padded_width
     E = _block_size(V, min(MAX_BLOCK_IDS, max_ids))
     R = _block_size(N, vmem_bytes // 2**26 * min(MAX_BLOCK_ROWS, 2 * max_ids))
-    V, N = V + -V % E, N + -N % R
-    C = lazy_pallas.largest_divisor(N, R, max(int(MAX_SUM_SHARE * vmem_bytes) // (4 * padded_width), R))
+    max_sum_rows = int(MAX_SUM_SHARE * vmem_bytes) // (4 * padded_width)
     vocab_size, targets_BT = min(unembedding.vocab_size, len(table_VD)), widen_ids(targets_BT)
     targets_BT = jnp.where((targets_BT >= 0) & (targets_BT < vocab_size), targets_BT, -1)
+    bias_V = pad_axis(bias_V, 0, -V % E, axis=0)
     return _Blocks(
         table_VD,
-        pad(bias_V, V, _LOWEST)[:, None],
-        pad(hidden_BTD.reshape(-1, D), N),
-        pad(targets_BT.reshape(-1).astype(jnp.int32), N)[None],
-        pad(weights_BT.reshape(-1), N)[None],
-        shape=hidden_BTD.shape, E=E, R=R, C=C, vmem_bytes=vmem_bytes,
+        jnp.where(jnp.arange(len(bias_V)) < vocab_size, bias_V, _LOWEST)[:, None],
+        pad_axis(hidden_BTD.reshape(N, D), 0, -N % R, axis=0),
+        pad_axis(targets_BT.reshape(1, N).astype(jnp.int32), 0, -N % R),
+        shape=hidden_BTD.shape, E=E, R=R, C=lazy_pallas.largest_divisor(N + -N % R, R, max(max_sum_rows, R)),
+        vmem_bytes=vmem_bytes,
         vocab_size=vocab_size, soft_cap=unembedding.soft_cap, has_bias=unembedding.bias is not None,
     )  # fmt: skip
 
@@ -206,7 +200,7 @@ def _compiler_params(blocks: _Blocks, *semantics: str) -> Any:
     return pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=limit)
 
 
-def _statistics(blocks: _Blocks) -> tuple[jax.Array, jax.Array]:
+def _losses_and_lse(blocks: _Blocks) -> tuple[jax.Array, jax.Array]:
     """The cross entropies [B, T], NaN for a target outside the vocabulary, and the log-sum-exps [1, N]."""
     E, R, D = blocks.E, blocks.R, blocks.shape[2]
     ids, positions = blocks.grid
@@ -223,9 +217,8 @@ def _statistics(blocks: _Blocks) -> tuple[jax.Array, jax.Array]:
             total[...] = target[...] = jnp.zeros((SUBLANES, R), jnp.float32)
 
         logits_ER, _ = blocks.logits(blocks.load_table(table, i), bias, hidden)
-        is_target_ER = lax.broadcasted_iota(jnp.int32, (E, R), 0) == targets[...] - i * E
-        groups = E // SUBLANES, SUBLANES, R
-        logits, target_terms = logits_ER.reshape(groups), jnp.where(is_target_ER, logits_ER, 0.0).reshape(groups)
+        target_logits_ER = jnp.where(blocks.is_target(targets, i), logits_ER, 0.0)
+        logits, target_terms = (x.reshape(E // SUBLANES, SUBLANES, R) for x in (logits_ER, target_logits_ER))
         new_maximum = jnp.maximum(maximum[...], jnp.max(logits, axis=0))
         exp_sum = jnp.sum(jnp.exp(logits - new_maximum[None]), axis=0)
         total[...] = total[...] * jnp.exp(maximum[...] - new_maximum) + exp_sum
@@ -255,7 +248,7 @@ def _statistics(blocks: _Blocks) -> tuple[jax.Array, jax.Array]:
     return losses_1N[0, : B * T].reshape(B, T), lse_1N
 
 
-def _gradients(blocks: _Blocks, lse_1N: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _gradients(blocks: _Blocks, weights_BT: jax.Array, lse_1N: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The gradients of the table [V, D] and of the bias [V], float32, and of the hidden states [B, T, D].
 
     The inner axis of the grid is the blocks of positions. The gradient of a block of the table stays in VMEM during the
@@ -274,8 +267,7 @@ def _gradients(blocks: _Blocks, lse_1N: jax.Array) -> tuple[jax.Array, jax.Array
         table_ED = blocks.load_table(table, i)
         logits_ER, derivative = blocks.logits(table_ED, bias, hidden)
         p_ER = jnp.exp(logits_ER - lse[...])
-        is_target_ER = lax.broadcasted_iota(jnp.int32, (E, R), 0) == targets[...] - i * E
-        gradient_ER = jnp.where(is_target_ER, p_ER - 1.0, p_ER) * weights[...]
+        gradient_ER = jnp.where(blocks.is_target(targets, i), p_ER - 1.0, p_ER) * weights[...]
 
         @pl.when(n == 0)
         def start_sums() -> None:
@@ -315,7 +307,7 @@ def _gradients(blocks: _Blocks, lse_1N: jax.Array) -> tuple[jax.Array, jax.Array
         )(blocks.table_VD, blocks.bias_V1, *arrays, *old_sums)  # fmt: skip
         return tuple(sums), dhidden_CD
 
-    rows_1N = blocks.targets_1N, blocks.weights_1N, lse_1N
+    rows_1N = blocks.targets_1N, pad_axis(weights_BT.reshape(1, B * T), 0, N - B * T), lse_1N
     calls = blocks.hidden_ND.reshape(N // C, C, D), *(x.reshape(N // C, 1, C) for x in rows_1N)
     (dtable_VD, dbias_V1), dhidden_ND = run(tuple(x[0] for x in calls), ())
     if N > C:

@@ -15,12 +15,12 @@ import jax.numpy as jnp
 from jaxlm import sharding
 from jaxlm.nn import choices
 from jaxlm.nn.custom_gradient import custom_vjp
-from jaxlm.nn.embedding import as_logits
 from jaxlm.nn.loss.chunked import chunked_cross_entropy
 from jaxlm.nn.loss.cross_entropy import (
     Head,
     check_shapes,
     choose_kernels,
+    logits_shape,
     loss_and_gradients,
     scale_gradients,
     weighted_loss,
@@ -104,7 +104,7 @@ def _fold_weighted_blocks(
 
 def _block_rows(head: Head, params: Params, hidden_BTD: jax.Array) -> int:
     """R, the number of positions of a block."""
-    B, T, V = jax.eval_shape(lambda *arguments: as_logits(head(*arguments)), params, hidden_BTD).shape
+    B, T, V = logits_shape(head, params, hidden_BTD)
     return choices.loss_block_rows(B * T, V)
 
 
