@@ -7,8 +7,9 @@
     python -m experiments.laboratory --page                       train nothing; write docs/laboratory.md
 
 Experiments: recall (associative recall), formal_languages (length generalization), state_tracking (group products),
-copying (copying, induction heads, a needle in a text), pronunciation (letters to phonemes; needs
-``pip install -e '.[laboratory]'``), learning_rate (the best learning rate of each width, with and without muP),
+war_and_peace (LSTMs and GRUs with one to three layers; only with --war-and-peace FILE), copying (copying, induction
+heads, a needle in a text), pronunciation (letters to phonemes; needs ``pip install -e '.[laboratory]'``), learning_rate
+(the best learning rate of each width, with and without muP),
 scaling (power laws between loss and FLOPs, and between loss and number of parameters, from three widths).
 
 The results of an experiment are in OUTPUT/EXPERIMENT.jsonl, one line per run. --output sets OUTPUT (default:
@@ -21,7 +22,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from experiments.laboratory import page
+from experiments.laboratory import page, war_and_peace
 from experiments.laboratory.catalogue import EXPERIMENTS, Experiment
 from experiments.laboratory.models import ENCODER_DECODERS, MODELS
 from experiments.laboratory.runs import Result, Results, model_of_case, run_model
@@ -125,6 +126,12 @@ def make_parser() -> Parser:
         help=f"widths of the models: {', '.join(map(str, all_widths))} (default: all)",
     )  # fmt: skip
     parser.add_argument(
+        "--war-and-peace",
+        type=Path,
+        metavar="FILE",
+        help=f"the text of the experiment war_and_peace: {war_and_peace.URL}",
+    )
+    parser.add_argument(
         "--output", type=Path, default=Path("runs/laboratory"), help="directory of the results (default: %(default)s)"
     )
     parser.add_argument(
@@ -144,13 +151,22 @@ def main(arguments: list[str] | None = None) -> int:
     parsed = parser.parse_args(arguments)
     if parsed.page is not None and (parsed.experiment or parsed.model or parsed.case or parsed.width):
         parser.error("--page writes all results: omit the experiments, --model, --case and --width")
-    names = parsed.experiment or list(EXPERIMENTS)
+    all_names = [name for name in EXPERIMENTS if name != "war_and_peace" or parsed.war_and_peace or parsed.page]
+    names = parsed.experiment or all_names
+    if not set(names) <= set(all_names):
+        parser.error(f"war_and_peace needs a text: download {war_and_peace.URL}, and add --war-and-peace FILE")
     directory = parsed.output / "quick" if parsed.quick else parsed.output
     experiments = {name: quick(experiment) for name, experiment in EXPERIMENTS.items()} if parsed.quick else EXPERIMENTS
 
     try:
+        if parsed.war_and_peace is not None:
+            cases = war_and_peace.cases(war_and_peace.read(parsed.war_and_peace))
+            experiments = {
+                **experiments,
+                "war_and_peace": dataclasses.replace(experiments["war_and_peace"], cases=cases),
+            }
         chosen = {name: choose(experiments[name], parsed.model, parsed.case, parsed.width) for name in names}
-    except (ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError) as error:
         parser.error(str(error))
     chosen = {
         name: experiment

@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 
-from experiments.laboratory import pronunciation
+from experiments.laboratory import pronunciation, war_and_peace
 from experiments.laboratory.models import ENCODER_DECODERS, MODELS
 from experiments.laboratory.runs import VALIDATION, Case, Plan, Sample
 from jaxlm.data import CharTokenizer, shakespeare
@@ -32,6 +32,8 @@ class Claim:
         published: the published number, as an accuracy; "": the source has no number.
         minimum, maximum: the smallest and the largest accuracy that agree with the statement; None: no limit.
         cases, widths: the cases and model widths that the statement is about; None: all.
+        compared_case: a case of the experiment. The difference between the accuracies on the claim's cases and on this
+            case, of the same model and width, is compared with ``minimum`` and ``maximum``. None: the accuracy itself.
     """
 
     text: str
@@ -43,6 +45,7 @@ class Claim:
     maximum: float | None = None
     cases: tuple[str, ...] | None = None
     widths: tuple[int, ...] | None = None
+    compared_case: str | None = None
 
     def covers(self, case: str, model: str, width: int) -> bool:
         """Whether the statement is about this case, model and width."""
@@ -65,6 +68,7 @@ class Experiment:
         claims: published statements.
         chance: accuracy of guessing for each case.
         models: names of the models (``models.MODELS``, ``models.ENCODER_DECODERS``).
+        command_options: options of the command line that each run of this experiment needs.
         chart: what the picture shows. "cases": the accuracy of each model on each case, as colored cells.
             "learning rates": accuracy against learning rate, one curve per width. "scaling": loss against training
             FLOPs and against parameters, one line per model.
@@ -77,6 +81,7 @@ class Experiment:
     claims: tuple[Claim, ...]
     chance: Mapping[str, float]
     models: tuple[str, ...] = MODELS
+    command_options: tuple[str, ...] = ()
     chart: Literal["cases", "learning rates", "scaling"] = "cases"
 
 
@@ -303,6 +308,32 @@ _COPYING = Experiment(
     chance={"copying": 1 / 26, "induction": 1 / 15, "needle": 1 / 10},
 )  # fmt: skip
 
+# ------------------------------------------------------------------------------------ characters of War and Peace
+
+_KARPATHY = "Karpathy et al. 2015, section 4.1"
+_DEPTHS = war_and_peace.cases(None)
+_WAR_AND_PEACE = Experiment(
+    title="Depth of character models",
+    description=(
+        "LSTMs and GRUs with one to three layers predict the next character of War and Peace. The published models "
+        "have widths from 64 to 512, carry their state along the text and are trained for up to 50 epochs. Here the "
+        "rows have 100 characters and begin with an empty state, and a run draws 2.9 times as many characters as the "
+        "training text has. The page [text generation](tasks/text_generation.md#war-and-peace) has longer runs with a "
+        f"carried state. Download the text from <{war_and_peace.URL}>."
+    ),
+    cases=_DEPTHS,
+    plan=Plan(steps=1500, widths=(128,), layers=1, learning_rates=(2e-3, 5e-3), test_batches=64),
+    claims=(
+        Claim(
+            "A depth of at least two is beneficial", _KARPATHY, ("lstm", "gru"), "test", minimum=0.0,
+            cases=("2 layers", "3 layers"), compared_case="1 layer",
+        ),
+    ),
+    chance={name: 1 / case.vocab_size for name, case in _DEPTHS.items()},
+    models=("lstm", "gru"),
+    command_options=("--war-and-peace", "warpeace_input.txt"),
+)  # fmt: skip
+
 # ---------------------------------------------------------------------------------------------------- pronunciation
 
 _PRONUNCIATION = Experiment(
@@ -398,6 +429,7 @@ EXPERIMENTS = {
     "recall": _RECALL,
     "formal_languages": _FORMAL_LANGUAGES,
     "state_tracking": _STATE_TRACKING,
+    "war_and_peace": _WAR_AND_PEACE,
     "copying": _COPYING,
     "pronunciation": _PRONUNCIATION,
     "learning_rate": _LEARNING_RATE,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import shlex
@@ -14,7 +15,7 @@ import scipy.stats
 
 from experiments.laboratory import scaling
 from experiments.laboratory.catalogue import EXPERIMENTS, Claim, Experiment
-from experiments.laboratory.runs import VALIDATION, Result
+from experiments.laboratory.runs import VALIDATION, Result, num_layers
 
 Group = tuple[str, str, int]
 """Case, model and width."""
@@ -26,9 +27,10 @@ def results_of_plan(experiment: Experiment, results: Iterable[Result]) -> list[R
     return [
         result
         for result in results
-        if (result.layers, result.planned_steps) == (plan.layers, plan.steps)
+        if result.planned_steps == plan.steps
         and result.width in plan.widths
         and result.case in experiment.cases
+        and result.layers == num_layers(experiment.cases[result.case], plan)
     ]
 
 
@@ -83,11 +85,11 @@ def mean_and_interval(values: Sequence[float]) -> str:
 def agreement(claim: Claim, runs: Mapping[Group, Sequence[Result]]) -> tuple[str, str, str]:
     """The range of the measured accuracies, the intervals of its ends, and whether it agrees with the claim, as texts.
 
-    An accuracy is the mean over the runs of one case, model and width. The last text is yes, no or "not measured".
+    An accuracy is the mean over the runs of one case, model and width. With ``Claim.compared_case``, it is the mean
+    difference to the accuracy on that case with the same seed. The last text is yes, no or "not measured".
     """
-    accuracies = [
-        [run.accuracy[claim.test] for run in group_runs] for group, group_runs in runs.items() if claim.covers(*group)
-    ]
+    accuracies = [_claimed_accuracies(claim, group, runs) for group in runs if claim.covers(*group)]
+    accuracies = [values for values in accuracies if values]
     if not accuracies:
         return "", "", "not measured"
     accuracies.sort(key=statistics.mean)
@@ -99,13 +101,24 @@ def agreement(claim: Claim, runs: Mapping[Group, Sequence[Result]]) -> tuple[str
     return f"{low:.2f}" if low == high else f"{low:.2f} to {high:.2f}", intervals, "yes" if agrees else "no"
 
 
+def _claimed_accuracies(claim: Claim, group: Group, runs: Mapping[Group, Sequence[Result]]) -> list[float]:
+    """The accuracies of the runs of a group, or their differences to the runs of ``Claim.compared_case``.
+
+    Runs without a run of the same seed on that case are left out.
+    """
+    if claim.compared_case is None:
+        return [run.accuracy[claim.test] for run in runs[group]]
+    compared = {run.seed: run.accuracy[claim.test] for run in runs.get((claim.compared_case, *group[1:]), ())}
+    return [run.accuracy[claim.test] - compared[run.seed] for run in runs[group] if run.seed in compared]
+
+
 def claim_command(name: str, experiment: Experiment, groups: Collection[Group]) -> str:
     """The arguments of ``python -m experiments.laboratory`` that run these cases, models and widths.
 
     Args:
         name: name of the experiment on the command line.
     """
-    arguments, plan = [name], experiment.plan
+    arguments, plan = [name, *experiment.command_options], experiment.plan
     all_values = {"model": experiment.models, "case": experiment.cases, "width": plan.widths}
     for option, position in (("model", 1), ("case", 0), ("width", 2)):
         chosen = [value for value in all_values[option] if any(group[position] == value for group in groups)]
@@ -130,9 +143,11 @@ def claims_table(
     ]
     for claim in experiment.claims:
         ours, intervals, agrees = agreement(claim, runs)
-        limit = f"{claim.test} ≥ {claim.minimum}" if claim.minimum is not None else f"{claim.test} ≤ {claim.maximum}"
-        covered = itertools.product(experiment.cases, experiment.models, experiment.plan.widths)
-        groups = [group for group in covered if claim.covers(*group)]
+        value = (
+            claim.test if claim.compared_case is None else f"{claim.test} minus {claim.test} of {claim.compared_case}"
+        )
+        limit = f"{value} ≥ {claim.minimum:g}" if claim.minimum is not None else f"{value} ≤ {claim.maximum:g}"
+        groups = claim_groups(claim, experiment)
         measured = [group for group in groups if group in runs]
         missing = "" if len(measured) in (0, len(groups)) else f"; {len(measured)} of {len(groups)} rows measured"
         # If nothing is measured, the command runs all rows of the claim.
@@ -145,6 +160,13 @@ def claims_table(
     return lines
 
 
+def claim_groups(claim: Claim, experiment: Experiment) -> list[Group]:
+    """The cases, models and widths that the claim is about, and those of ``Claim.compared_case``."""
+    groups = itertools.product(experiment.cases, experiment.models, experiment.plan.widths)
+    compared = dataclasses.replace(claim, cases=() if claim.compared_case is None else (claim.compared_case,))
+    return [group for group in groups if claim.covers(*group) or compared.covers(*group)]
+
+
 def section(name: str, experiment: Experiment, results: Iterable[Result], picture: str | None) -> str:
     """The section of an experiment as Markdown.
 
@@ -153,13 +175,14 @@ def section(name: str, experiment: Experiment, results: Iterable[Result], pictur
         results: the results of the experiment.
         picture: path of the picture, relative to the page; None: no picture.
     """
-    command = f"python -m experiments.laboratory {name}"
+    command = shlex.join(["python", "-m", "experiments.laboratory", name, *experiment.command_options])
     lines = [f"## {experiment.title}", "", experiment.description, "", f"    {command}", ""]
     plan = experiment.plan
     rates = ", ".join(f"{rate:g}" for rate in plan.learning_rates)
     fewer = "" if plan.stop_at is None else f" (fewer if the validation accuracy reaches {plan.stop_at:g} earlier)"
+    layers = " or ".join(map(str, sorted({num_layers(case, plan) for case in experiment.cases.values()})))
     lines += [
-        f"{plan.layers} layers; {plan.steps:,} steps{fewer}; learning rates {rates}, of which validation selects one "
+        f"{layers} layers; {plan.steps:,} steps{fewer}; learning rates {rates}, of which validation selects one "
         f"for each {'model' if plan.share_learning_rate else 'row of the table'}; seeds: {plan.seeds}. Accuracies are "
         "means over the seeds with 95 % intervals (Student's t). If a row has fewer seeds, some of its runs are "
         "missing, and its learning rate may not be the best one. Minutes are the median duration of a run.",
@@ -172,10 +195,13 @@ def section(name: str, experiment: Experiment, results: Iterable[Result], pictur
     if experiment.chart == "scaling":
         lines += ["", *scaling.table(runs.values())]
     tests = list(next(iter(experiment.cases.values())).tests)
+    # A result has the validation loss if ``Case.measures_loss`` is set.
+    has_loss = any(run.validation_loss is not None for group_runs in runs.values() for run in group_runs)
+    columns = [*tests, *(["validation loss in nats"] if has_loss else [])]
     lines += [
         "",
-        f"| case | model | width | parameters | {' | '.join(tests)} | learning rate | seeds | minutes |",
-        "|" + "---|" * (len(tests) + 7),
+        f"| case | model | width | parameters | {' | '.join(columns)} | learning rate | seeds | minutes |",
+        "|" + "---|" * (len(columns) + 7),
     ]
     for case in experiment.cases:
         for model in models_of(experiment, runs):
@@ -183,15 +209,20 @@ def section(name: str, experiment: Experiment, results: Iterable[Result], pictur
                 group_runs = runs.get((case, model, width))
                 if group_runs is None:
                     continue
-                accuracies = " | ".join(mean_and_interval([run.accuracy[test] for run in group_runs]) for test in tests)
+                values = [[run.accuracy[test] for run in group_runs] for test in tests]
+                if has_loss:
+                    values.append(
+                        [math.nan if run.validation_loss is None else run.validation_loss for run in group_runs]
+                    )
+                numbers = " | ".join(map(mean_and_interval, values))
                 minutes = statistics.median(run.seconds for run in group_runs) / 60  # a run may have been suspended
                 lines.append(
-                    f"| {case} | {model} | {width} | {group_runs[0].parameters:,} | {accuracies} | "
+                    f"| {case} | {model} | {width} | {group_runs[0].parameters:,} | {numbers} | "
                     f"{group_runs[0].learning_rate:g} | {len(group_runs)} | {minutes:.1f} |"
                 )
         if any(key[0] == case for key in runs):
-            accuracies = " | ".join([f"{experiment.chance[case]:.3f}"] * len(tests))
-            lines.append(f"| {case} | guessing | | | {accuracies} | | | |")
+            numbers = " | ".join([f"{experiment.chance[case]:.3f}"] * len(tests) + [""] * has_loss)
+            lines.append(f"| {case} | guessing | | | {numbers} | | | |")
     machines = sorted({run.machine for group_runs in runs.values() for run in group_runs})
     return "\n".join([*lines, "", f"Measured on: {'; '.join(machines)}."]) + "\n"
 
@@ -302,9 +333,7 @@ def write(
         "a warm-up of 5 % of the steps and a cosine schedule. The batches of a seed are the same for all models.\n"
         "`griffin` alternates recurrent layers and local attention. `hawk` has only recurrent layers.\n"
         "`mlstm` and `slstm` are `xlstm` with one kind of layer.\n"
-        "`[-1, 1]` means that the state transition of a time step may have negative eigenvalues.\n\n"
-        "The comparison of LSTMs and GRUs on War and Peace (Karpathy et al. 2015) is on the page\n"
-        "[text generation](tasks/text_generation.md#war-and-peace).\n"
+        "`[-1, 1]` means that the state transition of a time step may have negative eigenvalues.\n"
     ]
     for name, experiment in experiments.items():
         runs = best_runs(experiment, results.get(name, ()))

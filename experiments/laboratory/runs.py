@@ -46,6 +46,7 @@ class Case:
         fields: config fields of the models of this case. A model ignores the fields that its config does not have.
         base_width: width of the base model for muP (``jaxlm.training.mup``); None: no muP.
         measures_loss: whether results contain the validation loss and the training FLOPs.
+        layers: number of layers of the models; None: the number of the plan.
     """
 
     vocab_size: int
@@ -56,6 +57,7 @@ class Case:
     fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     base_width: int | None = None
     measures_loss: bool = False
+    layers: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +67,7 @@ class Plan:
     Attributes:
         steps: number of updates.
         widths: widths of the models (``embed_dim``).
-        layers: number of layers of the models.
+        layers: number of layers of the models of cases without ``Case.layers``.
         learning_rates: peak learning rates; the validation accuracy selects one for each case, model and width.
         seeds: number of runs with the selected learning rate, including seed 0. The other learning rates have only
             seed 0.
@@ -133,9 +135,15 @@ class Result:
         )  # fmt: skip
 
 
+def num_layers(case: Case, plan: Plan) -> int:
+    """The number of layers of the models of a case."""
+    return plan.layers if case.layers is None else case.layers
+
+
 def model_of_case(name: str, case: Case, plan: Plan, width: int) -> Model:
     """The model called ``name`` with this width, for a case and a plan. For errors, see ``models.model_of``."""
-    model = model_of(name, vocab_size=case.vocab_size, width=width, layers=plan.layers, max_length=case.max_length)
+    layers = num_layers(case, plan)
+    model = model_of(name, vocab_size=case.vocab_size, width=width, layers=layers, max_length=case.max_length)
     return model.with_known_fields(**case.fields)
 
 
@@ -202,8 +210,8 @@ class Training:
         accuracy = {name: metrics["accuracy"] for name, metrics in test_metrics.items()}
         experiment, case_name, model_name = self._names
         return Result(
-            experiment, case_name, model_name, self._width, learning_rate, seed, plan.layers, plan.steps, accuracy,
-            self._model.num_parameters, count, loss, time.perf_counter() - start, _machine(),
+            experiment, case_name, model_name, self._width, learning_rate, seed, num_layers(self._case, plan),
+            plan.steps, accuracy, self._model.num_parameters, count, loss, time.perf_counter() - start, _machine(),
             test_metrics[VALIDATION].get("loss"), None if flops_of_step is None else flops_of_step * count,
         )  # fmt: skip
 
@@ -281,7 +289,7 @@ def run_model(
     training = functools.cache(lambda: Training(experiment, case_name, case, plan, model_name, width))
 
     def run(learning_rate: float, seed: int) -> Result:
-        key = experiment, case_name, model_name, width, learning_rate, seed, plan.layers, plan.steps
+        key = experiment, case_name, model_name, width, learning_rate, seed, num_layers(case, plan), plan.steps
         result = results.get(key)
         if result is None:
             result = training().run(learning_rate, seed)

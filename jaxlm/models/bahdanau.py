@@ -46,8 +46,8 @@ def initial_states(cfg: Config, weights: Params, source: dict[str, Any], in_docu
     position. The state is computed from the encoder's backward state at the first source token of the document.
     """
     first_BT = jnp.argmax(in_document_BTS, axis=-1)
-    backward_BSH = source["encoded"][:, :, cfg.hidden_dim :]
-    backward_BTH = jnp.take_along_axis(backward_BSH, first_BT[:, :, None], axis=1)
+    encoded_BTC = jnp.take_along_axis(source["encoded"], first_BT[:, :, None], axis=1)
+    backward_BTH = encoded_BTC[:, :, cfg.hidden_dim :]
     return {"layer_0": {"hidden": jnp.tanh(linear(weights["begin"], backward_BTH)).astype(jnp.float32)}}
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from experiments.laboratory import __main__ as command
-from experiments.laboratory import page, pronunciation, runs, scaling
+from experiments.laboratory import page, pronunciation, runs, scaling, war_and_peace
 from experiments.laboratory.catalogue import EXPERIMENTS, Claim
 from experiments.laboratory.models import ENCODER_DECODERS, MODELS, model_of
 from jaxlm import spec
@@ -207,11 +207,55 @@ def test_the_command_of_a_claim_runs_its_measured_rows(name, monkeypatch):
     measured = page.best_runs(experiment, runs.Results(ROOT / "docs/laboratory" / f"{name}.jsonl"))
     monkeypatch.setattr(command, "run_model", lambda *arguments: ran.append((arguments[1], *arguments[4:6])))
     monkeypatch.setattr(command, "check_output", lambda *arguments, **options: None)
+    monkeypatch.setattr(war_and_peace, "read", lambda path: "a text")
     for claim in experiment.claims:
         ran.clear()
-        groups = [group for group in measured if claim.covers(*group)]
+        possible = page.claim_groups(claim, experiment)
+        groups = [group for group in possible if group in measured] or possible
         assert command.main(shlex.split(page.claim_command(name, experiment, groups))) == 0
         assert set(ran) == set(groups)
+
+
+def test_a_claim_about_a_difference_compares_runs_of_equal_seed():
+    claim = Claim("", "", ("gru",), "test", minimum=0.0, cases=("2 layers",), compared_case="1 layer")
+    shallow = [result("1 layer", "gru", 128, seed=seed, accuracy=0.5 + seed / 10) for seed in range(2)]
+    deep = [result("2 layers", "gru", 128, seed=seed, accuracy=0.52 + seed / 10) for seed in range(3)]
+    groups = {("1 layer", "gru", 128): shallow, ("2 layers", "gru", 128): deep}
+    assert page.agreement(claim, groups) == ("0.02", "± 0.00", "yes")
+    assert page.agreement(claim, groups | {("1 layer", "gru", 128): deep}) == ("0.00", "± 0.00", "yes")
+    swapped = {("1 layer", "gru", 128): deep, ("2 layers", "gru", 128): shallow}
+    assert page.agreement(claim, swapped) == ("-0.02", "± 0.00", "no")
+    assert page.agreement(claim, {("2 layers", "gru", 128): deep}) == ("", "", "not measured")
+
+
+def test_the_cases_of_war_and_peace_have_their_own_layers_and_parts_of_the_text(monkeypatch):
+    text = "".join(chr(97 + i // 1000) for i in range(10_000))  # 8,000 characters a to h, 1,000 i and 1,000 j
+    cases, plan = war_and_peace.cases(text), EXPERIMENTS["war_and_peace"].plan
+    layers = [runs.model_of_case("gru", case, plan, 128).config.num_layers for case in cases.values()]
+    assert layers == [1, 2, 3]
+    case, rng = cases["2 layers"], np.random.default_rng(0)
+    parts = [case.training, case.tests["validation"], case.tests["test"]]
+    drawn = [set(np.concatenate([draw(rng).tokens.ravel() for _ in range(9)])) for draw in parts]
+    assert drawn == [set(range(8)), {8}, {9}]
+    batch = case.training(rng)
+    assert batch.tokens.shape == (50, 100)
+    np.testing.assert_array_equal(batch.tokens[:, 1:], batch.targets[:, :-1])
+
+
+def test_another_text_or_no_text_is_refused(tmp_path, capsys):
+    path = tmp_path / "text.txt"
+    path.write_text("Well, Prince")
+    for arguments, error in (
+        (["war_and_peace"], "war_and_peace needs a text: download https://"),
+        (["war_and_peace", "--war-and-peace", str(path)], f"{path} is not War and Peace as in Karpathy et al. 2015"),
+        (["war_and_peace", "--war-and-peace", str(tmp_path / "none")], "is not a file"),
+    ):
+        with pytest.raises(SystemExit):
+            command.main(arguments)
+        assert error in capsys.readouterr().err
+    case = EXPERIMENTS["war_and_peace"].cases["1 layer"]
+    with pytest.raises(ValueError, match="the experiment has no text: download https://"):
+        case.training(np.random.default_rng(0))
 
 
 def test_page_draws_accuracy_against_learning_rate(tmp_path):
