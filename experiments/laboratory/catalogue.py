@@ -181,7 +181,7 @@ _FORMAL_LANGUAGES = Experiment(
 # -------------------------------------------------------------------------------------------------- state tracking
 
 
-def _word_problem_case(group: str, moved_points: int | None = None) -> Case:
+def _word_problem_case(group: str, moved_points: int | None = None, *, layers: int | None = None) -> Case:
     elements = None if moved_points is None else np.flatnonzero(synthetic.moved_points(group) == moved_points)
 
     def sample(length: int, rng: np.random.Generator) -> Batch:
@@ -193,7 +193,7 @@ def _word_problem_case(group: str, moved_points: int | None = None) -> Case:
         "length 64": lambda rng: sample(64, rng),
     }
     order = len(synthetic.multiplication_table(group))
-    return Case(order, 64, lambda rng: sample(16, rng), tests)
+    return Case(order, 64, lambda rng: sample(16, rng), tests, layers=layers)
 
 
 _WORD_CASES = {
@@ -203,6 +203,10 @@ _WORD_CASES = {
     "A5, 3-cycles": _word_problem_case("A5", moved_points=3),
 }
 _HARD_GROUPS = ("S5, transpositions", "A5, 3-cycles")
+_DEPTH_CASES = {
+    f"A5, 3-cycles, {layers} layer{'s' if layers > 1 else ''}": _word_problem_case("A5", moved_points=3, layers=layers)
+    for layers in (1, 4)
+}
 _MERRILL = "Merrill et al. 2024, abstract and introduction"
 _STATE_TRACKING = Experiment(
     title="State tracking",
@@ -213,13 +217,14 @@ _STATE_TRACKING = Experiment(
         "3,000 steps of 64 rows. So the rows for S5 contain only transpositions, and the rows for A5 only 3-cycles. "
         "The models are trained on rows of 16 elements, and tested on rows of 16, 32 and 64 elements. The published "
         "experiments use longer rows and more training. Merrill et al. train one model per length and count the layers "
-        "that are needed."
+        "that are needed. Here A5 is also learned by models of one and four layers; all other rows have two layers."
     ),
-    cases=_WORD_CASES,
+    cases={**_WORD_CASES, **_DEPTH_CASES},
     plan=Plan(steps=2000, widths=(64,), layers=2, learning_rates=(3e-3, 1e-2)),
     claims=(
         Claim(
-            "A nonlinear recurrence tracks the state of all groups", _MERRILL, ("lstm", "gru"), VALIDATION, minimum=0.95
+            "A nonlinear recurrence tracks the state of all groups", _MERRILL, ("lstm", "gru"), VALIDATION,
+            minimum=0.95, cases=tuple(_WORD_CASES),
         ),
         Claim(
             "Transformers and linear recurrences of fixed depth do not track S5 and A5", _MERRILL,
@@ -239,7 +244,7 @@ _STATE_TRACKING = Experiment(
         "parity": 1 / 2, "Z60": 1 / 60,
         # A product of n transpositions is one of the 60 odd permutations if n is odd. Otherwise, it is one of the 60
         # even permutations.
-        "S5, transpositions": 1 / 60, "A5, 3-cycles": 1 / 60,
+        "S5, transpositions": 1 / 60, "A5, 3-cycles": 1 / 60, **dict.fromkeys(_DEPTH_CASES, 1 / 60),
     },
 )  # fmt: skip
 

@@ -24,6 +24,7 @@ from jaxlm.models import common, experts, heads
 from jaxlm.nn.activation import activation
 from jaxlm.nn.attention import Implementation, attention, cache
 from jaxlm.nn.attention.rotary import RotaryScaling, rotary_angles, rotate
+from jaxlm.nn.convolution.window import move_padding_last, restore_order
 from jaxlm.nn.embedding import embed
 from jaxlm.nn.experts import RouterStatistics
 from jaxlm.nn.linear import linear, linear_specs
@@ -145,6 +146,12 @@ def apply_with_routing(
     ``added_embeddings`` [B, T, D] are added to the token embeddings.
     """
     common.check_tokens(tokens, segment_ids, positions, cfg.max_positions)
+    layout = None
+    if state is None and cfg.window is not None and segment_ids is not None:
+        # Without a cache, the window counts indices. So padding must not be between the tokens of a document.
+        tokens, layout = move_padding_last(tokens, segment_ids, None)
+        segment_ids = layout.segment_ids
+        positions, added_embeddings = (layout.reorder(x) for x in (positions, added_embeddings))
     context, state = cache.make_context(tokens, state, segment_ids, positions)
     is_gemma, kinds = cfg.block == "gemma", layer_kinds(cfg)
     # The order of a set differs between processes, but all processes must trace the same program.
@@ -174,6 +181,7 @@ def apply_with_routing(
         in_place=cache.updates_in_place(state, tokens.shape[1]),
     )  # fmt: skip
     x = norm(params["final_norm"], x)
+    x = x if layout is None else restore_order(layout, x)[0]
     return *common.decoder_outputs(x, kv, context, state), statistics
 
 

@@ -31,6 +31,7 @@ from jaxlm.nn.attention.bucket_bias import bias_of_each_distance, distance_bucke
 from jaxlm.nn.attention.distance_bias import distance_bias, distance_bias_at_positions
 from jaxlm.nn.attention.mask import Mask, document_mask
 from jaxlm.nn.attention.source import SourceKV, group_rows_by_source, project_source, with_source_kv
+from jaxlm.nn.convolution.window import move_padding_last, restore_order
 from jaxlm.nn.dropout import dropout
 from jaxlm.nn.embedding import Unembedding, embed
 from jaxlm.nn.linear import linear, linear_specs
@@ -96,13 +97,14 @@ def encode(
 
     Args:
         source: [B, S] integer ids. An id outside the vocabulary gives NaN, also for other tokens of the row.
-        segment_ids: [B, S] int32, 0 for padding and n for document n. Documents do not interact. Padding inside a
-            document counts in the distances between the document's tokens. Default: one document.
+        segment_ids: [B, S] int32, 0 for padding and n for document n. Documents do not interact. Default: one document.
         key: random key for dropout; None: no dropout.
     """
     common.check_tokens(source, segment_ids, name="source")
     key = fold_in_name(key, "encoder")
-    mask = document_mask(segment_ids)
+    # The position biases count indices. So padding must not be between the tokens of a document.
+    source, layout = move_padding_last(source, segment_ids, None)
+    mask = document_mask(layout.segment_ids)
     bias_fn = _bias_fn(cfg, params["encoder"], source.shape[1], None, bidirectional=True)
     x = _embed(cfg, params, source, key)
 
@@ -115,7 +117,8 @@ def encode(
         return constrain(x, ("batch", "seq", "activation_embed")), None
 
     x, _ = common.run_layers(block, x, params["encoder"]["layers"], None, key, remat=cfg.remat)
-    return dropout(_norm(cfg, params["encoder"]["final_norm"], x), cfg.dropout, fold_in_name(key, "output"))
+    x = dropout(_norm(cfg, params["encoder"]["final_norm"], x), cfg.dropout, fold_in_name(key, "output"))
+    return restore_order(layout, x)[0]
 
 
 def apply(
@@ -136,8 +139,7 @@ def apply(
         state: the result of :func:`init_decode_state`, or the state that the call for the preceding tokens returned. A
             row whose tokens do not fit into the cache gives NaN. Row b reads source ``b // (B / N)`` of the N sources.
         segment_ids: [B, T] int32, 0 for padding and n for document n. Documents do not interact. Default: one document.
-        positions: [B, T] int32. Default: the position within the document. Without a state, padding inside a document
-            also counts.
+        positions: [B, T] int32. Default: the position within the document.
         key: random key for dropout; None: no dropout.
 
     Raises:
@@ -148,6 +150,10 @@ def apply(
     _require_decoder(cfg)
     common.check_tokens(tokens, segment_ids, positions)
     common.check_source(tokens, source, source_segment_ids, state)
+    layout = None
+    if state is None:  # as in ``encode``
+        tokens, layout = move_padding_last(tokens, segment_ids, None)
+        segment_ids, positions = layout.segment_ids, layout.reorder(positions)
     context, state = cache.make_context(tokens, state, segment_ids, positions)
     if state is None:
         assert source is not None
@@ -182,6 +188,7 @@ def apply(
     in_place = cache.updates_in_place(state, tokens.shape[1])
     x, kv = common.run_layers(block, x, layers, kv, key, remat=cfg.remat, in_place=in_place)
     x = dropout(_norm(cfg, params["decoder"]["final_norm"], x), cfg.dropout, fold_in_name(key, "output"))
+    x = x if layout is None else restore_order(layout, x)[0]
     return common.decoder_outputs(x, kv, context, state)
 
 

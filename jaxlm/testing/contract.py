@@ -372,12 +372,17 @@ def downsamples(model):
 
 
 @every_variant
-@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("side", ["left", "right", "between"])
 def test_padding_does_not_change_the_other_positions(name, side):
     model, params, tokens = setup(name, batch=3, length=12)
     lengths = (12, 7, 4)
     padded, segments = np.full((3, 12), 5, np.int32), np.zeros((3, 12), np.int32)
-    real_positions = [slice(12 - n, 12) if side == "left" else slice(0, n) for n in lengths]
+    positions_of = {
+        "left": lambda n: np.arange(12 - n, 12),
+        "right": np.arange,
+        "between": lambda n: np.linspace(0, 11, n).astype(np.int32),  # padding between the tokens of a document
+    }
+    real_positions = [positions_of[side](n) for n in lengths]
     for row, positions in enumerate(real_positions):
         padded[row, positions], segments[row, positions] = tokens[row, : lengths[row]], 1
     hidden = hidden_of(model, params, padded, segment_ids=segments)

@@ -203,7 +203,7 @@ def with_window(context: CacheContext, window: int, state: State | None) -> Cach
     """The context with a sliding window: a token attends to at most the last ``window`` tokens, itself included.
 
     With a cache, ``query_order`` and ``key_order`` of the mask become counts of real tokens, so that the window does
-    not count padding. Without a cache, the window counts indices, so it counts padding between tokens.
+    not count padding. Without a cache, the window counts indices, so padding must not be between tokens.
 
     Args:
         state: the state that :func:`make_context` returned; None: no cache.

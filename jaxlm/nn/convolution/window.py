@@ -120,6 +120,13 @@ class TokenLayout:
     documents: Any
     num_real: Any
 
+    def reorder(self, x_BT: jax.Array | None) -> jax.Array | None:
+        """An array [B, T, ...] of the tokens before reordering, in the order of the layout. None gives None."""
+        if x_BT is None or self.original_indices is None:
+            return x_BT
+        order_BT = self.original_indices
+        return jnp.take_along_axis(x_BT, order_BT.reshape(*order_BT.shape, *[1] * (x_BT.ndim - 2)), axis=1)
+
     def recurrence_masks(self, *, include_first: bool = False) -> dict[str, jax.Array]:
         """The arguments ``reset_BT`` and ``keep_BT`` of recurrences and scans, after reordering.
 
