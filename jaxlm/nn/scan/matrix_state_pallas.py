@@ -19,6 +19,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -51,6 +52,21 @@ def _forward_kernel(blocks: Blocks, *references: Any) -> None:
     out[...] = jnp.concatenate(out_heads, axis=1).astype(dtype)
 
 
+def _heads_with_the_same_key(blocks: Blocks) -> list[tuple[int, ...]]:
+    """The heads of a block, grouped by their query and key."""
+    return [(head,) for head in range(blocks.J)] if blocks.has_own_keys else [tuple(range(blocks.J))]
+
+
+def _of_heads(x: Any, heads: tuple[int, ...], K: int, blocks: Blocks) -> Any:
+    """The query or key [L, K] of heads that share it."""
+    return x[:, heads[0] * K : (heads[0] + 1) * K] if blocks.has_own_keys else x[...]
+
+
+def _wide(heads: tuple[int, ...], V: int, x_LJ: jax.Array) -> jax.Array:
+    """The columns of the heads, each of them repeated V times, [L, V * number of heads]."""
+    return jnp.concatenate([jnp.broadcast_to(x_LJ[:, h : h + 1], (x_LJ.shape[0], V)) for h in heads], axis=1)
+
+
 def _backward_kernel(blocks: Blocks, *references: Any) -> None:
     """Compute the gradients of a chunk for a block of heads.
 
@@ -61,45 +77,57 @@ def _backward_kernel(blocks: Blocks, *references: Any) -> None:
     J, K, V, L, dtype = blocks.J, blocks.K, blocks.V, blocks.L, value.dtype
     is_last_row = lax.broadcasted_iota(jnp.int32, (L, 1), 0) == L - 1
     decays = chunk_decays(columns, rows, J)
-    dq_heads, dk_heads, dv_heads, db_heads, dscale_heads = ([] for _ in range(5))
-    for head in range(J):
-        if blocks.has_own_keys or head == 0:
-            q, k = query[:, head * K : (head + 1) * K], key[:, head * K : (head + 1) * K]
-            scores, q_transposed = dot(q, k, (1, 1)), q.T
-        v, dy = value[:, head * V : (head + 1) * V], dout[:, head * V : (head + 1) * V]
-        column = slice(head, head + 1)
-        pairs, state, dafter = decays.pairs(head), split_non_finite(states[head])[0], carry[head]
-        prefix, suffix, total = decays.prefix[:, column], decays.suffix[:, column], decays.total[:, column]
+    dq_parts, dk_parts, dv_heads, db_heads, dscale_heads = ([] for _ in range(5))
+    for heads in _heads_with_the_same_key(blocks):
+        q, k = _of_heads(query, heads, K, blocks), _of_heads(key, heads, K, blocks)
+        all_columns = slice(heads[0] * V, (heads[-1] + 1) * V)
+        own = [slice(i * V, (i + 1) * V) for i in range(len(heads))]
+        wide = functools.partial(_wide, heads, V)
+        scores = dot(q, k, (1, 1))
+        state = jnp.concatenate([split_non_finite(states[head])[0] for head in heads], axis=1)
+        dafter = jnp.concatenate([carry[head] for head in heads], axis=1)
         state_in, dafter_in = state.astype(dtype), dafter.astype(dtype)
-        scale = decays.scale[:, column]
-        # The products of decays of steps s + 1 to t, times the scale of step s.
-        scaled_pairs = pairs * decays.scale_rows[column]
-        # The gradient of a log decay is a sum of ``db_head`` over steps. In this sum, the rounding errors of ``y * dy``
-        # and ``scaled_v * dscaled`` must cancel. So both are computed from the same rounded ``weights`` and
-        # ``scaled_v``.
-        weights, scaled_v = (scores * pairs).astype(dtype), (scale * v.astype(jnp.float32)).astype(dtype)
-        dscores = (dot(dy, v, (1, 1)) * scaled_pairs).astype(dtype)
-        y = dot(weights, scaled_v, (1, 0)) + prefix * dot(q, state_in, (1, 0))
-        dq_heads.append(dot(dscores, k, (1, 0)) + prefix * dot(dy, state_in, (1, 1)))
-        dk_heads.append(dot(dscores, q, (0, 0)) + scale * suffix * dot(v, dafter_in, (1, 1)))
+        v, dy = value[:, all_columns], dout[:, all_columns]
+        v32, dy32 = v.astype(jnp.float32), dy.astype(jnp.float32)
+        scale, prefix, suffix, total = (wide(x) for x in (decays.scale, decays.prefix, decays.suffix, decays.total))
+        scaled_v = (scale * v32).astype(dtype)
+        scaled_v32 = scaled_v.astype(jnp.float32)
+        dy_in, v_in = (prefix * dy32).astype(dtype), (suffix * scaled_v32).astype(dtype)
+        dscores, ys, dscaleds = 0.0, [], []
+        for i, head in enumerate(heads):
+            pairs = decays.pairs(head)
+            # The gradient of a log decay is a sum of ``db_head`` over steps. In this sum, the rounding errors of
+            # ``y * dy`` and ``scaled_v * dscaled`` must cancel. So both are computed from the same rounded ``weights``
+            # and ``scaled_v``.
+            weights = (scores * pairs).astype(dtype)
+            # The products of decays of steps s + 1 to t, times the scale of step s, multiply the gradient.
+            dscores += dot(dy[:, own[i]], v[:, own[i]], (1, 1)) * (pairs * decays.scale_rows[head : head + 1])
+            ys.append(dot(weights, scaled_v[:, own[i]], (1, 0)))
+            dscaleds.append(dot(weights, dy[:, own[i]], (0, 0)))
+        y = jnp.concatenate(ys, axis=1) + prefix * dot(q, state_in, (1, 0))
         dscaled_of_state = suffix * dot(k, dafter_in, (1, 0))
-        dscaled = dot(weights, dy, (0, 0)) + dscaled_of_state  # the gradient of scale * v
-        # ``db_head`` is the gradient of b_t. The state after the chunk is proportional to exp(b_t) of the last step. So
-        # the gradient of this b_t also has the inner product of that state and its gradient.
-        v32, dy32, scaled_v32 = v.astype(jnp.float32), dy.astype(jnp.float32), scaled_v.astype(jnp.float32)
-        db_of_state = total * jnp.sum(state * dafter, keepdims=True) + jnp.sum(
-            scaled_v32 * dscaled_of_state, keepdims=True
+        dscaled = jnp.concatenate(dscaleds, axis=1) + dscaled_of_state  # the gradient of scale * v
+        # ``db`` is the gradient of b_t. The state after the chunk is proportional to exp(b_t) of the last step. So the
+        # gradient of this b_t also has the inner product of that state and its gradient.
+        products = y * dy32 - scaled_v32 * dscaled
+        last = jnp.sum(total * state * dafter, axis=0, keepdims=True) + jnp.sum(
+            scaled_v32 * dscaled_of_state, axis=0, keepdims=True
         )
-        db_head = jnp.sum(y * dy32 - scaled_v32 * dscaled, axis=1, keepdims=True)
-        db_heads.append(jnp.where(is_last_row, db_head + db_of_state, db_head))
-        dscale_heads.append(jnp.sum(v32 * dscaled, axis=1, keepdims=True))
+        products = jnp.where(is_last_row, products + last, products)
+        dscale_products = v32 * dscaled
+        for i in range(len(heads)):
+            db_heads.append(jnp.sum(products[:, own[i]], axis=1, keepdims=True))
+            dscale_heads.append(jnp.sum(dscale_products[:, own[i]], axis=1, keepdims=True))
         dv_heads.append(scale * dscaled)
-        carry[head] = total * dafter + dot(q_transposed, (prefix * dy32).astype(dtype), (1, 0))
-    # The gradient of a query or key that the heads of a block share is the sum over these heads.
-    for dx, heads in ((dquery, dq_heads), (dkey, dk_heads)):
-        dx[...] = (jnp.concatenate(heads, axis=1) if blocks.has_own_keys else functools.reduce(jnp.add, heads)).astype(
-            dx.dtype
-        )
+        # The gradient of a query or key that several heads share is the sum over these heads.
+        dscores_in = dscores.astype(dtype)
+        dq_parts.append(dot(dscores_in, k, (1, 0)) + dot(dy_in, state_in, (1, 1)))
+        dk_parts.append(dot(dscores_in, q, (0, 0)) + dot(v_in, dafter_in, (1, 1)))
+        dstate = total * dafter + dot(q.T, dy_in, (1, 0))
+        for i, head in enumerate(heads):
+            carry[head] = dstate[:, own[i]]
+    for dx, parts in ((dquery, dq_parts), (dkey, dk_parts)):
+        dx[...] = jnp.concatenate(parts, axis=1).astype(dx.dtype)
     dvalue[...] = jnp.concatenate(dv_heads, axis=1).astype(dtype)
     db[...], dscale[...] = jnp.concatenate(db_heads, axis=1), jnp.concatenate(dscale_heads, axis=1)
 
