@@ -4,10 +4,8 @@ There are two published versions. v1.0 has a ReLU MLP, and its output head is th
 scaled by ``1 / sqrt(D)``. v1.1 has a gated tanh-GELU MLP (Shazeer 2020) and a separate head without a scale; mT5 and
 FLAN-T5 have the same architecture. umT5 is v1.1 with a table of position biases in every layer. In the other models,
 the layers of the encoder share one table, and the layers of the decoder share another. Attention scores are not scaled
-by ``1 / sqrt(K)``; the initial query weights are smaller by this factor instead.
-
-The initial weights of the v1.1 head have standard deviation ``1 / sqrt(D)``, as in Mesh TensorFlow and t5x. Hugging
-Face's code uses 1 instead.
+by ``1 / sqrt(K)``; the initial query weights are smaller by this factor instead. The initial weights of the v1.1 head
+have standard deviation ``1 / sqrt(D)``, as in Mesh TensorFlow and t5x (1 in Hugging Face's code).
 
 Shapes: B batch, T target time, S source time, D model width, H heads, K head width (H * K may differ from D), F hidden
 width of the MLP, V vocabulary.
@@ -143,14 +141,12 @@ def apply(
         key: random key for dropout; None: no dropout.
 
     Raises:
-        ValueError: the model has no decoder; the inputs are not integers of matching shapes; both or none of ``source``
-            and ``state`` are given; ``source_segment_ids`` are given with a state; or there are more tokens than slots
-            in the state.
+        ValueError: the model has no decoder; the inputs are not integers of matching shapes, or contradict the state;
+            or there are more tokens than slots in the state.
     """
     _require_decoder(cfg)
     common.check_tokens(tokens, segment_ids, positions)
     common.check_source(tokens, source, source_segment_ids, state)
-    layout = None
     if state is None:  # as in ``encode``
         tokens, layout = move_padding_last(tokens, segment_ids, None)
         segment_ids, positions = layout.segment_ids, layout.reorder(positions)
@@ -188,8 +184,7 @@ def apply(
     in_place = cache.updates_in_place(state, tokens.shape[1])
     x, kv = common.run_layers(block, x, layers, kv, key, remat=cfg.remat, in_place=in_place)
     x = dropout(_norm(cfg, params["decoder"]["final_norm"], x), cfg.dropout, fold_in_name(key, "output"))
-    x = x if layout is None else restore_order(layout, x)[0]
-    return common.decoder_outputs(x, kv, context, state)
+    return common.decoder_outputs(x if state is not None else restore_order(layout, x)[0], kv, context, state)
 
 
 def _attention(
@@ -287,10 +282,7 @@ def init_decode_state(
 def state_specs(cfg: Config, batch: int, length: int, source_length: int = 1) -> dict[str, Any]:
     """The specs of the decode state, for ``length`` target tokens and ``source_length`` source tokens per row.
 
-    The initial values are a state without a source. :func:`init_decode_state` returns a state with a source.
-
-    Raises:
-        ValueError: the model has no decoder.
+    The initial values are a state without a source. A model without a decoder raises ``ValueError``.
     """
     _require_decoder(cfg)
     sizes, dtype = (cfg.num_heads, cfg.head_dim), jnp.dtype(cfg.dtype)

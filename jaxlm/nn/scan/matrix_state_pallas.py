@@ -93,7 +93,7 @@ def _backward_kernel(blocks: Blocks, *references: Any) -> None:
         scaled_v = (scale * v32).astype(dtype)
         scaled_v32 = scaled_v.astype(jnp.float32)
         dy_in, v_in = (prefix * dy32).astype(dtype), (suffix * scaled_v32).astype(dtype)
-        dscores, ys, dscaleds = 0.0, [], []
+        dscores, ys, dscaleds = jnp.zeros((L, L), jnp.float32), [], []
         for i, head in enumerate(heads):
             pairs = decays.pairs(head)
             # The gradient of a log decay is a sum of ``db_head`` over steps. In this sum, the rounding errors of
