@@ -15,12 +15,15 @@ An entry of ``plans`` is a dict that ``jaxlm plan --json`` writes. It may lack f
 The bar charts show the speed of jaxlm / the speed of a baseline. In each round, the time of the baseline is divided by
 the time of jaxlm; the charts show the median of these ratios. Above 1, jaxlm is faster. Some charts also show the speed
 of jaxlm in percent of the peak of the machine. In charts and tables of the page, this percentage is called "% of the
-limit". The line charts show the time as a function of the length.
+limit". If a ratio is above 8, its chart has a logarithmic axis. The line charts show the time as a function of the
+length.
 """
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+import itertools
 import json
 import re
 import statistics
@@ -56,6 +59,10 @@ ROOFLINES = ("attention", "recurrence", "scans")
 PEAKS = {"FLOP": r"([\d,.]+) GFLOP/s float32 GEMM", "B": r"([\d,.]+) GB/s copy"}
 """By unit of work: a regular expression that finds the peak in the description of the machine. The peak was measured at
 the start of the run, in billions of units per second."""
+VERSION = r"jaxlm ([\d.]+)"
+"""A regular expression that finds the version of jaxlm in the versions of a result file."""
+FIRST_VERSION = "0.1.0"
+"""The version of result files that name no version of jaxlm: the first benchmarks did not record it."""
 GENERATE = "generate"
 """The baseline of speculative decoding: ``jaxlm.decoding.generate``. The summary of a section does not count it."""
 
@@ -101,6 +108,12 @@ class Measurement:
     def label(self) -> str:
         """Operation and shape."""
         return f"{self.operation}, {self.shape}" if self.shape else self.operation
+
+    @property
+    def version(self) -> str:
+        """Version of jaxlm."""
+        version = re.search(VERSION, str(self.machine.get("versions")))
+        return version[1] if version else FIRST_VERSION
 
 
 def read(directory: Path) -> list[Measurement]:
@@ -199,15 +212,17 @@ def section(name: str, title: str, measurements: Sequence[Measurement], pictures
     """
     baselines = [row for row in measurements if row.implementation not in (JAXLM, GENERATE)]
     slower = sorted((row for row in baselines if row.ratio < 1.0), key=lambda row: row.ratio)
-    parts = [f"### {title}", _summary(baselines, slower)]
+    parts = [f"### {title}", _summary(baselines, slower), _circumstances(measurements)]
     for program, heading in SECTIONS.items():
         rows = [row for row in measurements if row.program == program]
         if not rows:
             continue
         parts.append(f"#### {heading}: {title}")
         if any(row.implementation != JAXLM for row in rows):
-            draw(rows).savefig(pictures / f"{name}_{program}.svg", metadata={"Date": None})
-            parts.append(f"![{heading}: speed and share of the limit]({PICTURES}/{name}_{program}.svg)")
+            figure = draw(rows)
+            figure.savefig(pictures / f"{name}_{program}.svg", metadata={"Date": None})
+            content = "speed and share of the limit" if len(figure.axes) > 1 else "speed"
+            parts.append(f"![{heading}: {content}]({PICTURES}/{name}_{program}.svg)")
         if program in ROOFLINES and (points := [row for row in rows if PEAKS.keys() <= row.peaks.keys()]):
             draw_rooflines(points).savefig(pictures / f"{name}_{program}_roofline.svg", metadata={"Date": None})
             parts.append(f"![{heading}: roofline]({PICTURES}/{name}_{program}_roofline.svg)")
@@ -228,6 +243,17 @@ def _summary(baselines: Sequence[Measurement], slower: Sequence[Measurement]) ->
         return text
     names = [f"{row.label}: {row.ratio:.2f} times as fast as {row.implementation}" for row in slower]
     return f"{text}\n\n" + _details("Comparisons in which jaxlm is slower", "\n".join(f"- {name}" for name in names))
+
+
+def _circumstances(measurements: Sequence[Measurement]) -> str:
+    """Sentences about the versions of jaxlm and the speed of matmuls. The text after the tables has all conditions."""
+    counts = collections.Counter(row.version for row in measurements)
+    text = f"Rows of the tables by version of jaxlm: {', '.join(f'{n} from {v}' for v, n in sorted(counts.items()))}."
+    peaks = [row.peaks["FLOP"] / 1e9 for row in measurements if "FLOP" in row.peaks]
+    if peaks:
+        text += f" XLA's float32 matmuls ran at {min(peaks):.0f} to {max(peaks):.0f} GFLOP/s during these measurements"
+        text += f" (median {statistics.median(peaks):.0f})."
+    return text
 
 
 def _details(summary: str, content: str) -> str:
@@ -279,6 +305,7 @@ def estimate_section(file: Path, pictures: Path) -> str:
     lines = [[*header, "MFU, communication does not overlap, %"]]
     conditions = [["models", "command", "time", "versions", "commit"]]
     bars: Bars = {"MFU": {}, "MFU, communication does not overlap": {}}
+    notes: dict[str, str] = {}
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
         title = record["title"]
@@ -289,17 +316,20 @@ def estimate_section(file: Path, pictures: Path) -> str:
                 rows = f"{plan['batch']} x {plan['sequence']:,}"
                 cells = [plan["model"], plan["topology"], plan["mesh"], rows, memory, f"{1e3 * plan['seconds']:,.0f}"]
                 lines.append([*cells, *(f"{share:.1f}" for share in shares)])
+                label = f"{plan['model']}, {plan['topology']}"
                 for values, share in zip(bars.values(), shares, strict=True):
-                    values[f"{plan['model']}, {plan['topology']}"] = share
+                    values[label] = share
+                if not plan["fits"]:
+                    notes[label] = "does not fit into memory"
             models = ", ".join(plan["model"] for plan in run["plans"])
             conditions.append([models, f"`{run['command']}`", run["time"], run["versions"], run["commit"]])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file} is not a file of estimates: {error!r}") from error
     groups = list(bars["MFU"])
     figure, (axes,) = _new_figure(0.68 * len(groups) + 1.3)
-    _draw_bars(axes, groups, bars, "%.1f")
+    _draw_bars(axes, groups, bars, "{:.1f}", notes=dict.fromkeys(bars, notes))
     xlabel = f"% of the peak of a {title}, estimated by the compiler, not measured"
-    axes.set(xscale="linear", xlim=(0, 100), xlabel=xlabel)
+    axes.set(xlim=(0, 100), xlabel=xlabel)
     picture = f"{file.stem}_estimates.svg"
     figure.savefig(pictures / picture, metadata={"Date": None})
     return "\n\n".join(
@@ -323,21 +353,29 @@ COLORS = {
     "lax.scan": "C4",
     "lax.conv": "C5",
     "associative_scan": "C6",
+    "pipeline": "C8",
+    GENERATE: "C9",
 }
+MARKERS = "osD^v<>PX*"
+"""Markers of the shapes in a roofline chart."""
 
 
 Bars = dict[str, dict[str, float]]
 """The values of a grouped bar chart: ``bars[name][group label]``. Bars of the same name have the same color."""
+Notes = dict[str, dict[str, str]]
+"""Texts about bars of a grouped bar chart: ``notes[name][group label]``."""
 
 
 def draw(rows: Sequence[Measurement]) -> Any:
     """A figure with bar charts: the speed of jaxlm relative to each baseline, and in percent of the peak.
 
-    Without measured peaks, the figure has only the first chart.
+    Without measured peaks, the figure has only the first chart. Operations and shapes without a baseline are left out.
 
     Args:
         rows: measurements of one benchmark, with a baseline among them.
     """
+    compared = {row.label for row in rows if row.implementation != JAXLM}
+    rows = [row for row in rows if row.label in compared]
     same_operation = len({row.operation for row in rows}) == 1
     labels = {row.label: row.shape if same_operation else row.label for row in rows}
     names = list(dict.fromkeys(row.implementation for row in rows if row.implementation != JAXLM))
@@ -348,25 +386,26 @@ def draw(rows: Sequence[Measurement]) -> Any:
         if row.implementation == JAXLM and row.peak_percent is not None
     }
     groups = list(dict.fromkeys(labels.values()))
-    bars_per_group = [max(1, sum(label in bars for bars in ratios.values())) for label in groups]
-    figure, (left, *rest) = _new_figure(0.26 * sum(bars_per_group) + 0.16 * len(groups) + 1.3, 1, 2 if shares else 1)
-    positions = _draw_bars(left, groups, ratios, "%.2f")
-    left.axvline(1.0, color="#444", linewidth=0.8)
-    left.set_xlabel("times as fast as the baseline")
+    num_bars = sum(map(len, ratios.values()))
+    figure, (left, *rest) = _new_figure(0.26 * num_bars + 0.16 * len(groups) + 1.3, 1, 2 if shares else 1)
+    left.get_gridspec().set_width_ratios([3, 2] if shares else [1])
+    positions = _draw_ratios(left, groups, ratios)
     for right in rest:
         right.barh([positions[label] for label in shares], list(shares.values()), 0.9, color=COLORS[JAXLM])
         for label, share in shares.items():
-            right.text(share + 2.0, positions[label], f"{share:.0f}", va="center", fontsize=8)
+            at = max(share, 100.0) if share > 85 else share  # the line at 100 must not cross the number
+            right.text(at + 2.0, positions[label], f"{share:.0f}", va="center", fontsize=8)
         limit = 1.15 * max([100.0, *shares.values()])
         right.set(ylim=left.get_ylim(), xlim=(0, limit), yticks=[], xlabel="% of the limit")
         right.axvline(100.0, color="#444", linewidth=0.8)
+        right.tick_params(axis="x", labelsize=8)
     return figure
 
 
 def draw_processors(rows: dict[str, list[Measurement]]) -> Any:
     """A figure with the speed of jaxlm relative to baselines: one group of bars for each shape and baseline.
 
-    A group has one bar for each processor.
+    A group has one bar for each processor. A bar that an earlier version measured is labelled with this version.
 
     Args:
         rows: by title of the processor, the measurements of baselines.
@@ -376,34 +415,70 @@ def draw_processors(rows: dict[str, list[Measurement]]) -> Any:
         for processor, measured in rows.items()
     }
     groups = sorted({label for bars in ratios.values() for label in bars}, key=lambda label: label.split(", ")[::-1])
+    newest = max(
+        (row for measured in rows.values() for row in measured), key=lambda row: str(row.machine["time"])
+    ).version
+    notes = {
+        processor: {
+            f"{row.shape}, {row.implementation}": f"jaxlm {row.version}" for row in measured if row.version != newest
+        }
+        for processor, measured in rows.items()
+    }
     figure, (axes,) = _new_figure(0.26 * sum(map(len, ratios.values())) + 0.16 * len(groups) + 1.3)
-    _draw_bars(axes, groups, ratios, "%.2f")
-    axes.axvline(1.0, color="#444", linewidth=0.8)
-    axes.set_xlabel("times as fast as the baseline")
+    _draw_ratios(axes, groups, ratios, notes)
     return figure
 
 
-def _draw_bars(axes: Any, groups: Sequence[str], bars: Bars, number_format: str) -> dict[str, float]:
-    """Draw grouped bars, the first group at the top, and return the y coordinate of the center of each group."""
+def _draw_ratios(axes: Any, groups: Sequence[str], ratios: Bars, notes: Notes | None = None) -> dict[str, float]:
+    """Draw grouped bars of ratios with a line at 1, and return the y coordinate of the center of each group.
+
+    If a ratio is above 8, the axis is logarithmic and the bars start at 1.
+    """
+    logarithmic = max(value for values in ratios.values() for value in values.values()) > 8
+    centers = _draw_bars(axes, groups, ratios, "{:.2f}", notes or {}, base=float(logarithmic), line=1.0)
+    axes.set_xlabel("times as fast as the baseline")
+    if logarithmic:
+        axes.set(xscale="log", xlabel="times as fast as the baseline (logarithmic)")
+        axes.xaxis.get_major_locator().set_params(subs=(1, 2, 5))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.minorticks_off()
+    return centers
+
+
+def _draw_bars(
+    axes: Any, groups: Sequence[str], bars: Bars, number_format: str, notes: Notes, base: float = 0.0, line: float = 0.0
+) -> dict[str, float]:
+    """Draw grouped bars, the first group at the top, and return the y coordinate of the center of each group.
+
+    Args:
+        notes: text after the number of a bar.
+        base: where the bars start.
+        line: where a vertical line is. No number is to the left of it.
+    """
     start, positions, centers = 0.0, {}, {}
     for label in groups:
         names = [name for name, values in bars.items() if label in values]
         for number, name in enumerate(names):
             positions[name, label] = start + number
-        size = max(1, len(names))
+        size = len(names)
         centers[label] = start + (size - 1) / 2
         start += size + 0.6
     for number, (name, values) in enumerate(bars.items()):
-        drawn = axes.barh(
-            [positions[name, label] for label in values], list(values.values()), 0.9, label=name,
-            color=COLORS.get(name, f"C{number}"),
+        axes.barh(
+            [positions[name, label] for label in values], [value - base for value in values.values()], 0.9, left=base,
+            label=name, color=COLORS.get(name, f"C{number}"),
         )  # fmt: skip
-        axes.bar_label(drawn, fmt=number_format, padding=3, fontsize=8)
+        for label, value in values.items():
+            note = f" ({notes[name][label]})" if label in notes.get(name, {}) else ""
+            axes.annotate(
+                number_format.format(value) + note, (max(value, line), positions[name, label]), (3, 0),
+                textcoords="offset points", va="center", fontsize=8,
+            )  # fmt: skip
+    axes.axvline(line, color="#444", linewidth=0.8)
+    axes.tick_params(axis="x", labelsize=8)
     axes.set_yticks(list(centers.values()), list(centers), fontsize=8)
     axes.set_ylim(start - 0.6, -0.9)
     axes.margins(x=0.12)
-    if max(value for values in bars.values() for value in values.values()) > 20:
-        axes.set_xscale("log")
     axes.figure.legend(frameon=False, fontsize=8, loc="outside upper left", ncols=4)
     return centers
 
@@ -466,7 +541,7 @@ def draw_rooflines(rows: Sequence[Measurement]) -> Any:
     for row in rows:
         operations.setdefault(re.split("[ ,]", row.operation)[0], []).append(row)
     num_rows = -(-len(operations) // 2)
-    figure, all_axes = _new_figure(3.9 * num_rows, num_rows, 2)
+    figure, all_axes = _new_figure(5.0 * num_rows, num_rows, 2)
     for axes in all_axes[len(operations) :]:
         axes.remove()
     drawn: dict[str, Any] = {}
@@ -477,10 +552,14 @@ def draw_rooflines(rows: Sequence[Measurement]) -> Any:
 
 
 def _draw_roofline(axes: Any, operation: str, points: Sequence[Measurement]) -> dict[str, Any]:
-    """Draw the roofs and the points of an operation, and return one point of each implementation."""
-    numbers = {label: number for number, label in enumerate(dict.fromkeys(row.label for row in points), 1)}
+    """Draw the roofs and the points of an operation, and return one line of each implementation for the legend.
+
+    Colors are implementations, and markers are shapes. The markers are hollow because several points may coincide.
+    """
+    from matplotlib.lines import Line2D
+
+    markers = dict(zip(dict.fromkeys(row.label for row in points), itertools.cycle(MARKERS)))
     drawn: dict[str, Any] = {}
-    offsets = ((4, 1), (-8, 1), (4, -6), (-8, -6))  # from a point to its number; several points may coincide
     xs, ys = [], []
     for row in points:
         work = shapes.work_of(row.program, row.operation, row.shape)
@@ -489,10 +568,9 @@ def _draw_roofline(axes: Any, operation: str, points: Sequence[Measurement]) -> 
         x, y = work.flops / work.bytes, work.flops / row.seconds / 1e9
         xs.append(x)
         ys.append(y)
-        number, color = numbers[row.label], COLORS.get(row.implementation, "C9")
-        (drawn[row.implementation],) = axes.plot(x, y, "o", markersize=4, color=color)
-        offset = offsets[(number - 1) % 4]
-        axes.annotate(str(number), (x, y), offset, textcoords="offset points", fontsize=7, color=color)
+        color = COLORS.get(row.implementation, "black")
+        axes.plot(x, y, markers[row.label], markersize=7, markerfacecolor="none", color=color)
+        drawn[row.implementation] = Line2D([], [], color=color, linewidth=3)
     runs: dict[str, list[dict[str, float]]] = {}
     for row in points:
         runs.setdefault(row.file, []).append(row.peaks)
@@ -508,8 +586,14 @@ def _draw_roofline(axes: Any, operation: str, points: Sequence[Measurement]) -> 
         axis.set_major_formatter("{x:g}")
     axes.minorticks_off()
     axes.tick_params(labelsize=7)
-    names = [f"{number}  {label.removeprefix(operation).lstrip(', ')}" for label, number in numbers.items()]
-    axes.set_title("\n".join([operation, *names]), fontsize=7, loc="left")
+    names = [label.removeprefix(operation).lstrip(", ") for label in markers]
+    shown = [
+        Line2D([], [], linestyle="", marker=marker, markerfacecolor="none", color="#444") for marker in markers.values()
+    ]
+    axes.legend(
+        shown, names, title=operation, alignment="left", frameon=False, fontsize=8, loc="lower left",
+        bbox_to_anchor=(0, 1),
+    )  # fmt: skip
     return drawn
 
 

@@ -13,6 +13,7 @@ import pytest
 from jaxlm import cli
 
 ROOT = Path(__file__).parents[1]
+FENCED = re.compile(r"^```(\w*).*?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 TASKS = sorted(path.stem for path in (ROOT / "docs/tasks").glob("*.md"))
 """Tasks with a page in docs/tasks. Each also has an experiment and a notebook with the same name."""
@@ -50,13 +51,15 @@ def run_page(
 
 
 def command_lines(text: str) -> Iterator[list[str]]:
-    """Yield the words of each ``python -m experiments.NAME ...`` and ``jaxlm NAME ...`` in indented lines of a page.
+    """Yield the words of each ``python -m experiments.NAME ...`` and ``jaxlm NAME ...`` of a page.
 
-    A shell loop yields one command for each value. Comments and the word "..." are dropped.
+    Commands are in indented lines outside fenced blocks, and after "$ " in fenced blocks of the language console. A
+    shell loop yields one command for each value. Comments, the word "..." and assigned variables are dropped.
     """
-    for line in text.replace("\\\n", " ").splitlines():
-        if not line.startswith("    "):
-            continue
+    text = text.replace("\\\n", " ")
+    consoles = "".join(match[2] for match in FENCED.finditer(text) if match[1] == "console")
+    lines = [line[2:] for line in consoles.splitlines() if line.startswith("$ ")]
+    for line in [*lines, *(line for line in FENCED.sub("", text).splitlines() if line.startswith("    "))]:
         loop = FOR_LOOP.search(line)
         for value in loop[2].split() if loop else [""]:
             expanded = line.replace(f"${loop[1]}", value) if loop else line
@@ -67,7 +70,8 @@ def command_lines(text: str) -> Iterator[list[str]]:
                 if word and not set(word) <= set("();<>|&"):
                     words += [] if word == "..." else [word]
                     continue
-                words = words[1:] if words[:1] == ["do"] else words
+                while words and (words[0] == "do" or re.match(r"[A-Z_]+=", words[0])):
+                    words = words[1:]
                 if words[:1] == ["jaxlm"] or [re.sub(r"\.\w+$", "", word) for word in words[:3]] == [
                     "python", "-m", "experiments",
                 ]:  # fmt: skip
@@ -81,8 +85,12 @@ def parse(words: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
         for command in cli.COMMANDS.values():
             monkeypatch.setattr(command, "run", lambda self: 0)
         return cli.main(words[1:])
-    module = importlib.import_module(words[2])
-    monkeypatch.setattr(module, "run", lambda experiment, resume: SimpleNamespace(interrupted=None, signal=None))
+    package = (ROOT / "experiments" / words[2].removeprefix("experiments.")).is_dir()
+    module = importlib.import_module(f"{words[2]}.__main__" if package else words[2])
+    if hasattr(module, "exit_status"):  # the module does not use jaxlm.training.experiment.main
+        monkeypatch.setattr(module, "exit_status", lambda command, name, *, debug: 0)
+    else:
+        monkeypatch.setattr(module, "run", lambda experiment, resume: SimpleNamespace(interrupted=None, signal=None))
     return module.main(words[3:])
 
 

@@ -173,6 +173,24 @@ def test_a_wrong_option_in_a_page_is_detected(monkeypatch, capsys):
     assert "presett" in capsys.readouterr().err
 
 
+def test_commands_in_fenced_blocks_are_found():
+    page = """
+```console
+$ pip install x && X=1 python -m experiments.sentiment --seed 2    # text
+$ jaxlm generate DIR \\
+      --seed 3
+jaxlm output
+```
+
+```python
+    jaxlm code = "it's"
+```
+"""
+    assert list(command_lines(page)) == [
+        ["python", "-m", "experiments.sentiment", "--seed", "2"], ["jaxlm", "generate", "DIR", "--seed", "3"],
+    ]  # fmt: skip
+
+
 def test_each_page_links_to_its_notebook():
     for page in TASKS:
         links = re.findall(r"\]\((\.\./[^)#]+|[\w]+\.md)", (ROOT / f"docs/tasks/{page}.md").read_text(encoding="utf-8"))

@@ -16,9 +16,11 @@ def row(op="lstm forward", shape="T128 B32 H512", implementation="jaxlm", median
     }  # fmt: skip
 
 
-def write_results(directory, rows, name="a.json", program="recurrence", time="2026-01-02", peaks="9 GFLOP/s"):
+def write_results(
+    directory, rows, name="a.json", program="recurrence", time="2026-01-02", peaks="9 GFLOP/s", versions="jax 1"
+):
     directory.mkdir(parents=True, exist_ok=True)
-    machine = {"time": time, "load": "0.1", "versions": "jax 1", "commit": 40 * "a", "peaks": peaks}
+    machine = {"time": time, "load": "0.1", "versions": versions, "commit": 40 * "a", "peaks": peaks}
     (directory / name).write_text(json.dumps({"program": program, "machine": machine, "rows": rows}))
 
 
@@ -66,6 +68,33 @@ def test_the_page_has_a_section_per_processor_with_the_newest_first(tmp_path):
         "old_recurrence.svg", "new_recurrence.svg", "old_lengths.svg",
     }  # fmt: skip
     assert write_page(tmp_path)[1] == page
+
+
+def test_numbers_are_at_the_end_of_a_bar_or_to_the_right_of_the_line(tmp_path):
+    write_results(tmp_path, [*ROWS, row(op="gru-before forward")])
+    left, right = report.draw(report.read(tmp_path)).axes
+    assert [(text.get_text(), text.xy[0]) for text in left.texts] == [("2.00", 2.0), ("0.80", 1.0), ("0.10", 1.0)]
+    assert len(right.patches) == 3, "a shape without a baseline has no bar"
+    assert (left.get_xscale(), left.patches[0].get_x()) == ("linear", 0.0)
+
+
+def test_ratios_above_eight_have_a_logarithmic_axis(tmp_path):
+    write_results(tmp_path, [row(), row(implementation="torch", median=0.9, ratio=9.0)])
+    left, _ = report.draw(report.read(tmp_path)).axes
+    assert (left.get_xscale(), left.patches[0].get_x(), left.patches[0].get_width()) == ("log", 1.0, 8.0)
+
+
+def test_earlier_versions_of_jaxlm_are_named(tmp_path):
+    rows = [dict(item, peak=peak, work={"unit": "FLOP"}) for item, peak in zip(ROWS[:4], (4e9, 4e9, 6e9, 6e9))]
+    write_results(tmp_path, rows[:2], "old.json", time="2025-01-02", versions="jax 1")
+    write_results(tmp_path, rows[2:], "new.json", versions="jaxlm 0.3.0 jax 1")
+    measured = report.read(tmp_path)
+    text = report.section("cpu", "A processor", measured, tmp_path)
+    assert "Rows of the tables by version of jaxlm: 2 from 0.1.0, 2 from 0.3.0." in text
+    assert "ran at 4 to 6 GFLOP/s during these measurements (median 5)." in text
+    assert "speed and share of the limit" in text
+    (axes,) = report.draw_processors({"cpu": [item for item in measured if item.implementation == "torch"]}).axes
+    assert [text.get_text() for text in axes.texts] == ["0.80", "2.00 (jaxlm 0.1.0)"]
 
 
 def test_only_programs_with_a_baseline_have_a_bar_chart(tmp_path):
@@ -128,7 +157,11 @@ def test_a_roofline_has_a_point_per_row_and_a_roof_per_run(tmp_path):
     work = shapes.work_of("recurrence", "lstm forward", "T128 B32 H512")
     assert (points[1].get_xdata()[0], points[1].get_ydata()[0]) == (work.flops / work.bytes, work.flops / 0.2 / 1e9)
     assert len(points) == 4
-    assert [number.get_text() for number in axes.texts] == ["1", "1", "2", "2"]
+    assert [point.get_marker() for point in points] == ["o", "o", "s", "s"]  # one marker for each shape
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == [
+        "forward, T128 B32 H512",
+        "forward, T512 B32 H512",
+    ]
     assert (first_roof.get_xdata()[1], first_roof.get_ydata()[1]) == (2.5, 5.0)
     assert (second_roof.get_xdata()[1], second_roof.get_ydata()[1]) == (5.0, 5.0)
     report.section("cpu", "A processor", measured, tmp_path)
@@ -164,6 +197,7 @@ def test_rows_of_the_benchmark_of_texts_are_read(tmp_path):
         "classification, 7 sentences",
     )
     assert (torch.implementation, torch.ratio) == ("torch", 0.5)
+    assert "![Texts: speed](" in report.section("cpu", "A processor", [ours, torch], tmp_path)
 
 
 ESTIMATES = f"{report.BEGIN_ESTIMATES}\nold estimates\n{report.END_ESTIMATES}\n"
@@ -196,6 +230,7 @@ def test_estimates_have_sections_of_their_own(tmp_path):
     assert "| GPT | `jaxlm plan` | 2026-01-02 | jax 1 | abc |" in estimates
     picture = (tmp_path / report.PICTURES / "v9_estimates.svg").read_text()
     assert "estimated by the compiler, not measured" in picture
+    assert "25.5 (does not fit into memory)" in picture
 
 
 def test_an_estimate_without_a_field_is_an_error(tmp_path, capsys):

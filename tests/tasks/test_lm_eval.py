@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import jaxlm
 from jaxlm import cli
 from jaxlm.data import ByteTokenizer
 from jaxlm.testing.helpers import add_noise, initial_params, tiny_model
+from tests.pages import run_page
 
 pytestmark = [pytest.mark.live, pytest.mark.filterwarnings("ignore")]  # warnings of the harness and its libraries
 
@@ -172,6 +174,22 @@ def test_answers_equal_those_of_the_harness_with_transformers(
         if reads_source
         else {"log_likelihoods": 2, "rolling_log_likelihoods": 1, "generate": 1}
     )
+
+
+def test_the_example_of_the_page_runs(task_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
+    monkeypatch.chdir(tmp_path)
+    model = tiny_model("gpt2-tiny", vocab_size=264)
+    jaxlm.save_pretrained("DIR", model, initial_params(model), ByteTokenizer())
+    options = {
+        "task_manager": TaskManager(include_path=str(task_directory), include_defaults=False),
+        "bootstrap_iters": 0,
+    }
+    monkeypatch.setattr(lm_eval, "simple_evaluate", functools.partial(lm_eval.simple_evaluate, **options))
+    page = run_page("docs/evaluation.md", replacements={"lambada_openai": "tiny_choice"})
+    assert 0 <= page["results"]["results"]["tiny_choice"]["acc,none"] <= 1
 
 
 @pytest.fixture(scope="module", params=["lstm-tiny", "attention-rnn-tiny"])
