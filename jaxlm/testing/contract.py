@@ -497,21 +497,37 @@ def test_take_and_reset_act_on_single_rows_of_a_state(name):
 
 @every_decoder
 def test_a_prefix_branches_and_each_branch_rolls_back(name):
-    """Read a prefix once and branch it into three rows, then undo a different number of tokens in each row."""
+    """Read a prefix once and branch it into three rows, then undo a different number of tokens in each row.
+
+    The branches have padding and start new documents. Layers that can be stacked are tested in both layouts.
+    """
     model, params, tokens = setup(name, batch=3, length=11)
     tokens[:, :5] = tokens[0, :5]
+    segments = np.array(
+        [[1] * 5 + row for row in ([1, 1, 2, 2, 2, 2], [1, 0, 2, 2, 2, 1], [1, 1, 1, 2, 2, 3])], np.int32
+    )
+    if model.reads_source:  # a segment id selects a document of the source, which has only one
+        segments = np.minimum(segments, 1)
+    _check_rollback(model, params, tokens, segments)
+    if can_stack_layers(model):
+        _check_rollback(with_stacked_layers(model), spec.restack(params), tokens, segments)
+
+
+def _check_rollback(model, params, tokens, segments):
     source = {key: np.repeat(x[:1], 3, axis=0) for key, x in source_inputs(model, 1).items()}
-    expected = hidden_of(model, params, tokens, **source)
+    expected = hidden_of(model, params, tokens, segment_ids=segments, **source)
     # The state has only 11 slots per row. So the last step works only if the rollback frees the slots of undone tokens.
     _, prefix = apply(model, params, tokens[:1, :5], state=initial_state(model, params, 1, 11))
     before = spec.take_rows_clipped(state_specs_of(model, 1, 11), prefix, jnp.zeros(3, int))
-    hidden, after = apply(model, params, tokens[:, 5:11], state=before)
-    assert relative_error(hidden, expected[:, 5:11]) < TOLERANCE
+    hidden, after = apply(model, params, tokens[:, 5:11], state=before, segment_ids=segments[:, 5:11])
+    is_real = segments[:, 5:11] > 0
+    assert relative_error(hidden[is_real], expected[:, 5:11][is_real]) < TOLERANCE
     count = np.array([3, 2, 0])
-    state = jax.jit(model.rollback)(params, before, tokens[:, 5:11], after, count)
+    state = jax.jit(model.rollback)(params, before, tokens[:, 5:11], after, count, segments[:, 5:11])
     assert spec.differences(state_specs_of(model, 3, 11), state) == []
     positions = 5 + count[:, None] + np.arange(3)
-    hidden, _ = apply(model, params, np.take_along_axis(tokens, positions, axis=1), state=state)
+    next_tokens, next_segments = (np.take_along_axis(x, positions, axis=1) for x in (tokens, segments))
+    hidden, _ = apply(model, params, next_tokens, state=state, segment_ids=next_segments)
     assert relative_error(hidden, np.take_along_axis(expected, positions[..., None], axis=1)) < TOLERANCE
 
 

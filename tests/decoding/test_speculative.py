@@ -37,8 +37,24 @@ def models_of(target, draft, num_proposed=3, **overrides):
     )
 
 
+PAIRS = [
+    ("mamba2", "gpt"),
+    ("griffin", "lstm"),
+    ("gated_deltanet-hybrid-tiny", "gru"),
+    ("xlstm-slstm-tiny", "llama"),
+    ("rwkv7", "resnet_lm"),
+    ("falcon-h1-tiny", "mamba2"),
+    ("resnet_lm", "rwkv7"),
+    ("gemma-3-tiny", "griffin"),
+    ("gpt", "lstm"),
+    ("gru", "llama"),
+    ("transformer_xl", "resnet_lm"),
+]
+"""Pairs of a target and a draft model, with states of many kinds."""
+
+
 @pytest.mark.plain_cases(1)
-@pytest.mark.parametrize(("target", "draft"), [("gpt", "lstm"), ("gru", "llama"), ("transformer_xl", "resnet_lm")])
+@pytest.mark.parametrize(("target", "draft"), PAIRS)
 def test_greedy_tokens_equal_those_of_generate(target, draft):
     models = models_of(target, draft)
     want = generate(
@@ -129,11 +145,18 @@ def test_the_memory_of_the_target_model_must_have_room_for_all_tokens_it_may_att
 
 
 @pytest.mark.plain_cases(1)
-@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=0.7, top_p=0.9)])
-def test_drawn_tokens_have_the_distribution_of_the_target_model(sampling):
+@pytest.mark.parametrize(
+    ("target", "draft", "sampling"),
+    [
+        ("mamba2", "gpt", Sampling()),
+        ("gpt", "gru", Sampling()),
+        ("gpt", "gru", Sampling(temperature=0.7, top_p=0.9)),
+    ],
+)
+def test_drawn_tokens_have_the_distribution_of_the_target_model(target, draft, sampling):
     """A chi-square test of the first three tokens of 4,000 rows, over all texts of three tokens."""
     rows, ids = 4000, 5
-    models = models_of("gpt", "gru", 2, vocab_size=ids, num_layers=1)
+    models = models_of(target, draft, 2, vocab_size=ids, num_layers=1)
     prompts = np.tile(np.array([[1, 3]], np.int32), (rows, 1))
     key = jax.random.key(7)
     result = speculative_generate(models, prompts, max_new_tokens=3, sampling=sampling, key=key)
@@ -150,8 +173,8 @@ def test_drawn_tokens_have_the_distribution_of_the_target_model(sampling):
 
     assert p_value(result.generation.tokens, models.target, models.target_params) > 1e-3
     # The draft model passes its own test, and its distribution is far from that of the target model.
-    draft = generate(models.draft, models.draft_params, prompts, max_new_tokens=3, sampling=sampling, key=key)
-    assert p_value(draft.tokens, models.draft, models.draft_params) > 1e-3
+    drawn = generate(models.draft, models.draft_params, prompts, max_new_tokens=3, sampling=sampling, key=key)
+    assert p_value(drawn.tokens, models.draft, models.draft_params) > 1e-3
     target_texts = _probabilities(models.target, models.target_params, prompts[0], sampling, ids)
     draft_texts = _probabilities(models.draft, models.draft_params, prompts[0], sampling, ids)
     assert np.abs(target_texts - draft_texts).sum() > 0.3

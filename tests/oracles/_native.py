@@ -64,7 +64,7 @@ def each_text(
         positions = [np.nonzero(row_ids == number)[0] for number in range(1, row_ids.max() + 1)]
         outputs = torch.cat([run(row[text_positions]) for text_positions in positions])
         order = np.concatenate(positions)
-        rows.append(torch.zeros(len(row), outputs.shape[-1]).index_copy(0, torch.from_numpy(order), outputs))
+        rows.append(outputs.new_zeros(len(row), outputs.shape[-1]).index_copy(0, torch.from_numpy(order), outputs))
     return torch.stack(rows), ids > 0
 
 

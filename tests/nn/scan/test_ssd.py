@@ -95,6 +95,26 @@ def test_the_gradient_of_negative_eigenvalues_is_accurate_for_decays_near_zero(d
             assert np.linalg.norm(x - y) / np.linalg.norm(y) < tolerance, name
 
 
+@pytest.mark.parametrize("negative_eigenvalues", [False, True])
+def test_one_state_per_chunk_is_saved(negative_eigenvalues):
+    """If the text gets longer, the saved memory grows by the inputs and one state per chunk. No arrays are computed."""
+    state = 2 * 16 * 16
+
+    def saved(steps, implementation):
+        shapes = [(1, steps, 2, 16), (1, steps, 2), (2,), (1, steps, 1, 16), (1, steps, 1, 16), (1, 2, 16, 16)]
+        run = functools.partial(ssd, negative_eigenvalues=negative_eigenvalues, implementation=implementation)
+        arguments = [jax.ShapeDtypeStruct(shape, "float32") for shape in shapes]
+        residuals = jax.eval_shape(lambda *arguments: jax.vjp(run, *arguments)[1], *arguments)
+        return sum(leaf.size for leaf in jax.tree.leaves(residuals))
+
+    def growth(implementation):
+        return (saved(512, implementation) - saved(256, implementation)) / 256
+
+    assert growth(Chunked(32)) - growth(Chunked(64)) == state / 32 - state / 64
+    assert growth(Chunked(64)) - state / 64 < 2 * (2 * 16 + 2 + 16 + 16)  # the inputs, at most twice
+    assert growth("reference") > state
+
+
 def test_the_reference_multiplies_by_the_step_sizes_in_float32():
     """Also with negative eigenvalues, bfloat16 inputs are not rounded again."""
     x, dt, A, b, c, state = arrays()
