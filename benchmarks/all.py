@@ -1,7 +1,7 @@
 """Run the benchmarks of the section "Measurements" of docs/benchmarks.md, and write result files.
 
-    python -m benchmarks.all --full                     about three and a half hours on two cores
-    python -m benchmarks.all --quick                    tiny sizes, about ten minutes: a test that the benchmarks work
+    python -m benchmarks.all --full                     about 200 minutes on two cores
+    python -m benchmarks.all --quick                    tiny sizes, about 20 minutes: a test that the benchmarks work
     python -m benchmarks.all --full --only decoding     the benchmarks whose name contains "decoding"
 
 The benchmarks need no files, except the classification of texts (``benchmarks.texts``). It runs only with
@@ -42,7 +42,7 @@ class Job:
     name: str
     arguments: tuple[str, ...]
     minutes: float
-    quick_minutes: float = 0.5
+    quick_minutes: float = 0.7
 
     @property
     def implementations(self) -> dict[str, str]:

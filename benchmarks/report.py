@@ -268,7 +268,7 @@ def _list(rows: Sequence[Measurement]) -> str:
 
 
 def _plan_table(rows: Sequence[Measurement]) -> str:
-    text = "Steps that `jaxlm plan` planned for this machine (see [tpu.md](tpu.md#how-exact-plans-are))."
+    text = "Steps that `jaxlm plan` planned for this processor (see [tpu.md](tpu.md#how-exact-plans-are))."
     lines = [plans.HEADER, *(row.plan_cells for row in rows)]
     return f'{text} "bound" is a lower bound of the time.\n\n{_markdown_table(lines, num_text_columns=1)}'
 
