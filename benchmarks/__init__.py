@@ -7,7 +7,7 @@
     python -m benchmarks.recurrence    LSTM and GRU layers, forward and backward
     python -m benchmarks.fidelity      largest differences between GPT-2 in jaxlm and in torch, with gradients
     python -m benchmarks.shootout      causal families of jaxlm, at equal parameter counts and at equal FLOPs
-    python -m benchmarks.all           training, decoding, attention, scans, recurrence and speculative, in sequence
+    python -m benchmarks.all           the benchmarks of docs/benchmarks.md, in sequence
     python -m benchmarks.report        tables and charts of docs/benchmarks.md, from the result files
     python -m benchmarks.nanogpt       nanoGPT's CPU configuration, from a text file to a validation loss
     python -m benchmarks.texts         translation and classification of sentences with trained models

@@ -1,8 +1,11 @@
-"""Run the benchmarks of the section "Measurements" of docs/benchmarks.md, except ``texts``, and write result files.
+"""Run the benchmarks of the section "Measurements" of docs/benchmarks.md, and write result files.
 
-    python -m benchmarks.all --full                     about two and a half hours on two cores
-    python -m benchmarks.all --quick                    tiny sizes, a few minutes: a test that the benchmarks work
+    python -m benchmarks.all --full                     about 200 minutes on two cores
+    python -m benchmarks.all --quick                    tiny sizes, about 20 minutes: a test that the benchmarks work
     python -m benchmarks.all --full --only decoding     the benchmarks whose name contains "decoding"
+
+The benchmarks need no files, except the classification of texts (``benchmarks.texts``). It runs only with
+``--classifier``, the directory of a trained model, and ``--texts``, a file.
 
 Each benchmark writes ``NAME.json`` and its log ``NAME.log`` to the output directory. To continue after an interruption
 or a failure, run the same command again. It runs only the benchmarks that have no ``NAME.json``. Run no other program
@@ -20,7 +23,7 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarks import harness, report
+from benchmarks import harness, report, texts
 from benchmarks.harness import UserError
 
 
@@ -33,11 +36,13 @@ class Job:
         arguments: name of the module in ``benchmarks``, then its options.
         minutes: expected duration on two cores. The estimate of the remaining time is the sum of ``minutes`` of the
             remaining jobs, multiplied by the measured / the expected duration of the jobs that succeeded.
+        quick_minutes: the same with ``--quick``.
     """
 
     name: str
     arguments: tuple[str, ...]
     minutes: float
+    quick_minutes: float = 0.7
 
     @property
     def implementations(self) -> dict[str, str]:
@@ -47,30 +52,37 @@ class Job:
 
 def _jobs() -> tuple[Job, ...]:
     models = {
-        "gpt2": 3, "bert-base-uncased": 4, "t5-small": 3, "xlnet-base-cased": 5, "transformer-xl-base": 8, "vdcnn-9": 5,
-        "lstm-zaremba-medium": 2, "smollm2-135m": 4, "mamba2-130m": 8, "griffin-12-layers": 3,
-        "gated-deltanet-12-layers": 3, "xlstm-12-layers": 3,
+        "gpt2": 4, "bert-base-uncased": 6, "t5-small": 4, "xlnet-base-cased": 7, "transformer-xl-base": 11,
+        "vdcnn-9": 7, "lstm-zaremba-medium": 3, "smollm2-135m": 6, "mamba2-130m": 11, "griffin-12-layers": 5,
+        "gated-deltanet-12-layers": 5, "xlstm-12-layers": 5,
     }  # fmt: skip
     decoders = {"gpt2": 22, "t5-small": 14, "lstm-zaremba-medium": 6}
     prompt_options = ("--prompt", "32,512", "--batch", "1,8")
+    xlnet = ("decoding", "--model", "xlnet-base-cased", "--tokens", "16")
     return (
         Job("attention", ("attention",), 21),
         Job("attention_decode", ("attention", "--variants", "decode", "--lengths", "128,1024,4096"), 2),
         Job("recurrence", ("recurrence",), 8),
         Job("scans", ("scans",), 8),
-        *(Job(f"training_{name}", ("training", "--model", name), minutes) for name, minutes in models.items()),
+        *(
+            Job(f"training_{name}", ("training", "--model", name, "--passes", "step,forward"), minutes)
+            for name, minutes in models.items()
+        ),
         *(
             Job(f"decoding_{name}", ("decoding", "--model", name, *prompt_options), minutes)
             for name, minutes in decoders.items()
         ),
-        Job("decoding_xlnet-base-cased", ("decoding", "--model", "xlnet-base-cased", "--tokens", "16"), 4),
+        # The class of transformers has no cache, so eight rows with a prompt of 512 tokens would take about 40 minutes.
+        Job("decoding_xlnet-base-cased", (*xlnet, "--batch", "1,8"), 8),
+        Job("decoding_xlnet-base-cased_prompt512", (*xlnet, "--prompt", "512"), 8),
         Job("speculative", ("speculative",), 8),
+        Job("texts", ("texts",), 9),
+        Job("plans", ("plans",), 8),
     )
 
 
 JOBS = _jobs()
-"""The benchmarks of the section "Measurements" of docs/benchmarks.md, except ``texts``, which needs trained models and
-text files."""
+"""The benchmarks of the section "Measurements" of docs/benchmarks.md that need no files."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +98,11 @@ class All:
     against: str | None = None
     """Baselines, separated by commas. A benchmark ignores baselines that it lacks. Empty: only jaxlm is measured.
     None: the default baselines of each benchmark."""
+    classifier: Path | None = None
+    """Run directory or Hugging Face directory of a BERT classifier for ``benchmarks.texts``. None: classification is
+    not measured."""
+    texts: Path | None = None
+    """Texts for --classifier, one per line."""
     output: Path | None = None
     """Directory of the results. None: benchmarks/results/PROCESSOR; with --quick, benchmarks/results-quick. The page of
     --page also shows the directories beside this directory, so each of them must have results."""
@@ -104,10 +121,11 @@ def run(options: All) -> None:
         raise UserError("give one of the options --full and --quick")
     if options.quick and options.page is not None:
         raise UserError(f"--page {options.page} needs --full: the times of --quick have no meaning")
-    jobs = [job for job in JOBS if options.only in job.name]
+    all_jobs = (*JOBS, *_classification_jobs(options))
+    jobs = [job for job in all_jobs if options.only in job.name]
     if not jobs:
         raise UserError(
-            f"no benchmark has {options.only!r} in its name: choose from {', '.join(job.name for job in JOBS)}"
+            f"no benchmark has {options.only!r} in its name: choose from {', '.join(job.name for job in all_jobs)}"
         )
     if options.against is not None:
         harness.choose_implementations(
@@ -119,12 +137,27 @@ def run(options: All) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     remaining = [job for job in jobs if not (directory / f"{job.name}.json").exists()]
     print(f"{len(jobs)} benchmarks, {len(jobs) - len(remaining)} of them already have results in {directory}")
+    if options.full and options.classifier is None and any(job.name == "texts" for job in jobs):
+        print("The classification of texts is not measured: give --classifier DIRECTORY and --texts FILE")
     failed = _run_all(remaining, directory, options)
     if failed:
         logs = ", ".join(str(directory / f"{name}.log") for name in failed)
         raise harness.Failure(f"{len(failed)} of {len(jobs)} benchmarks failed: see {logs}")
     if options.page is not None:
         report.run(report.Report(results=directory.parent, page=options.page))
+
+
+def _classification_jobs(options: All) -> list[Job]:
+    """The job of the classification of texts, if its files are given.
+
+    Raises:
+        UserError: only one of them is given, a path is wrong, or --quick is given, too.
+    """
+    texts.check(texts.Texts(classifier=options.classifier, texts=options.texts, quick=options.quick))
+    if options.classifier is None or options.texts is None:
+        return []
+    classifier, file = str(options.classifier.absolute()), str(options.texts.absolute())
+    return [Job("texts_classification", ("texts", "--classifier", classifier, "--texts", file), 3)]
 
 
 def _check_page(page: Path, directory: Path) -> None:
@@ -155,19 +188,19 @@ def _default_directory(quick: bool) -> Path:
 def _run_all(jobs: list[Job], directory: Path, options: All) -> list[str]:
     """Run the jobs and return the names of the failed jobs."""
     failed, start = [], time.perf_counter()
-    actual_minutes = expected_minutes = 0.0
-    for number, job in enumerate(jobs, 1):
+    minutes = [job.quick_minutes if options.quick else job.minutes for job in jobs]
+    actual_minutes = expected_minutes = 0.0  # of the jobs that succeeded
+    for number, job in enumerate(jobs):
         job_start = time.perf_counter()
-        estimate = ""
-        if expected_minutes:
-            minutes_left = sum(other.minutes for other in jobs[number - 1 :]) * actual_minutes / expected_minutes
-            estimate = f", about {minutes_left:.0f} min left"
-        bar = "#" * round(20 * (number - 1) / len(jobs))
+        expected_left = sum(minutes[number:])
+        minutes_left = expected_left * (actual_minutes / expected_minutes if expected_minutes else 1.0)
+        bar = "#" * round(20 * (1 - expected_left / sum(minutes)))
         elapsed = (job_start - start) / 60
-        print(f"[{bar:20}] {number}/{len(jobs)} {job.name} · {elapsed:.0f} min{estimate}", flush=True)
+        progress = f"[{bar:20}] {number + 1}/{len(jobs)} {job.name}"
+        print(f"{progress} · {elapsed:.0f} min, about {minutes_left:.0f} min left", flush=True)
         if _run_job(job, directory, options):
             actual_minutes += (time.perf_counter() - job_start) / 60
-            expected_minutes += job.minutes
+            expected_minutes += minutes[number]
         else:
             print(f"{job.name} failed: see {directory / job.name}.log")
             failed.append(job.name)

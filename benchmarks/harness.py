@@ -538,6 +538,22 @@ def check_samples(values: dict[str, list[Any]], tolerance: float) -> None:
 # ------------------------------------------------------------------------------------------------ reporting
 
 
+def run_experiment(name: str, arguments: dict[str, Any], fields: str) -> None:
+    """Train a model with ``python -m experiments.NAME`` in a new process.
+
+    Args:
+        arguments: the options and their values.
+        fields: changes to the config of the model, separated by spaces (``--model.set``); empty: no change.
+
+    Raises:
+        Failure: the training failed.
+    """
+    words = [str(word) for argument in arguments.items() for word in argument]
+    words += ["--model.set", *fields.split()] if fields else []
+    if subprocess.run([sys.executable, "-m", f"experiments.{name}", *words], cwd=ROOT).returncode:
+        raise Failure(f"the training with experiments.{name} failed: see its error above")
+
+
 def describe_machine() -> dict[str, Any]:
     """Properties of the machine and its software that the measurements depend on, such as ``cpu`` and ``versions``."""
     from jaxlm.host import num_cores, processor_name  # imported here, because jaxlm imports jax

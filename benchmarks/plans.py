@@ -1,6 +1,6 @@
 """Measure the memory and the time of steps, and compare them with ``jaxlm plan`` for a device of this machine.
 
-    python -m benchmarks.plans
+    python -m benchmarks.plans --json benchmarks/results/PROCESSOR/plans.json
     python -m benchmarks.plans --model gpt2 --batch 8 --sequence 512 --decode
 
 Memory: the prediction is the sum of the arguments, outputs and temporaries of the step, without the compiled program
@@ -15,7 +15,8 @@ Time: the column "bound ms" is a lower bound of the time of a step. It is the la
 measured first. A decoding step of a model with experts, or with separate tables for the embedding and the output head,
 does not read all parameters. For such a step, the bound is too high.
 
-Each step is planned and measured in its own process.
+Each step is planned and measured in its own process. ``benchmarks.report`` writes the table on the page of the
+benchmarks, from the JSON file.
 """
 
 from __future__ import annotations
@@ -68,6 +69,8 @@ CASES = (
 )  # fmt: skip
 QUICK_CASES = (Case("gpt2-tiny", 16, 32), Case("gpt2-tiny", 8, 32, decode=True))
 """The cases of ``--quick``."""
+HEADER = ("step", "planned GiB", "measured GiB", "measured / planned", "ms", "bound ms", "bound / time")
+"""The columns of the table of the results."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,24 +114,25 @@ def run(options: Plans) -> None:
     for name, value in description.items():
         print(f"{name:10} {value}")
     peak = _in_new_process(machine_peak, 512 if options.quick else 4096)
-    print(f"{'peak':10} {peak['flops'] / 1e9:,.0f} GFLOP/s (matmul), {peak['bytes'] / 1e9:,.1f} GB/s (sum)")
+    description["peaks"] = f"{peak['flops'] / 1e9:,.0f} GFLOP/s matmul, {peak['bytes'] / 1e9:,.1f} GB/s sum"
+    print(f"{'peaks':10} {description['peaks']}")
     records = []
     for case in cases:
         record = _in_new_process(measure, case, options.steps) | {"case": case.name}
         record["bound"] = max(record["flops"] / peak["flops"], record["argument_bytes"] / peak["bytes"])
         record["memory_ratio"] = record["measured_bytes"] / record["planned_bytes"]
         records.append(record)
-    header = ("step", "planned GiB", "measured GiB", "measured / planned", "ms", "bound ms", "bound / time")
-    rows = [
-        [
-            record["case"], f"{record['planned_bytes'] / 2**30:.3f}", f"{record['measured_bytes'] / 2**30:.3f}",
-            f"{record['memory_ratio']:.2f}", f"{1e3 * record['seconds']:,.1f}", f"{1e3 * record['bound']:,.1f}",
-            f"{record['bound'] / record['seconds']:.0%}",
-        ]
-        for record in records
+    print(harness.table(HEADER, [cells(record) for record in records]))
+    harness.write_json(options.json, "plans", options, description, records)
+
+
+def cells(record: dict[str, Any]) -> list[str]:
+    """The columns :data:`HEADER` of one row of the result file."""
+    return [
+        record["case"], f"{record['planned_bytes'] / 2**30:.3f}", f"{record['measured_bytes'] / 2**30:.3f}",
+        f"{record['memory_ratio']:.2f}", f"{1e3 * record['seconds']:,.1f}", f"{1e3 * record['bound']:,.1f}",
+        f"{record['bound'] / record['seconds']:.0%}",
     ]  # fmt: skip
-    print(harness.table(header, rows))
-    harness.write_json(options.json, "plans", options, description | {"peak": peak}, records)
 
 
 def _in_new_process(function: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:

@@ -32,7 +32,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import harness, shapes
+from benchmarks import harness, plans, shapes
 from benchmarks.harness import JAXLM, UserError
 
 BEGIN = "<!-- measured: python -m benchmarks.report writes the lines below -->"
@@ -51,6 +51,7 @@ SECTIONS = {
     "attention": "Attention",
     "recurrence": "Recurrent layers",
     "scans": "Linear recurrences and convolution",
+    "plans": "Plans",
 }
 """Headings of the page in their order, by the name of a benchmark. Results of other benchmarks are ignored."""
 
@@ -65,6 +66,12 @@ FIRST_VERSION = "0.1.0"
 """The version of result files that name no version of jaxlm: the first benchmarks did not record it."""
 GENERATE = "generate"
 """The baseline of speculative decoding: ``jaxlm.decoding.generate``. The summary of a section does not count it."""
+TRAINING_STEP = "training step"
+"""The operation of the optimizer steps of ``benchmarks.training``."""
+JAX_BASELINES = ("flax", "jax.nn", "lax.scan", "lax.conv", "associative_scan")
+"""The baselines that run on JAX. If jaxlm is slower than one of them, this is a defect."""
+NOISE_RATIO = 0.97
+"""A row counts as slower than a JAX baseline if its ratio is below this value."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +110,8 @@ class Measurement:
     """Name of the result file."""
     machine: dict[str, Any]
     """Properties of the machine (``harness.describe_machine``)."""
+    plan_cells: Sequence[str] = ()
+    """The columns ``plans.HEADER``; empty for other benchmarks than ``plans``."""
 
     @property
     def label(self) -> str:
@@ -149,7 +158,7 @@ def _measurements(file: Path) -> list[Measurement]:
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
         rows = [row for row in record["rows"] if isinstance(row, dict) and "seconds" in row]
-        rows = [row for row in rows if "ratio" in row or "ratios" in row]
+        rows = [row for row in rows if {"ratio", "ratios", "planned_bytes"} & row.keys()]
         if record.get("program") not in SECTIONS:
             return []
         common = {"program": record["program"], "file": file.name, "machine": record["machine"]}
@@ -176,6 +185,12 @@ def _row_measurements(row: dict[str, Any], common: dict[str, Any]) -> Iterable[M
                     operation=operation, shape=row["shape"], implementation=name, seconds=seconds, ratio=ratio,
                     peak_percent=None, gigabytes=None, peaks={}, **common,
                 )  # fmt: skip
+        return
+    if common["program"] == "plans":  # one row for each step, without baselines
+        yield Measurement(
+            operation="plan", shape=row["case"], implementation=JAXLM, seconds=row["seconds"], ratio=1.0,
+            peak_percent=None, gigabytes=None, peaks={}, plan_cells=plans.cells(row), **common,
+        )  # fmt: skip
         return
     memory = row.get("facts", {}).get("peak_process_bytes")
     yield Measurement(
@@ -212,7 +227,7 @@ def section(name: str, title: str, measurements: Sequence[Measurement], pictures
     """
     baselines = [row for row in measurements if row.implementation not in (JAXLM, GENERATE)]
     slower = sorted((row for row in baselines if row.ratio < 1.0), key=lambda row: row.ratio)
-    parts = [f"### {title}", _summary(baselines, slower), _circumstances(measurements)]
+    parts = [f"### {title}", _summary(baselines, slower), *_jax_summary(baselines), _circumstances(measurements)]
     for program, heading in SECTIONS.items():
         rows = [row for row in measurements if row.program == program]
         if not rows:
@@ -223,10 +238,13 @@ def section(name: str, title: str, measurements: Sequence[Measurement], pictures
             figure.savefig(pictures / f"{name}_{program}.svg", metadata={"Date": None})
             content = "speed and share of the limit" if len(figure.axes) > 1 else "speed"
             parts.append(f"![{heading}: {content}]({PICTURES}/{name}_{program}.svg)")
+            if memory := [row for row in rows if row.operation == TRAINING_STEP and row.gigabytes is not None]:
+                draw_memory(memory).savefig(pictures / f"{name}_memory.svg", metadata={"Date": None})
+                parts.append(f"![{heading}: peak memory]({PICTURES}/{name}_memory.svg)")
         if program in ROOFLINES and (points := [row for row in rows if PEAKS.keys() <= row.peaks.keys()]):
             draw_rooflines(points).savefig(pictures / f"{name}_{program}_roofline.svg", metadata={"Date": None})
             parts.append(f"![{heading}: roofline]({PICTURES}/{name}_{program}_roofline.svg)")
-        parts.append(_details("All numbers", _table(rows)))
+        parts.append(_plan_table(rows) if program == "plans" else _details("All numbers", _table(rows)))
     if groups := curves(measurements):
         draw_curves(groups).savefig(pictures / f"{name}_lengths.svg", metadata={"Date": None})
         parts.append(f"#### Time as a function of length: {title}")
@@ -241,8 +259,33 @@ def _summary(baselines: Sequence[Measurement], slower: Sequence[Measurement]) ->
     text = f"jaxlm is faster in {len(baselines) - len(slower)} of {len(baselines)} comparisons with baselines."
     if not slower:
         return text
-    names = [f"{row.label}: {row.ratio:.2f} times as fast as {row.implementation}" for row in slower]
-    return f"{text}\n\n" + _details("Comparisons in which jaxlm is slower", "\n".join(f"- {name}" for name in names))
+    return f"{text}\n\n" + _details("Comparisons in which jaxlm is slower", _list(slower))
+
+
+def slower_than_jax(rows: Sequence[Measurement]) -> list[Measurement]:
+    """The rows of JAX baselines with a ratio below :data:`NOISE_RATIO`, the lowest ratio first."""
+    slower = [row for row in rows if row.implementation in JAX_BASELINES and row.ratio < NOISE_RATIO]
+    return sorted(slower, key=lambda row: row.ratio)
+
+
+def _jax_summary(baselines: Sequence[Measurement]) -> list[str]:
+    """The paragraphs about :func:`slower_than_jax`; none if no JAX baseline was measured."""
+    total = sum(row.implementation in JAX_BASELINES for row in baselines)
+    if not total:
+        return []
+    slower = slower_than_jax(baselines)
+    text = f"Slower than a JAX baseline: {len(slower)} of {total} rows (a row counts as slower if its ratio is below "
+    return [f"{text}{NOISE_RATIO}; a smaller difference is noise).", *([_list(slower)] if slower else [])]
+
+
+def _list(rows: Sequence[Measurement]) -> str:
+    return "\n".join(f"- {row.label}: {row.ratio:.2f} times as fast as {row.implementation}" for row in rows)
+
+
+def _plan_table(rows: Sequence[Measurement]) -> str:
+    text = "Steps that `jaxlm plan` planned for this processor (see [tpu.md](tpu.md#how-exact-plans-are))."
+    lines = [plans.HEADER, *(row.plan_cells for row in rows)]
+    return f'{text} "bound" is a lower bound of the time.\n\n{_markdown_table(lines, num_text_columns=1)}'
 
 
 def _circumstances(measurements: Sequence[Measurement]) -> str:
@@ -301,6 +344,8 @@ def estimate_section(file: Path, pictures: Path) -> str:
     Raises:
         UserError: the file does not have the expected fields.
     """
+    from jaxlm.plan.planning import ACCURACY  # imported here, because jaxlm imports jax
+
     header = ["model", "devices", "mesh", "rows x tokens", "memory of a device, GiB", "step, ms", "MFU, %"]
     lines = [[*header, "MFU, communication does not overlap, %"]]
     conditions = [["models", "command", "time", "versions", "commit"]]
@@ -336,6 +381,7 @@ def estimate_section(file: Path, pictures: Path) -> str:
         [
             f"### {title}: estimated by the compiler, not measured",
             f"![{title}: MFU of training steps, estimated by the compiler, not measured]({PICTURES}/{picture})",
+            f"Accuracy: {ACCURACY['tpu']}.",
             _details("All estimates", _markdown_table(lines, num_text_columns=4)),
             _details("Conditions of the estimates", _markdown_table(conditions, num_text_columns=5)),
         ]
@@ -399,6 +445,21 @@ def draw(rows: Sequence[Measurement]) -> Any:
         right.set(ylim=left.get_ylim(), xlim=(0, limit), yticks=[], xlabel="% of the limit")
         right.axvline(100.0, color="#444", linewidth=0.8)
         right.tick_params(axis="x", labelsize=8)
+    return figure
+
+
+def draw_memory(rows: Sequence[Measurement]) -> Any:
+    """A figure with the peak memory of the process of each implementation: one group of bars for each shape.
+
+    Args:
+        rows: measurements of one operation, all with ``gigabytes``.
+    """
+    names = dict.fromkeys(row.implementation for row in rows)
+    bars = {name: {row.shape: row.gigabytes or 0.0 for row in rows if row.implementation == name} for name in names}
+    groups = list(dict.fromkeys(row.shape for row in rows))
+    figure, (axes,) = _new_figure(0.26 * len(rows) + 0.16 * len(groups) + 1.3)
+    _draw_bars(axes, groups, bars, "{:.1f}", notes={})
+    axes.set_xlabel("peak memory of the process, GB (with loading and compilation)")
     return figure
 
 
@@ -657,7 +718,7 @@ def run(options: Report) -> None:
     pictures.mkdir(parents=True, exist_ok=True)
     training = {
         titles.get(name, name): [
-            row for row in measured[name] if row.operation == "training step" and row.implementation != JAXLM
+            row for row in measured[name] if row.operation == TRAINING_STEP and row.implementation != JAXLM
         ]
         for name in newest_first
     }
@@ -672,6 +733,9 @@ def run(options: Report) -> None:
         text = start + "\n\n".join([begin, *estimated, end]) + rest
     options.page.write_text(text, encoding="utf-8")
     print(f"wrote {options.page} and the charts in {pictures}")
+    for name in newest_first:
+        if slower := slower_than_jax(measured[name]):
+            print(f"{titles.get(name, name)}: slower than a JAX baseline:\n{_list(slower)}")
 
 
 def main(arguments: list[str] | None = None) -> int:

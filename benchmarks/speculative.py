@@ -15,7 +15,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -118,10 +117,7 @@ def _train(name: str, directory: Path, options: Speculative) -> Path:
         "--optimizer.warmup-steps": steps // 10, "--validation-fraction": 0.01, "--sample-tokens": 1,
         "--output": directory / name,
     }  # fmt: skip
-    words = [str(word) for argument in arguments.items() for word in argument]
-    command = [sys.executable, "-m", "experiments.text_generation", *words, "--model.set", *fields.split()]
-    if subprocess.run(command, cwd=harness.ROOT).returncode:
-        raise harness.Failure(f"the training of the {name} model failed: see its error above")
+    harness.run_experiment("text_generation", arguments, fields)
     return directory / name
 
 

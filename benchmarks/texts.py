@@ -1,5 +1,7 @@
 """Sentences per second of jaxlm and transformers, in translation with beam search and in classification.
 
+    python -m benchmarks.texts                               trains a translator first: some minutes on two cores
+    python -m benchmarks.texts --quick                       a short test that the benchmark works
     python -m benchmarks.texts --translator runs/translation --sources sentences.txt
     python -m benchmarks.texts --classifier runs/sentiment --texts sentences.txt --rounds 5 --json texts.json
 
@@ -7,6 +9,10 @@
 directory of a T5 model. ``--classifier`` is a run directory of ``experiments.sentiment`` (preset ``minilm``), or a
 Hugging Face directory of BERT with a classification head. ``--sources`` and ``--texts`` have one text per line. Empty
 lines are skipped.
+
+Without ``--translator`` and ``--classifier``, the benchmark trains a translator on the included Bible verses (preset
+``verses``; needs sacrebleu), measures the translation of 256 verses and deletes the model. It trains no classifier,
+because the preset ``minilm`` needs pretrained weights and a data set.
 
 There are two baselines with torch. ``torch`` calls the model of transformers with texts that the benchmark has sorted
 by length, as jaxlm sorts them. ``pipeline`` is one call of ``transformers.pipeline`` with the texts in the order of the
@@ -40,6 +46,12 @@ CLASSIFIERS = {
     "torch": "benchmarks.texts_baselines:TorchClassifier",
     "pipeline": "benchmarks.texts_baselines:PipelineClassifier",
 }
+IMPLEMENTATIONS = CLASSIFIERS
+"""The names of the implementations, which are the same for both tasks."""
+NUM_VERSES, QUICK_NUM_VERSES = 256, 8
+"""Number of verses that a newly trained translator translates, without and with ``--quick``."""
+QUICK_FIELDS = "num_layers=1 num_heads=2 embed_dim=16 head_dim=8 mlp_dim=16"
+"""Config fields of the translator of ``--quick``."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,13 +59,16 @@ class Texts:
     """Measure the sentences per second of translation and classification."""
 
     translator: Path | None = None
-    """Run directory or Hugging Face directory of a T5 model that translates; None: translation is not measured."""
+    """Run directory or Hugging Face directory of a T5 model that translates. None: translation is not measured; without
+    --classifier, too, a translator is trained."""
     sources: Path | None = None
     """Sentences to translate, one per line."""
     classifier: Path | None = None
     """Run directory or Hugging Face directory of a BERT classifier; None: classification is not measured."""
     texts: Path | None = None
     """Texts to classify, one per line."""
+    against: str = "torch,pipeline"
+    """Baselines, separated by commas; empty: only jaxlm is measured."""
     batch: int = 32
     """Sentences per batch."""
     num_beams: int = 5
@@ -65,6 +80,8 @@ class Texts:
     implementation runs twice."""
     json: Path | None = None
     """Write all results to this JSON file too."""
+    quick: bool = False
+    """Train a tiny translator for a few steps, to test that the benchmark works; the measured times have no meaning."""
     device: Literal["any", "cpu", "gpu", "tpu"] = "any"
     """Device of jaxlm and torch; any: the default device of each of them."""
 
@@ -126,39 +143,71 @@ def show(record: dict[str, Any]) -> str:
         )  # fmt: skip
     header = ("implementation", "sentences/s", "median s", "p10", "p90", "first s", "equal")
     ratios = ", ".join(f"{ratio:.2f}x as fast as {name}" for name, ratio in record["ratios"].items())
-    return f"{record['task']}: {record['sentences']:,} sentences\n{harness.table(header, lines)}\njaxlm is {ratios}"
+    text = f"{record['task']}: {record['sentences']:,} sentences\n{harness.table(header, lines)}"
+    return f"{text}\njaxlm is {ratios}" if ratios else text
 
 
 def run(options: Texts) -> None:
     """Measure and print the results."""
+    check(options)
+    targets = [harness.choose_implementations(options.against, known) for known in (TRANSLATORS, CLASSIFIERS)]
+    with tempfile.TemporaryDirectory() as temporary:
+        trains = options.translator is None and options.classifier is None
+        measured = _train(options, Path(temporary)) if trains else options
+        description = harness.describe_machine()
+        for name, value in description.items():
+            print(f"{name:10} {value}")
+        records = []
+        beams = {"num_beams": measured.num_beams, "max_new_tokens": measured.max_new_tokens}
+        for (task, paths), implementations, settings in zip(check(measured).items(), targets, (beams, {}), strict=True):
+            if paths is not None:
+                arguments = {**paths, "batch": options.batch, **settings}
+                records.append(compare(task, implementations, options.rounds, options.device, **arguments))
+                print(f"\n{show(records[-1])}", flush=True)
+    harness.write_json(options.json, "texts", options, description, records)
+
+
+def check(options: Texts) -> dict[str, dict[str, str] | None]:
+    """By task, the directory of the model and the file of sentences; None: the task is not measured.
+
+    Raises:
+        UserError: an option is missing, a path is wrong, or a file has no text.
+    """
     for name, file, model_option, directory in (
         ("sources", options.sources, "translator", options.translator),
         ("texts", options.texts, "classifier", options.classifier),
     ):
+        if options.quick and directory is not None:
+            raise harness.UserError(f"--quick trains a tiny translator: leave out --{model_option} {directory}")
         if file is not None and directory is None:
             raise harness.UserError(f"--{name} {file} needs the directory of a model: give --{model_option} too")
-    if options.translator is None and options.classifier is None:
-        raise harness.UserError("nothing to measure: give --translator and --sources, or --classifier and --texts")
     translation = f"translation, {options.num_beams} beams"
-    files = {
+    return {
         translation: _check_files(translation, options.translator, options.sources),
         "classification": _check_files("classification", options.classifier, options.texts),
     }
-    harness.check_packages("torch", CLASSIFIERS["torch"])
-    description = harness.describe_machine()
-    for name, value in description.items():
-        print(f"{name:10} {value}")
-    records = []
-    beams = {"num_beams": options.num_beams, "max_new_tokens": options.max_new_tokens}
-    for task, implementations, settings in (
-        (translation, TRANSLATORS, beams),
-        ("classification", CLASSIFIERS, {}),
-    ):
-        if paths := files[task]:
-            arguments = {**paths, "batch": options.batch, **settings}
-            records.append(compare(task, implementations, options.rounds, options.device, **arguments))
-            print(f"\n{show(records[-1])}", flush=True)
-    harness.write_json(options.json, "texts", options, description, records)
+
+
+def _train(options: Texts, directory: Path) -> Texts:
+    """Train a translator in ``directory``, and return ``options`` with it and a file of verses that it did not read.
+
+    With ``--quick``, the translations are also short.
+
+    Raises:
+        Failure: the training failed.
+    """
+    from experiments.translation import Data, parts  # imported here, because it imports jax
+
+    print("classification is not measured: give --classifier DIRECTORY and --texts FILE", flush=True)
+    run_directory, file = directory / "translator", directory / "verses.txt"
+    arguments: dict[str, Any] = {"--preset": "verses", "--output": run_directory}
+    if options.quick:
+        arguments |= {"--epochs": 0.02, "--optimizer.warmup-steps": 1, "--buckets": 1, "--vocab-size": 400}
+    harness.run_experiment("translation", arguments, QUICK_FIELDS if options.quick else "")
+    verses = parts(Data())[2].column("source")[: QUICK_NUM_VERSES if options.quick else NUM_VERSES]
+    file.write_text("\n".join(verses), encoding="utf-8")
+    changes: dict[str, Any] = {"num_beams": 2, "max_new_tokens": 8} if options.quick else {}
+    return dataclasses.replace(options, translator=run_directory, sources=file, quick=False, **changes)
 
 
 def _check_files(task: str, directory: Path | None, file: Path | None) -> dict[str, str] | None:

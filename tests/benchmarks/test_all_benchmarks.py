@@ -52,8 +52,8 @@ def test_it_continues_after_a_failure_and_resumes(started_commands, tmp_path, ca
     captured = capsys.readouterr()
     assert "1 of 2 benchmarks failed" in captured.err
     assert "attention_decode.log" in captured.err
-    assert "1/2 attention · 0 min\n" in captured.out
-    assert "2/2 attention_decode · 0 min, about 0 min left\n" in captured.out
+    assert f"[{'':20}] 1/2 attention · 0 min, about 23 min left\n" in captured.out  # the sum of the expected minutes
+    assert f"[{18 * '#':20}] 2/2 attention_decode · 0 min, about 0 min left\n" in captured.out
     assert (output / "attention.json").exists()
     assert not (output / "attention_decode.json").exists()
     assert (output / "attention.log").read_text() == "a log line\n"
@@ -80,16 +80,54 @@ def test_a_failed_benchmark_does_not_change_the_estimated_time(tmp_path, monkeyp
     monkeypatch.setattr(all_benchmarks, "_run_job", run)
     assert all_benchmarks._run_all(jobs, tmp_path, all_benchmarks.All(full=True)) == ["broken"]
     output = capsys.readouterr().out
+    assert "1/3 slow · 0 min, about 30 min left\n" in output
     assert "2/3 broken · 20 min, about 40 min left\n" in output
     assert "3/3 next · 20 min, about 20 min left\n" in output
 
 
+def test_the_progress_bar_has_the_share_of_the_expected_minutes(tmp_path, monkeypatch, capsys):
+    jobs = [all_benchmarks.Job("long", ("scans",), 15, quick_minutes=1), all_benchmarks.Job("short", ("scans",), 5, 3)]
+    monkeypatch.setattr(all_benchmarks, "_run_job", lambda *arguments: True)
+    for options, bar, minutes in ((all_benchmarks.All(full=True), 15, 20), (all_benchmarks.All(quick=True), 5, 4)):
+        all_benchmarks._run_all(jobs, tmp_path, options)
+        first, second = capsys.readouterr().out.splitlines()
+        assert first == f"[{'':20}] 1/2 long · 0 min, about {minutes} min left"
+        assert second.startswith(f"[{bar * '#':20}] 2/2 short")
+
+
+def test_the_jobs_measure_all_sections_of_the_page(started_commands, tmp_path):
+    """Both commands have every benchmark of the page, the losses, and XLNet with eight rows."""
+    for option in ("--full", "--quick"):
+        started_commands.clear()
+        all_benchmarks.main([option, "--output", str(tmp_path / option)])
+        assert {command[0].removeprefix("benchmarks.") for command in started_commands} == set(report.SECTIONS)
+        options = [" ".join(command) for command in started_commands]
+        assert all("--passes step,forward" in text for text in options if text.startswith("benchmarks.training"))
+        assert any("--model xlnet-base-cased --tokens 16 --batch 1,8" in text for text in options)
+
+
+def test_classification_needs_the_files_of_the_user(started_commands, tmp_path, capsys):
+    model, file = tmp_path / "model", tmp_path / "sentences.txt"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    file.write_text("A sentence.")
+    arguments = ["--full", "--only", "texts", "--output", str(tmp_path / "results"), "--against", ""]
+    assert all_benchmarks.main(arguments) == 0
+    assert "give --classifier DIRECTORY and --texts FILE" in capsys.readouterr().out
+    assert [command[:1] for command in started_commands] == [["benchmarks.texts"]]
+    assert all_benchmarks.main([*arguments, "--classifier", str(model), "--texts", str(file)]) == 0
+    assert "give --classifier" not in capsys.readouterr().out
+    assert started_commands[1][:5] == ["benchmarks.texts", "--classifier", str(model), "--texts", str(file)]
+
+
 def test_each_benchmark_gets_the_baselines_that_it_knows(started_commands, tmp_path):
     assert all_benchmarks.main(["--full", "--output", str(tmp_path), "--against", "flax, lax.scan"]) == 1
-    compared = [command for command in started_commands if command[0] != "benchmarks.speculative"]  # no baselines
-    assert len(compared) == len(started_commands) - 1
+    without_baselines = ("benchmarks.speculative", "benchmarks.plans")
+    compared = [command for command in started_commands if command[0] not in without_baselines]
+    assert len(compared) == len(started_commands) - len(without_baselines)
     against = {command[0]: command[command.index("--against") + 1] for command in compared}
     names = {"attention": "", "recurrence": "flax", "scans": "lax.scan", "training": "flax", "decoding": "flax"}
+    names["texts"] = ""
     assert against == {f"benchmarks.{name}": baselines for name, baselines in names.items()}
 
 
@@ -122,6 +160,9 @@ def test_wrong_options_print_an_error(tmp_path, capsys):
         (["--full", "--quick"], "give one of the options --full and --quick"),
         (["--quick", "--page", "x.md"], "--page x.md needs --full"),
         (["--full", "--only", "chess"], "no benchmark has 'chess' in its name"),
+        (["--full", "--texts", "x.txt"], "--texts x.txt needs the directory of a model: give --classifier too"),
+        (["--full", "--classifier", str(tmp_path)], "classification needs a file of sentences"),
+        (["--quick", "--classifier", "x"], "--quick trains a tiny translator: leave out --classifier x"),
     ):
         assert all_benchmarks.main([*arguments, "--output", str(tmp_path / "results")]) == 2
         assert message in capsys.readouterr().err

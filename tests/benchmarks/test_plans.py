@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import plans
+from benchmarks import plans, report
 from jaxlm import get_model, spec
 from jaxlm.plan import plan
 from jaxlm.testing.helpers import initial_params
@@ -26,8 +26,12 @@ def test_the_command_compares_memory_and_time(tmp_path, capsys, monkeypatch):
     monkeypatch.delenv("XLA_FLAGS")  # one device
     path = tmp_path / "plans.json"
     assert plans.main(["--quick", "--steps", "2", "--json", str(path)]) == 0
-    assert "gpt2-tiny, decode, cache 8 x 32" in capsys.readouterr().out
-    rows = json.loads(path.read_text())["rows"]
+    printed = capsys.readouterr().out
+    assert "gpt2-tiny, decode, cache 8 x 32" in printed
+    record = json.loads(path.read_text())
+    assert record["machine"]["peaks"] in printed
+    rows = record["rows"]
+    assert [row.shape for row in report.read(tmp_path)] == [case.name for case in plans.QUICK_CASES]
     assert len(rows) == len(plans.QUICK_CASES)
     for row in rows:
         assert row["measured_bytes"] > 0.5 * row["planned_bytes"]

@@ -4,7 +4,11 @@ import json
 
 import pytest
 
+from benchmarks import all as all_benchmarks
 from benchmarks import harness, report, shapes
+from benchmarks.baselines import JaxImplementation
+from benchmarks.worker import find
+from jaxlm.plan.planning import ACCURACY
 
 PAGE = f"# Benchmarks\n\n{report.BEGIN}\nold text\n{report.END}\n\nMore text.\n"
 
@@ -107,7 +111,72 @@ def test_only_programs_with_a_baseline_have_a_bar_chart(tmp_path):
     assert not any((tmp_path / report.PICTURES).iterdir())
     write_results(tmp_path / "results" / "both", training, program="training")
     assert write_page(tmp_path)[0] == 0
-    assert {path.name for path in (tmp_path / report.PICTURES).iterdir()} == {"both_training.svg", "training.svg"}
+    names = {path.name for path in (tmp_path / report.PICTURES).iterdir()}
+    assert names == {"both_training.svg", "both_memory.svg", "training.svg"}
+
+
+PLAN = {
+    "case": "gpt2, train, 4 x 512", "planned_bytes": 5 * 2**30, "measured_bytes": 6 * 2**30, "memory_ratio": 1.2,
+    "argument_bytes": 9, "flops": 9, "seconds": 0.5, "bound": 0.4,
+}  # fmt: skip
+
+
+def test_plans_have_a_table(tmp_path):
+    results = tmp_path / "results" / "cpu"
+    write_results(results, [PLAN | {"bound": 0.1}], "old.json", "plans", "2026-01-01")
+    write_results(results, [PLAN], "new.json", "plans", "2026-01-02", peaks="156 GFLOP/s matmul, 28.0 GB/s sum")
+    status, page = write_page(tmp_path)
+    assert status == 0
+    table = page.split("#### Plans: cpu")[1]
+    assert "| step | planned GiB | measured GiB | measured / planned | ms | bound ms | bound / time |" in table
+    assert "| gpt2, train, 4 x 512 | 5.000 | 6.000 | 1.20 | 500.0 | 400.0 | 80% |" in table
+    assert "156 GFLOP/s matmul, 28.0 GB/s sum" in table  # the conditions
+    assert not any((tmp_path / report.PICTURES).iterdir())
+
+
+def test_a_plan_without_a_field_is_an_error(tmp_path, capsys):
+    write_results(tmp_path / "results" / "cpu", [{key: PLAN[key] for key in PLAN if key != "bound"}], program="plans")
+    assert write_page(tmp_path)[0] == 2
+    assert "a.json is not a file that a benchmark wrote with --json: KeyError('bound')" in capsys.readouterr().err
+
+
+def test_the_memory_chart_has_a_bar_for_each_training_step(tmp_path):
+    rows = [row("training step"), row("training step", implementation="torch"), row("loss", implementation="torch")]
+    for measured, gigabytes in zip(rows, (3.0, 4.0, 5.0), strict=True):
+        measured["facts"] = {"peak_process_bytes": gigabytes * 1e9}
+    write_results(tmp_path, rows, program="training")
+    page = report.section("cpu", "A processor", report.read(tmp_path), tmp_path)
+    assert f"![Training steps of whole models: peak memory]({report.PICTURES}/cpu_memory.svg)" in page
+    texts = (tmp_path / "cpu_memory.svg").read_text()
+    assert ">3.0<" in texts
+    assert ">4.0<" in texts
+    assert ">5.0<" not in texts
+
+
+def test_rows_that_are_slower_than_a_jax_baseline_are_listed(tmp_path, capsys):
+    """torch is no JAX baseline, and a ratio of 0.97 is noise."""
+    shapes_and_rows = [("T1", "flax", 0.9), ("T2", "jax.nn", 0.96), ("T3", "lax.scan", 0.97), ("T4", "torch", 0.5)]
+    rows = [
+        row(shape=shape, implementation=name, ratio=ratio)
+        for shape, baseline, baseline_ratio in shapes_and_rows
+        for name, ratio in (("jaxlm", 1.0), (baseline, baseline_ratio))
+    ]
+    write_results(tmp_path / "results" / "cpu", rows)
+    status, page = write_page(tmp_path)
+    assert status == 0
+    listed = "- lstm forward, T1: 0.90 times as fast as flax\n- lstm forward, T2: 0.96 times as fast as jax.nn\n"
+    rule = "(a row counts as slower if its ratio is below 0.97; a smaller difference is noise)."
+    assert f"Slower than a JAX baseline: 2 of 3 rows {rule}\n\n{listed}\n" in page
+    assert f"cpu: slower than a JAX baseline:\n{listed}" in capsys.readouterr().out
+    write_results(tmp_path / "results" / "cpu", rows[4:])
+    assert f"Slower than a JAX baseline: 0 of 1 rows {rule}\n\nRows of the tables" in write_page(tmp_path)[1]
+    assert "slower than a JAX baseline" not in capsys.readouterr().out
+
+
+def test_every_baseline_that_runs_on_jax_is_a_jax_baseline():
+    implementations = {name: target for job in all_benchmarks.JOBS for name, target in job.implementations.items()}
+    jax_names = {name for name, target in implementations.items() if issubclass(find(target), JaxImplementation)}
+    assert jax_names == {"jaxlm", *report.JAX_BASELINES}
 
 
 def test_the_committed_page_is_up_to_date(tmp_path):
@@ -227,6 +296,7 @@ def test_estimates_have_sections_of_their_own(tmp_path):
     assert "old estimates" not in page
     assert "### TPU v9: estimated by the compiler, not measured" in estimates
     assert "| GPT | v9:2x2 | data=4 | 8 x 1,024 | 1.50 (does not fit) | 123 | 25.5 | 25.0 |" in estimates
+    assert f"Accuracy: {ACCURACY['tpu']}." in estimates
     assert "| GPT | `jaxlm plan` | 2026-01-02 | jax 1 | abc |" in estimates
     picture = (tmp_path / report.PICTURES / "v9_estimates.svg").read_text()
     assert "estimated by the compiler, not measured" in picture

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import pytest
 
-from benchmarks import harness, texts, texts_baselines
+from benchmarks import harness, report, texts, texts_baselines
 from jaxlm.interop.huggingface import save_pretrained
 from jaxlm.testing.helpers import add_noise, initial_params, tiny_model
 from tests.tasks.test_predict import words_tokenizer
@@ -37,7 +37,7 @@ def test_wrong_paths_and_missing_packages_print_an_error(
     for classifier, sentences, message in (
         (tmp_path / "none", file, f"{tmp_path / 'none'} has no config.json: give the directory of a model"),
         (directory, tmp_path, f"{tmp_path} is not a file: give a file with one text per line"),
-        (directory, file, "torch needs torch: pip install -e '.[reference]' in the clone of jaxlm\n"),
+        (directory, file, "torch needs torch: pip install -e '.[reference]' in the clone of jaxlm, or leave torch out"),
     ):
         assert texts.main(["--classifier", str(classifier), "--texts", str(sentences)]) == 2
         assert message in capsys.readouterr().err
@@ -66,6 +66,22 @@ def test_implementations_on_different_devices_are_not_compared(monkeypatch: pyte
 def test_jaxlm_returns_label_ids(paths: dict[str, str]) -> None:
     labels = texts_baselines.JaxlmClassifier(**paths, batch=2).run()
     assert [type(label) for label in labels] == [int] * 4
+
+
+@pytest.mark.thorough
+def test_quick_trains_and_measures_a_tiny_translator(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--quick", "--rounds", "1", "--against", "", "--json", str(tmp_path / "texts.json")]
+    assert texts.main(arguments) == 0
+    output = capsys.readouterr().out
+    assert "classification is not measured: give --classifier DIRECTORY and --texts FILE" in output
+    assert "jaxlm is" not in output
+    (row,) = report.read(tmp_path)
+    assert row.label == f"translation, 2 beams, {texts.QUICK_NUM_VERSES} sentences"
+
+
+def test_quick_measures_no_other_model(capsys: pytest.CaptureFixture[str]) -> None:
+    assert texts.main(["--quick", "--translator", "model", "--sources", "file"]) == 2
+    assert "--quick trains a tiny translator: leave out --translator model" in capsys.readouterr().err
 
 
 @pytest.mark.live
