@@ -323,6 +323,8 @@ COLORS = {
     "lax.scan": "C4",
     "lax.conv": "C5",
     "associative_scan": "C6",
+    "fla": "C8",
+    "jla": "C9",
 }
 
 
