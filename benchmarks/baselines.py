@@ -187,7 +187,7 @@ def torch_wait() -> None:
 class TorchImplementation(Implementation):
     """Base class of implementations in torch."""
 
-    packages = ("torch", "transformers")
+    packages: tuple[str, ...] = ("torch", "transformers")
 
     def facts(self) -> dict[str, Any]:
         import torch

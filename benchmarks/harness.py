@@ -28,7 +28,9 @@ from benchmarks.shapes import Work
 from benchmarks.worker import find
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("jaxlm", "jax", "jaxlib", "flax", "optax", "torch", "transformers", "numpy")
+PACKAGES = (
+    "jaxlm", "jax", "jaxlib", "flax", "optax", "torch", "transformers", "fla-core", "jax-linear-attention", "numpy",
+)  # fmt: skip
 JAXLM = "jaxlm"
 WARM_UP_SECONDS = 0.3
 """Minimum number of seconds that an implementation runs before each measured repetition. An idle processor needs 0.1 s
@@ -252,11 +254,12 @@ def check_packages(baseline: str, target: str, alternative: str = "") -> None:
         target: ``module:class`` of the baseline.
         alternative: end of the error message, for a benchmark that can also run without this baseline.
     """
-    missing = [package for package in find(target).packages if importlib.util.find_spec(package) is None]
+    kind = find(target)
+    missing = [package for package in kind.packages if importlib.util.find_spec(package) is None]
     if missing:
         from jaxlm import extras  # imported here, because jaxlm imports jax
 
-        raise UserError(f"{baseline} needs {' and '.join(missing)}: {extras.install_command('reference')}{alternative}")
+        raise UserError(f"{baseline} needs {' and '.join(missing)}: {extras.install_command(kind.extra)}{alternative}")
 
 
 def implementations_with_family(

@@ -401,6 +401,8 @@ COLORS = {
     "associative_scan": "C6",
     "pipeline": "C8",
     GENERATE: "C9",
+    "fla": "#aec7e8",
+    "jla": "#ffbb78",
 }
 MARKERS = "osD^v<>PX*"
 """Markers of the shapes in a roofline chart."""

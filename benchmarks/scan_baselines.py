@@ -6,7 +6,10 @@ Shapes: B batch, T time, D channels of a scan, H heads, K head width, C channels
 from __future__ import annotations
 
 import abc
+import importlib.util
 import math
+import runpy
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -173,6 +176,37 @@ class AssociativeScan(Jaxlm):
         return lax.associative_scan(lambda x, y: (x[0] * y[0], y[0] * x[1] + y[1]), inputs, axis=1)[1]
 
 
+class Jla(Jaxlm):
+    """The implementation in plain JAX of the package ``jax-linear-attention`` (JLA), which it uses on a CPU.
+
+    The number of steps of a chunk is JLA's default: 16 for ``generalized_delta_rule``, otherwise 64.
+    """
+
+    packages = ("jla", "equinox")
+    extra = "jla"
+
+    def forward(self, *inputs: Any) -> Any:
+        import equinox
+        import jax
+        from jla.layers.conv import ShortConv
+        from jla.ops import linear_attention
+
+        if self.op == "depthwise_convolution":
+            weight, x = inputs
+            layer = ShortConv(x.shape[-1], len(weight), activation=False)
+            return equinox.tree_at(lambda module: module.weight, layer, weight.T)(x)[0]
+        query, key, value, *gates = inputs
+        if self.op == "linear_attention":
+            kind, options = "gla" if gates[0].ndim == 4 else "simple_gla", {"g": gates[0], "scale": 1.0}
+        elif self.op == "gated_delta_rule":
+            kind, options = "gated_deltanet", {"g": gates[0], "beta": gates[1]}
+        elif self.op == "mlstm":
+            kind, options = "mlstm", {"i": gates[0], "g": jax.nn.log_sigmoid(gates[1])}
+        else:
+            kind, options = "rwkv7", dict(zip("wab", gates, strict=True))
+        return linear_attention(kind, query, key, value, impl="chunked", **options)[0]
+
+
 class Torch(ScanImplementation, TorchImplementation):
     """The operation in torch.
 
@@ -227,3 +261,40 @@ class Torch(ScanImplementation, TorchImplementation):
 
     def to_numpy(self, array: Any) -> np.ndarray:
         return self._swap_axes(array.detach().cpu().numpy())
+
+
+class Fla(Torch):
+    """The operation in fla's files ``naive.py``, which are plain torch, as ``forward`` and gradients of autograd.
+
+    The forms with chunks are used, except for ``linear_attention`` with one decay per channel: fla has only a loop over
+    steps. The files are run without an import of ``fla``, because that needs Triton.
+    """
+
+    packages = (*Torch.packages, "einops", "fla")
+
+    def __init__(self, directory: str, op: str, sizes: dict[str, int], backward: bool) -> None:
+        super().__init__(directory, op, sizes, backward)
+        folders = {"gated_delta_rule": "gated_delta_rule", "generalized_delta_rule": "generalized_delta_rule/dplr"}
+        self.is_per_channel = op == "linear_attention" and sizes["decays"] > 1
+        folder = folders.get(op, "gla" if self.is_per_channel else "simple_gla")
+        package = importlib.util.find_spec("fla")
+        assert package is not None
+        assert package.origin is not None
+        self.functions = runpy.run_path(str(Path(package.origin).parent / "ops" / folder / "naive.py"))
+
+    def _swap_axes(self, array: np.ndarray) -> np.ndarray:
+        return np.swapaxes(array, 1, 2) if self.op == "generalized_delta_rule" else array
+
+    def _forward(self) -> Any:
+        query, *inputs = self.inputs
+        width = query.shape[-1]
+        if self.op == "gated_delta_rule":
+            return self.functions["naive_chunk_gated_delta_rule"](*self.inputs)[0]
+        if self.op == "generalized_delta_rule":  # fla's name of the log decay is gk; it divides queries by sqrt(K)
+            key, value, log_decay, a, b = inputs
+            chunk = math.gcd(query.shape[2], 32)  # 32 is fla's default
+            arguments = query * width**0.5, key, value, a, b, log_decay
+            return self.functions["dplr_chunkwise"](*arguments, chunk_size=chunk)[0]
+        if self.is_per_channel:
+            return self.functions["naive_recurrent_gla"](query * width**0.5, *inputs)[0]
+        return self.functions["naive_chunk_simple_gla"](query, *inputs, scale=1.0)[0]

@@ -1,7 +1,8 @@
-"""Speed of linear recurrences and depthwise convolution: jaxlm compared with plain JAX and with torch.
+"""Speed of linear recurrences and depthwise convolution: jaxlm compared with plain JAX, torch, fla and JLA.
 
     python -m benchmarks.scans                                   all operations, forward and with gradients, float32
     python -m benchmarks.scans --only linear_scan --json scans.json
+    python -m benchmarks.scans --against lax.scan,jla            plain JAX and the package jax-linear-attention (JLA)
     python -m benchmarks.scans --quick                           a short test that the benchmark works
 
 Before the measurement, samples of the output and of each gradient are compared and must agree. In jaxlm and plain
@@ -22,11 +23,11 @@ from benchmarks.harness import JAXLM, UserError
 
 BASELINES = {
     "linear_scan": ("lax.scan", "associative_scan"),
-    "linear_attention": ("lax.scan",),
-    "gated_delta_rule": ("lax.scan", "torch"),
-    "generalized_delta_rule": ("lax.scan",),
-    "mlstm": ("lax.scan", "torch"),
-    "depthwise_convolution": ("lax.conv", "torch"),
+    "linear_attention": ("lax.scan", "fla", "jla"),
+    "gated_delta_rule": ("lax.scan", "torch", "fla", "jla"),
+    "generalized_delta_rule": ("lax.scan", "fla", "jla"),
+    "mlstm": ("lax.scan", "torch", "jla"),
+    "depthwise_convolution": ("lax.conv", "torch", "jla"),
 }
 """Baselines of each operation. ``lax.scan`` and ``lax.conv`` are jaxlm's implementation ``reference``."""
 IMPLEMENTATIONS = {
@@ -35,6 +36,8 @@ IMPLEMENTATIONS = {
     "associative_scan": "benchmarks.scan_baselines:AssociativeScan",
     "lax.conv": "benchmarks.scan_baselines:Reference",
     "torch": "benchmarks.scan_baselines:Torch",
+    "fla": "benchmarks.scan_baselines:Fla",
+    "jla": "benchmarks.scan_baselines:Jla",
 }
 TOLERANCE = 2e-4
 """Maximum difference between jaxlm and a baseline, for sampled elements of each result, relative to the largest
@@ -46,9 +49,9 @@ large."""
 class Scans(harness.Options):
     """Measure scans and depthwise convolutions."""
 
-    against: str = "lax.scan,associative_scan,lax.conv,torch"
+    against: str = "lax.scan,associative_scan,lax.conv,torch,fla"
     """Baselines, separated by commas. Each operation is compared only with the baselines that support it. Empty: only
-    jaxlm is measured."""
+    jaxlm is measured. ``jla`` is not a default, because it needs Python 3.12 and one version of JAX (extra ``jla``)."""
     only: str = ""
     """One operation (a key of ``BASELINES``), such as linear_scan; empty: all operations."""
 

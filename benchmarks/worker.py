@@ -31,6 +31,9 @@ class Implementation(abc.ABC):
     packages: tuple[str, ...] = ()
     """Packages that the implementation needs. Packages that jaxlm itself depends on are not listed."""
 
+    extra: str = "reference"
+    """The extra of jaxlm that installs ``packages``."""
+
     is_freed_memory_kept = False
     """Whether the process keeps freed memory. If True, the worker calls ``jaxlm.host.keep_freed_memory`` before it
     creates the implementation."""

@@ -30,7 +30,12 @@ EXTRAS = (
     (("pytest", "pytest-xdist", "equinox"), "test", "running the tests"),
     (("libtpu",), "tpu", "planning for TPUs (jaxlm plan), or running on a TPU"),
     (("jax-cuda13-plugin",), "cuda13", "planning for GPUs (jaxlm plan), or running on a GPU with CUDA 13"),
-    (("torch", "transformers", "rwkv", "xlstm"), "reference", "tests against the reference implementations"),
+    (("jax-linear-attention",), "jla", "a baseline of benchmarks.scans"),
+    (
+        ("torch", "transformers", "rwkv", "xlstm", "fla-core"),
+        "reference",
+        "tests against the reference implementations",
+    ),
 )
 """Optional packages: their names, the extra of jaxlm that installs them, and their purpose. The packages of the extras
 ``docs`` and ``dev``, tools for changes of this repository, are left out."""

@@ -233,6 +233,12 @@ def test_choose_selects_implementations_and_reports_missing_packages(monkeypatch
     assert list(harness.choose_implementations("flax", recurrence.IMPLEMENTATIONS)) == ["jaxlm", "flax"]
     with pytest.raises(Failure, match="flax needs transformers"):
         harness.choose_implementations("flax", decoding.IMPLEMENTATIONS)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name in ("jla", "fla") else object())
+    for name, extra in (("jla", "jla"), ("fla", "reference")):
+        with pytest.raises(
+            Failure, match=rf"{name} needs {name}: pip install -e '\.\[{extra}\]' in .*leave {name} out"
+        ):
+            harness.choose_implementations(name, scans.IMPLEMENTATIONS)
 
 
 def test_repeated_values_of_an_option_are_rejected() -> None:
