@@ -68,7 +68,7 @@ GENERATE = "generate"
 """The baseline of speculative decoding: ``jaxlm.decoding.generate``. The summary of a section does not count it."""
 TRAINING_STEP = "training step"
 """The operation of the optimizer steps of ``benchmarks.training``."""
-JAX_BASELINES = ("flax", "jax.nn", "lax.scan", "lax.conv", "associative_scan")
+JAX_BASELINES = ("flax", "jax.nn", "lax.scan", "lax.conv", "associative_scan", "jla")
 """The baselines that run on JAX. If jaxlm is slower than one of them, this is a defect."""
 NOISE_RATIO = 0.97
 """A row counts as slower than a JAX baseline if its ratio is below this value."""
