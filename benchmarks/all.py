@@ -151,7 +151,7 @@ def _classification_jobs(options: All) -> list[Job]:
     """The job of the classification of texts, if its files are given.
 
     Raises:
-        UserError: only one of them is given, a path is wrong, or --quick is given, too.
+        UserError: only one of them is given, a path is wrong, or --quick is also given.
     """
     texts.check(texts.Texts(classifier=options.classifier, texts=options.texts, quick=options.quick))
     if options.classifier is None or options.texts is None:

@@ -291,7 +291,7 @@ def _plan_table(rows: Sequence[Measurement]) -> str:
 def _circumstances(measurements: Sequence[Measurement]) -> str:
     """Sentences about the versions of jaxlm and the speed of matmuls. The text after the tables has all conditions."""
     counts = collections.Counter(row.version for row in measurements)
-    text = f"Rows of the tables by version of jaxlm: {', '.join(f'{n} from {v}' for v, n in sorted(counts.items()))}."
+    text = f"Rows of the tables: {', '.join(f'{n} from jaxlm {v}' for v, n in sorted(counts.items()))}."
     peaks = [row.peaks["FLOP"] / 1e9 for row in measurements if "FLOP" in row.peaks]
     if peaks:
         text += f" XLA's float32 matmuls ran at {min(peaks):.0f} to {max(peaks):.0f} GFLOP/s during these measurements"

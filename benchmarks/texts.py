@@ -158,13 +158,14 @@ def run(options: Texts) -> None:
         for name, value in description.items():
             print(f"{name:10} {value}")
         records = []
-        beams = {"num_beams": measured.num_beams, "max_new_tokens": measured.max_new_tokens}
+        beams: dict[str, Any] = {"num_beams": measured.num_beams, "max_new_tokens": measured.max_new_tokens}
         for (task, paths), implementations, settings in zip(check(measured).items(), targets, (beams, {}), strict=True):
             if paths is not None:
                 arguments = {**paths, "batch": options.batch, **settings}
                 records.append(compare(task, implementations, options.rounds, options.device, **arguments))
                 print(f"\n{show(records[-1])}", flush=True)
-    harness.write_json(options.json, "texts", options, description, records)
+    # Without the paths of the temporary directory.
+    harness.write_json(options.json, "texts", dataclasses.replace(options, **beams), description, records)
 
 
 def check(options: Texts) -> dict[str, dict[str, str] | None]:

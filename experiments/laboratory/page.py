@@ -180,7 +180,8 @@ def section(name: str, experiment: Experiment, results: Iterable[Result], pictur
     plan = experiment.plan
     rates = ", ".join(f"{rate:g}" for rate in plan.learning_rates)
     fewer = "" if plan.stop_at is None else f" (fewer if the validation accuracy reaches {plan.stop_at:g} earlier)"
-    layers = " or ".join(map(str, sorted({num_layers(case, plan) for case in experiment.cases.values()})))
+    *others, most = sorted({num_layers(case, plan) for case in experiment.cases.values()})
+    layers = f"{', '.join(map(str, others))} or {most}" if others else str(most)
     lines += [
         f"{layers} layers; {plan.steps:,} steps{fewer}; learning rates {rates}, of which validation selects one "
         f"for each {'model' if plan.share_learning_rate else 'row of the table'}; seeds: {plan.seeds}. Accuracies are "

@@ -348,7 +348,8 @@ class Model:
         The weights of a query sum to 1, with two exceptions. The weights of a query without visible keys are 0. If the
         config of ``attention_rnn`` has a ``window``, the sum may be below 1. Some families (Transformer-XL, Griffin,
         Gated DeltaNet, Mamba-2 with attention, and without a state also T5 and Llama with a window) move the padding of
-        a call to the end of each row. In their weights, the rows and columns of this padding come last.
+        a call to the end of each row. In their weights, the rows and columns of this padding come last
+        (only the rows in "cross").
 
         Args:
             inputs: as for :meth:`apply`, for example ``source`` or ``segment_ids``.
