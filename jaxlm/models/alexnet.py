@@ -28,10 +28,11 @@ import jax.numpy as jnp
 from jaxlm.models import common, heads
 from jaxlm.nn.convolution import causal_convolution, convolution, convolution_specs
 from jaxlm.nn.convolution.pooling import causal_max_pool, max_pool
-from jaxlm.nn.convolution.window import move_padding_last, past_segment_specs, restore_order, tail_specs
+from jaxlm.nn.convolution.window import tail_specs
 from jaxlm.nn.dropout import dropout
 from jaxlm.nn.embedding import embed, round_up
 from jaxlm.nn.linear import linear, linear_specs
+from jaxlm.nn.token_layout import move_padding_last, past_segment_specs, restore_order
 from jaxlm.sharding import constrain
 from jaxlm.spec import ArraySpec, Identity, Normal, Params, State, fold_in_name
 

@@ -26,12 +26,13 @@ from jaxlm.models import common, experts, heads
 from jaxlm.nn.attention import Implementation, attention, cache
 from jaxlm.nn.attention.rotary import RotaryScaling, check_dynamic_scaling, rotary_angles, rotary_width, rotate
 from jaxlm.nn.convolution import causal_depthwise_convolution, depthwise_convolution_specs
-from jaxlm.nn.convolution.window import TokenLayout, move_padding_last, past_segment_specs, restore_order, tail_specs
+from jaxlm.nn.convolution.window import tail_specs
 from jaxlm.nn.embedding import embed
 from jaxlm.nn.experts import RouterStatistics
 from jaxlm.nn.linear import linear, linear_specs
 from jaxlm.nn.norm import l2_normalize, rms_norm, rms_norm_specs
 from jaxlm.nn.scan import gated_delta_rule
+from jaxlm.nn.token_layout import TokenLayout, move_padding_last, past_segment_specs, restore_order
 from jaxlm.sharding import constrain
 from jaxlm.spec import ArraySpec, InverseSoftplus, LogOfUniform, Normal, Params, State, Uniform
 

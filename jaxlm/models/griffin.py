@@ -26,6 +26,7 @@ from jaxlm.nn.linear import linear, linear_specs
 from jaxlm.nn.norm import rms_norm, rms_norm_specs
 from jaxlm.nn.recurrence import rg_lru, rg_lru_specs
 from jaxlm.nn.swiglu import swiglu
+from jaxlm.nn.token_layout import TokenLayout, move_padding_last, past_segment_specs, restore_order
 from jaxlm.sharding import constrain
 from jaxlm.spec import ArraySpec, Normal, Params, State, fold_in_name
 
@@ -102,7 +103,7 @@ def apply(
         key: random key for dropout; None: no dropout.
     """
     common.check_tokens(tokens, segment_ids)
-    tokens, layout = window.move_padding_last(tokens, segment_ids, None if state is None else state["segment_ids"])
+    tokens, layout = move_padding_last(tokens, segment_ids, None if state is None else state["segment_ids"])
     masks = layout.recurrence_masks(include_first=True)
     context, new_state = window_cache.make_context(
         tokens, state, masks.get("reset_BT"), masks.get("keep_BT"), cfg.window
@@ -129,12 +130,12 @@ def apply(
 
     layers = None if state is None else state["layers"]
     x, layers = common.run_layers(block, x, params["layers"], layers, key, remat=cfg.remat)
-    x, segments = window.restore_order(layout, rms_norm(params["final_norm"], x, cfg.norm_epsilon))
+    x, segments = restore_order(layout, rms_norm(params["final_norm"], x, cfg.norm_epsilon))
     return x, None if state is None else {**new_state, "layers": layers, "segment_ids": segments}
 
 
 def _recurrent(
-    weights: Params, x: jax.Array, state: State | None, layout: window.TokenLayout, masks: dict[str, Any]
+    weights: Params, x: jax.Array, state: State | None, layout: TokenLayout, masks: dict[str, Any]
 ) -> tuple[jax.Array, Any]:
     """The output of a recurrent block, [B, T, D], and its new state (None without a state)."""
     gate, x = (constrain(linear(weights[name], x), ("batch", "seq", "mlp")) for name in ("gate", "input"))
@@ -227,7 +228,7 @@ def state_specs(cfg: Config, batch: int, length: int) -> dict[str, Any]:
     }
     return {
         "layers": common.layers_of_kinds(cfg, specs_of),
-        "segment_ids": window.past_segment_specs(batch, cfg.conv_width - 1),
+        "segment_ids": past_segment_specs(batch, cfg.conv_width - 1),
         **window_cache.token_count_specs(batch),
     }
 

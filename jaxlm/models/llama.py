@@ -24,11 +24,11 @@ from jaxlm.models import common, experts, heads
 from jaxlm.nn.activation import activation
 from jaxlm.nn.attention import Implementation, attention, cache
 from jaxlm.nn.attention.rotary import RotaryScaling, rotary_angles, rotate
-from jaxlm.nn.convolution.window import move_padding_last, restore_order
 from jaxlm.nn.embedding import embed
 from jaxlm.nn.experts import RouterStatistics
 from jaxlm.nn.linear import linear, linear_specs
 from jaxlm.nn.norm import rms_norm, rms_norm_specs
+from jaxlm.nn.token_layout import move_padding_last
 from jaxlm.sharding import constrain
 from jaxlm.spec import ArraySpec, Normal, Params, State, fold_in_name
 
@@ -181,7 +181,7 @@ def apply_with_routing(
         in_place=cache.updates_in_place(state, tokens.shape[1]),
     )  # fmt: skip
     x = norm(params["final_norm"], x)
-    x = x if layout is None else restore_order(layout, x)[0]
+    x = x if layout is None else layout.restore(x)
     return *common.decoder_outputs(x, kv, context, state), statistics
 
 

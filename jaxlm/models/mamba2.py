@@ -26,12 +26,13 @@ import numpy as np
 from jaxlm.models import common, heads, hybrid
 from jaxlm.nn.attention import cache
 from jaxlm.nn.convolution import causal_depthwise_convolution, depthwise_convolution_specs
-from jaxlm.nn.convolution.window import TokenLayout, move_padding_last, past_segment_specs, restore_order, tail_specs
+from jaxlm.nn.convolution.window import tail_specs
 from jaxlm.nn.embedding import Unembedding, embed
 from jaxlm.nn.linear import linear_specs
 from jaxlm.nn.norm import rms_norm, rms_norm_specs
 from jaxlm.nn.scan import ssd
 from jaxlm.nn.swiglu import swiglu, swiglu_specs
+from jaxlm.nn.token_layout import TokenLayout, move_padding_last, past_segment_specs, restore_order
 from jaxlm.sharding import constrain
 from jaxlm.spec import ONES, ArraySpec, InverseSoftplus, LogOfUniform, Normal, Params, State, Uniform
 

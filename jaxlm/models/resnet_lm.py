@@ -20,10 +20,11 @@ import jax.numpy as jnp
 
 from jaxlm.models import common, heads
 from jaxlm.nn.convolution import causal_convolution, convolution_specs, weight_norm, weight_norm_specs
-from jaxlm.nn.convolution.window import move_padding_last, past_segment_specs, restore_order, tail_specs
+from jaxlm.nn.convolution.window import tail_specs
 from jaxlm.nn.dropout import dropout
 from jaxlm.nn.embedding import embed
 from jaxlm.nn.linear import linear, linear_specs
+from jaxlm.nn.token_layout import move_padding_last, past_segment_specs, restore_order
 from jaxlm.sharding import constrain
 from jaxlm.spec import ArraySpec, Normal, Params, State, fold_in_name
 

@@ -23,18 +23,12 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from jaxlm.models import common, heads
-from jaxlm.nn.convolution.window import (
-    TokenLayout,
-    move_padding_last,
-    past_segment_specs,
-    previous_inputs,
-    restore_order,
-    tail_specs,
-)
+from jaxlm.nn.convolution.window import previous_inputs, tail_specs
 from jaxlm.nn.embedding import embed
 from jaxlm.nn.linear import linear, linear_specs
 from jaxlm.nn.norm import l2_normalize, layer_norm, layer_norm_specs
 from jaxlm.nn.scan import generalized_delta_rule
+from jaxlm.nn.token_layout import TokenLayout, move_padding_last, past_segment_specs, restore_order
 from jaxlm.sharding import constrain
 from jaxlm.spec import ZEROS, ArraySpec, Constant, Normal, Params, State, Uniform
 

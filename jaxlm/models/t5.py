@@ -29,11 +29,11 @@ from jaxlm.nn.attention.bucket_bias import bias_of_each_distance, distance_bucke
 from jaxlm.nn.attention.distance_bias import distance_bias, distance_bias_at_positions
 from jaxlm.nn.attention.mask import Mask, document_mask
 from jaxlm.nn.attention.source import SourceKV, group_rows_by_source, project_source, with_source_kv
-from jaxlm.nn.convolution.window import move_padding_last, restore_order
 from jaxlm.nn.dropout import dropout
 from jaxlm.nn.embedding import Unembedding, embed
 from jaxlm.nn.linear import linear, linear_specs
 from jaxlm.nn.norm import rms_norm, rms_norm_specs
+from jaxlm.nn.token_layout import move_padding_last
 from jaxlm.sharding import constrain
 from jaxlm.spec import ArraySpec, Normal, Params, State, fold_in_name
 
@@ -116,7 +116,7 @@ def encode(
 
     x, _ = common.run_layers(block, x, params["encoder"]["layers"], None, key, remat=cfg.remat)
     x = dropout(_norm(cfg, params["encoder"]["final_norm"], x), cfg.dropout, fold_in_name(key, "output"))
-    return restore_order(layout, x)[0]
+    return layout.restore(x)
 
 
 def apply(
@@ -184,7 +184,7 @@ def apply(
     in_place = cache.updates_in_place(state, tokens.shape[1])
     x, kv = common.run_layers(block, x, layers, kv, key, remat=cfg.remat, in_place=in_place)
     x = dropout(_norm(cfg, params["decoder"]["final_norm"], x), cfg.dropout, fold_in_name(key, "output"))
-    return common.decoder_outputs(x if state is not None else restore_order(layout, x)[0], kv, context, state)
+    return common.decoder_outputs(x if state is not None else layout.restore(x), kv, context, state)
 
 
 def _attention(

@@ -26,12 +26,12 @@ from jaxlm.nn import choices
 from jaxlm.nn.attention import attention, memory
 from jaxlm.nn.attention.bias import AttentionBias
 from jaxlm.nn.attention.distance_bias import distance_bias, distance_bias_at_query_positions, sinusoids
-from jaxlm.nn.convolution.window import real_first_indices
 from jaxlm.nn.dropout import dropout
 from jaxlm.nn.linear import add_bias, linear, linear_specs
 from jaxlm.nn.loss import adaptive_softmax
 from jaxlm.nn.loss.adaptive_softmax import Clusters
 from jaxlm.nn.norm import layer_norm, layer_norm_specs
+from jaxlm.nn.token_layout import real_first_indices
 from jaxlm.sharding import constrain, num_shards
 from jaxlm.spec import ArraySpec, Normal, Params, State, fold_in_name
 

@@ -23,13 +23,14 @@ from jax.typing import DTypeLike
 from jaxlm.models import common, heads
 from jaxlm.nn.activation import soft_cap
 from jaxlm.nn.convolution import causal_depthwise_convolution, depthwise_convolution_specs
-from jaxlm.nn.convolution.window import TokenLayout, move_padding_last, past_segment_specs, restore_order, tail_specs
+from jaxlm.nn.convolution.window import tail_specs
 from jaxlm.nn.embedding import embed
 from jaxlm.nn.linear import linear, linear_specs
 from jaxlm.nn.norm import multi_head_layer_norm, rms_norm, rms_norm_specs
 from jaxlm.nn.recurrence import slstm, slstm_specs, slstm_state_specs
 from jaxlm.nn.scan import mlstm, mlstm_state_specs
 from jaxlm.nn.swiglu import swiglu, swiglu_specs
+from jaxlm.nn.token_layout import TokenLayout, move_padding_last, past_segment_specs, restore_order
 from jaxlm.sharding import constrain
 from jaxlm.spec import ZEROS, ArraySpec, Constant, Normal, Params, State, Uniform
 

@@ -94,7 +94,7 @@ def test_earlier_versions_of_jaxlm_are_named(tmp_path):
     write_results(tmp_path, rows[2:], "new.json", versions="jaxlm 0.3.0 jax 1")
     measured = report.read(tmp_path)
     text = report.section("cpu", "A processor", measured, tmp_path)
-    assert "Rows of the tables by version of jaxlm: 2 from 0.1.0, 2 from 0.3.0." in text
+    assert "Rows of the tables: 2 from jaxlm 0.1.0, 2 from jaxlm 0.3.0." in text
     assert "ran at 4 to 6 GFLOP/s during these measurements (median 5)." in text
     assert "speed and share of the limit" in text
     (axes,) = report.draw_processors({"cpu": [item for item in measured if item.implementation == "torch"]}).axes

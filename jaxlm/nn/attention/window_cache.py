@@ -68,7 +68,7 @@ def make_context(
             each row is one document without padding; ``state`` must then be None too.
         keep_BT: False at padding. None has the meaning of ``start_BT=None``. Without a state, no padding may be between
             two tokens of a document, because the window would count it. To move the padding to the end of the rows,
-            call ``jaxlm.nn.convolution.window.move_padding_last`` first.
+            call ``jaxlm.nn.token_layout.move_padding_last`` first.
         window: W, the maximum number of tokens that a token attends to, itself included.
 
     Raises:

@@ -15,10 +15,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxlm.nn import choices
-from jaxlm.nn.convolution.window import Padding, TokenLayout, padding_and_count, prepend_tail
+from jaxlm.nn.convolution.window import Padding, padding_and_count, prepend_tail
 from jaxlm.nn.custom_gradient import custom_vjp, sum_dtype
 from jaxlm.nn.linear import linear_specs
 from jaxlm.nn.segments import document_numbers
+from jaxlm.nn.token_layout import TokenLayout
 from jaxlm.spec import ArraySpec, Initializer, Params, require_arrays
 
 DepthwiseImplementation = Literal["reference", "shifts"]

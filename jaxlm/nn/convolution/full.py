@@ -11,9 +11,10 @@ from typing import Any
 
 import jax
 
-from jaxlm.nn.convolution.window import Padding, TokenLayout, causal_windows, windows
+from jaxlm.nn.convolution.window import Padding, causal_windows, windows
 from jaxlm.nn.linear import linear, linear_specs
 from jaxlm.nn.segments import document_numbers
+from jaxlm.nn.token_layout import TokenLayout
 from jaxlm.spec import ArraySpec, Initializer, Params, require_arrays
 
 

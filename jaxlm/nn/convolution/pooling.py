@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxlm.nn.convolution.window import Padding, TokenLayout, causal_windows, windows
+from jaxlm.nn.convolution.window import Padding, causal_windows, windows
+from jaxlm.nn.token_layout import TokenLayout
 from jaxlm.spec import require_arrays
 
 

@@ -7,16 +7,9 @@ import pytest
 
 from jaxlm import spec
 from jaxlm.nn.convolution import causal_convolution, convolution, convolution_specs, weight_norm, weight_norm_specs
-from jaxlm.nn.convolution.window import (
-    causal_windows,
-    move_padding_last,
-    pad_to_length,
-    past_segment_specs,
-    restore_order,
-    tail_specs,
-    windows,
-)
+from jaxlm.nn.convolution.window import causal_windows, pad_to_length, tail_specs, windows
 from jaxlm.nn.segments import document_numbers
+from jaxlm.nn.token_layout import move_padding_last, past_segment_specs, restore_order
 from jaxlm.spec import ONES, Normal
 from jaxlm.testing.helpers import initial_values, relative_error
 

@@ -16,7 +16,8 @@ from jaxlm.nn.convolution import (
     depthwise_convolution,
     depthwise_convolution_specs,
 )
-from jaxlm.nn.convolution.window import move_padding_last, past_segment_specs, restore_order, tail_specs
+from jaxlm.nn.convolution.window import tail_specs
+from jaxlm.nn.token_layout import move_padding_last, past_segment_specs, restore_order
 from jaxlm.spec import Normal
 from jaxlm.testing.helpers import add_noise, assert_trees_close, initial_values, relative_error
 

@@ -9,7 +9,8 @@ import pytest
 
 from jaxlm import spec
 from jaxlm.nn.convolution.pooling import causal_max_pool, k_max_pool, max_pool
-from jaxlm.nn.convolution.window import move_padding_last, past_segment_specs, restore_order, tail_specs
+from jaxlm.nn.convolution.window import tail_specs
+from jaxlm.nn.token_layout import move_padding_last, past_segment_specs, restore_order
 
 X = jnp.asarray(np.random.default_rng(0).standard_normal((2, 13, 5)) - 3.0, jnp.float32)  # all below 0
 
