@@ -91,6 +91,15 @@ def run(experiments: dict[str, Experiment], directory: Path) -> None:
                         plan = dataclasses.replace(plan, learning_rates=(learning_rate,))
 
 
+def _with_text(experiments: dict[str, Experiment], path: Path | None) -> dict[str, Experiment]:
+    """The experiments, with the text at ``path`` for ``war_and_peace``. For errors, see ``war_and_peace.read``."""
+    if path is None or "war_and_peace" not in experiments:
+        return experiments
+    experiment, cases = experiments["war_and_peace"], war_and_peace.cases(war_and_peace.read(path))
+    cases = {name: case for name, case in cases.items() if name in experiment.cases}
+    return {**experiments, "war_and_peace": dataclasses.replace(experiment, cases=cases)}
+
+
 def _report(result: Result) -> None:
     accuracies = ", ".join(f"{test} {accuracy:.3f}" for test, accuracy in result.accuracy.items())
     print(
@@ -159,14 +168,8 @@ def main(arguments: list[str] | None = None) -> int:
     experiments = {name: quick(experiment) for name, experiment in EXPERIMENTS.items()} if parsed.quick else EXPERIMENTS
 
     try:
-        if parsed.war_and_peace is not None:
-            cases = war_and_peace.cases(war_and_peace.read(parsed.war_and_peace))
-            experiments = {
-                **experiments,
-                "war_and_peace": dataclasses.replace(experiments["war_and_peace"], cases=cases),
-            }
         chosen = {name: choose(experiments[name], parsed.model, parsed.case, parsed.width) for name in names}
-    except (OSError, ValueError, ImportError) as error:
+    except (ValueError, ImportError) as error:
         parser.error(str(error))
     chosen = {
         name: experiment
@@ -180,7 +183,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     def command() -> int:
         if parsed.page is None:
-            run(chosen, directory)
+            run(_with_text(chosen, parsed.war_and_peace), directory)
             return 0
         results = {name: Results(directory / f"{name}.jsonl") for name in EXPERIMENTS}
         if not any(page.results_of_plan(experiment, results[name]) for name, experiment in experiments.items()):

@@ -243,16 +243,15 @@ def test_the_cases_of_war_and_peace_have_their_own_layers_and_parts_of_the_text(
 
 
 def test_another_text_or_no_text_is_refused(tmp_path, capsys):
-    path = tmp_path / "text.txt"
+    path, missing = tmp_path / "text.txt", tmp_path / "none"
     path.write_text("Well, Prince")
-    for arguments, error in (
-        (["war_and_peace"], "war_and_peace needs a text: download https://"),
-        (["war_and_peace", "--war-and-peace", str(path)], f"{path} is not War and Peace as in Karpathy et al. 2015"),
-        (["war_and_peace", "--war-and-peace", str(tmp_path / "none")], "is not a file"),
-    ):
-        with pytest.raises(SystemExit):
-            command.main(arguments)
-        assert error in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        command.main(["war_and_peace"])
+    assert "war_and_peace needs a text: download https://" in capsys.readouterr().err
+    for file, error in ((path, "is not War and Peace as in Karpathy et al. 2015"), (missing, "is not a file")):
+        arguments = ["war_and_peace", "--war-and-peace", str(file), "--output", str(tmp_path / "runs")]
+        assert command.main(arguments) == 2
+        assert f"{file} {error}" in capsys.readouterr().err
     case = EXPERIMENTS["war_and_peace"].cases["1 layer"]
     with pytest.raises(ValueError, match="the experiment has no text: download https://"):
         case.training(np.random.default_rng(0))

@@ -57,12 +57,12 @@ def _heads_with_the_same_key(blocks: Blocks) -> list[tuple[int, ...]]:
     return [(head,) for head in range(blocks.J)] if blocks.has_own_keys else [tuple(range(blocks.J))]
 
 
-def _of_heads(x: Any, heads: tuple[int, ...], K: int, blocks: Blocks) -> Any:
+def _query_or_key_of(x: Any, heads: tuple[int, ...], K: int, blocks: Blocks) -> Any:
     """The query or key [L, K] of heads that share it."""
     return x[:, heads[0] * K : (heads[0] + 1) * K] if blocks.has_own_keys else x[...]
 
 
-def _wide(heads: tuple[int, ...], V: int, x_LJ: jax.Array) -> jax.Array:
+def _repeat_columns(heads: tuple[int, ...], V: int, x_LJ: jax.Array) -> jax.Array:
     """The columns of the heads, each of them repeated V times, [L, V * number of heads]."""
     return jnp.concatenate([jnp.broadcast_to(x_LJ[:, h : h + 1], (x_LJ.shape[0], V)) for h in heads], axis=1)
 
@@ -79,17 +79,17 @@ def _backward_kernel(blocks: Blocks, *references: Any) -> None:
     decays = chunk_decays(columns, rows, J)
     dq_parts, dk_parts, dv_heads, db_heads, dscale_heads = ([] for _ in range(5))
     for heads in _heads_with_the_same_key(blocks):
-        q, k = _of_heads(query, heads, K, blocks), _of_heads(key, heads, K, blocks)
+        q, k = _query_or_key_of(query, heads, K, blocks), _query_or_key_of(key, heads, K, blocks)
         all_columns = slice(heads[0] * V, (heads[-1] + 1) * V)
         own = [slice(i * V, (i + 1) * V) for i in range(len(heads))]
-        wide = functools.partial(_wide, heads, V)
+        repeated = functools.partial(_repeat_columns, heads, V)
         scores = dot(q, k, (1, 1))
         state = jnp.concatenate([split_non_finite(states[head])[0] for head in heads], axis=1)
         dafter = jnp.concatenate([carry[head] for head in heads], axis=1)
         state_in, dafter_in = state.astype(dtype), dafter.astype(dtype)
         v, dy = value[:, all_columns], dout[:, all_columns]
         v32, dy32 = v.astype(jnp.float32), dy.astype(jnp.float32)
-        scale, prefix, suffix, total = (wide(x) for x in (decays.scale, decays.prefix, decays.suffix, decays.total))
+        scale, prefix, suffix, total = (repeated(x) for x in (decays.scale, decays.prefix, decays.suffix, decays.total))
         scaled_v = (scale * v32).astype(dtype)
         scaled_v32 = scaled_v.astype(jnp.float32)
         dy_in, v_in = (prefix * dy32).astype(dtype), (suffix * scaled_v32).astype(dtype)
