@@ -181,11 +181,18 @@ def _mixer(
     B, T, _ = u_BTD.shape
     m = cfg.multipliers or hybrid.Multipliers()
     BC_factor = np.repeat(np.array([m.B, m.C]), cfg.num_groups * cfg.state_size)
-    # Slices of one product [B, T, 2, I] would be copied, and so would their gradients.
-    z_weights, x_weights = ({name: w[..., index, :] for name, w in weights["zx"].items()} for index in (0, 1))
-    projections = (z_weights, m.z), (x_weights, m.x), (weights["BC"], BC_factor), (weights["dt"], m.dt)
-    z, x, BC, dt = (hybrid.scaled_linear(w, u_BTD, factor, m.mixer_input) for w, factor in projections)
+
+    def project(weights: Params, factor: Any) -> jax.Array:
+        return hybrid.scaled_linear(weights, u_BTD, factor, m.mixer_input)
+
+    if T == 1:  # slices of the weight would be copied for each token
+        zx = project(weights["zx"], np.array([[m.z], [m.x]]))
+        z, x = zx[:, :, 0], zx[:, :, 1]
+    else:  # slices of the product would be copied, and so would their gradients
+        halves = ({name: w[..., index, :] for name, w in weights["zx"].items()} for index in (0, 1))
+        z, x = (project(half, factor) for half, factor in zip(halves, (m.z, m.x), strict=True))
     z, x = (constrain(y, ("batch", "seq", "mlp")) for y in (z, x))
+    BC, dt = project(weights["BC"], BC_factor), project(weights["dt"], m.dt)
     x_tail, BC_tail, hidden = (None if state is None else state[name] for name in ("x", "BC", "hidden"))
     x, x_tail = causal_depthwise_convolution(weights["x_convolution"], layout, x, x_tail)
     BC, BC_tail = causal_depthwise_convolution(weights["BC_convolution"], layout, BC, BC_tail)
