@@ -550,7 +550,7 @@ def test_plans_are_shown_side_by_side(cpu_topology):
     assert re.search(r"MFU +n/a +n/a", text)
     assert "decode, one token, 32 cache slots" in text
     assert "2*N*rows" in text
-    assert text.count("accuracy: seven steps on an AMD EPYC") == 1
+    assert text.count("accuracy: seven steps on two AMD EPYCs") == 1
     rejected = dataclasses.replace(plans[1], memory=None, collectives=[])
     show([plans[1], plans[0], rejected], console)
     assert re.search(r"all-reduce +\d+ x, [\d.]+ MiB +0 +n/a", console.export_text())
