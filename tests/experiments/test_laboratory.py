@@ -375,7 +375,7 @@ def test_command_runs_quick_experiments_and_writes_the_page(tmp_path, capsys, mo
     assert command.main(["--page", str(tmp_path / "docs"), *output]) == 0
     text = (tmp_path / "docs/laboratory.md").read_text()
     assert "| Z60 | gru | 64 |" in text
-    assert "2 layers; 2 steps;" in text
+    assert "1, 2 or 4 layers; 2 steps;" in text
     with pytest.raises(SystemExit):
         command.main(["--page", str(tmp_path / "docs"), "--model", "gru"])
     assert "--page writes all results" in capsys.readouterr().err
