@@ -31,7 +31,7 @@ from jaxlm.nn.linear import add_bias, linear, linear_specs
 from jaxlm.nn.loss import adaptive_softmax
 from jaxlm.nn.loss.adaptive_softmax import Clusters
 from jaxlm.nn.norm import layer_norm, layer_norm_specs
-from jaxlm.nn.token_layout import real_first_indices
+from jaxlm.nn.token_layout import move_padding_last
 from jaxlm.sharding import constrain, num_shards
 from jaxlm.spec import ArraySpec, Normal, Params, State, fold_in_name
 
@@ -118,15 +118,12 @@ def apply(
     """
     common.check_tokens(tokens, segment_ids)
     dtype = jnp.dtype(cfg.dtype)
-    order_BT = None
-    if segment_ids is not None:
-        # Move the padding of the new tokens to the end of each row. In its usual layout, the memory has its empty slots
-        # and its padding at its start. So the real tokens of the memory and the new real tokens are adjacent. Then the
-        # distance of two tokens is the difference of their indices, and the bias needs no gather (``distance_bias``).
-        order_BT = real_first_indices(segment_ids)
-        tokens, segment_ids = (jnp.take_along_axis(x, order_BT, axis=1) for x in (tokens, segment_ids))
+    # Move the padding of the new tokens to the end of each row. In its usual layout, the memory has its empty slots and
+    # its padding at its start. So the real tokens of the memory and the new real tokens are adjacent. Then the distance
+    # of two tokens is the difference of their indices, and the bias needs no gather (``distance_bias``).
+    tokens, layout = move_padding_last(tokens, segment_ids, None)
     memory_context, state = memory.make_context(
-        tokens, state, segment_ids, window=cfg.memory_length if cfg.same_length else None
+        tokens, state, layout.segment_ids, window=cfg.memory_length if cfg.same_length else None
     )
 
     x = adaptive_softmax.embed(_clusters(cfg), params, tokens, dtype) * jnp.asarray(embedding_multiplier(cfg), dtype)
@@ -147,9 +144,7 @@ def apply(
 
     memories = None if state is None else state["layers"]
     x, new_inputs = common.run_layers(block, x, params["layers"], memories, key, remat=cfg.remat)
-    x = dropout(x, cfg.dropout, fold_in_name(key, "output"))
-    if order_BT is not None:
-        x = jnp.take_along_axis(x, jnp.argsort(order_BT, axis=1)[..., None], axis=1)
+    x = layout.restore(dropout(x, cfg.dropout, fold_in_name(key, "output")))
     return x, None if state is None else {
         **state,
         "layers": memory.append_layers(memories, new_inputs, memory_context),

@@ -36,30 +36,26 @@ def _forward_kernel(blocks: Blocks, *references: Any) -> None:
     states[...] = carry[...]
     J, K, V, dtype = blocks.J, blocks.K, blocks.V, value.dtype
     decays, out_heads = chunk_decays(columns, rows, J), []
-    for head in range(J):
-        if blocks.has_own_keys or head == 0:
-            q, k = query[:, head * K : (head + 1) * K], key[:, head * K : (head + 1) * K]
-            scores, k_transposed = dot(q, k, (1, 1)), k.T.astype(jnp.float32)
-        v, column = value[:, head * V : (head + 1) * V], slice(head, head + 1)
-        state, nan_row = split_non_finite(carry[head])
-        from_state = decays.prefix[:, column] * dot(q, state.astype(dtype), (1, 0))
-        from_state += jnp.where(decays.is_before_reset, nan_row, 0.0)
-        scale_row = decays.scale_rows[column]
-        out_heads.append(dot((scores * decays.pairs(head) * scale_row).astype(dtype), v, (1, 0)) + from_state)
-        scaled_key = (k_transposed * (decays.suffix_rows[column] * scale_row)).astype(dtype)
-        decayed_state = decays.total[:, column] * state + jnp.where(decays.is_before_reset[-1:], nan_row, 0.0)
-        carry[head] = decayed_state + dot(scaled_key, v, (1, 0))
+    for heads in _heads_with_the_same_key(blocks):
+        own_keys = slice(heads[0] * K, (heads[0] + 1) * K)
+        q, k = query[:, own_keys], key[:, own_keys]
+        scores, k_transposed = dot(q, k, (1, 1)), k.T.astype(jnp.float32)
+        for head in heads:
+            v, column = value[:, head * V : (head + 1) * V], slice(head, head + 1)
+            state, nan_row = split_non_finite(carry[head])
+            from_state = decays.prefix[:, column] * dot(q, state.astype(dtype), (1, 0))
+            from_state += jnp.where(decays.is_before_reset, nan_row, 0.0)
+            scale_row = decays.scale_rows[column]
+            out_heads.append(dot((scores * decays.pairs(head) * scale_row).astype(dtype), v, (1, 0)) + from_state)
+            scaled_key = (k_transposed * (decays.suffix_rows[column] * scale_row)).astype(dtype)
+            decayed_state = decays.total[:, column] * state + jnp.where(decays.is_before_reset[-1:], nan_row, 0.0)
+            carry[head] = decayed_state + dot(scaled_key, v, (1, 0))
     out[...] = jnp.concatenate(out_heads, axis=1).astype(dtype)
 
 
 def _heads_with_the_same_key(blocks: Blocks) -> list[tuple[int, ...]]:
     """The heads of a block, grouped by their query and key."""
     return [(head,) for head in range(blocks.J)] if blocks.has_own_keys else [tuple(range(blocks.J))]
-
-
-def _query_or_key_of(x: Any, heads: tuple[int, ...], K: int, blocks: Blocks) -> Any:
-    """The query or key [L, K] of heads that share it."""
-    return x[:, heads[0] * K : (heads[0] + 1) * K] if blocks.has_own_keys else x[...]
 
 
 def _repeat_columns(heads: tuple[int, ...], V: int, x_LJ: jax.Array) -> jax.Array:
@@ -79,7 +75,8 @@ def _backward_kernel(blocks: Blocks, *references: Any) -> None:
     decays = chunk_decays(columns, rows, J)
     dq_parts, dk_parts, dv_heads, db_heads, dscale_heads = ([] for _ in range(5))
     for heads in _heads_with_the_same_key(blocks):
-        q, k = _query_or_key_of(query, heads, K, blocks), _query_or_key_of(key, heads, K, blocks)
+        own_keys = slice(heads[0] * K, (heads[0] + 1) * K)
+        q, k = query[:, own_keys], key[:, own_keys]
         all_columns = slice(heads[0] * V, (heads[-1] + 1) * V)
         own = [slice(i * V, (i + 1) * V) for i in range(len(heads))]
         repeated = functools.partial(_repeat_columns, heads, V)
@@ -96,7 +93,7 @@ def _backward_kernel(blocks: Blocks, *references: Any) -> None:
         dscores, ys, dscaleds = jnp.zeros((L, L), jnp.float32), [], []
         for i, head in enumerate(heads):
             pairs = decays.pairs(head)
-            # The gradient of a log decay is a sum of ``db_head`` over steps. In this sum, the rounding errors of
+            # The gradient of a log decay is a sum of ``db`` over steps. In this sum, the rounding errors of
             # ``y * dy`` and ``scaled_v * dscaled`` must cancel. So both are computed from the same rounded ``weights``
             # and ``scaled_v``.
             weights = (scores * pairs).astype(dtype)
