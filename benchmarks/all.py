@@ -54,7 +54,7 @@ def _jobs() -> tuple[Job, ...]:
     models = {
         "gpt2": 4, "bert-base-uncased": 6, "t5-small": 4, "xlnet-base-cased": 7, "transformer-xl-base": 11,
         "vdcnn-9": 7, "lstm-zaremba-medium": 3, "smollm2-135m": 6, "mamba2-130m": 11, "griffin-12-layers": 5,
-        "gated-deltanet-12-layers": 5, "xlstm-12-layers": 5,
+        "gated-deltanet-12-layers": 5, "xlstm-12-layers": 5, "mixtral-12-layers": 6,
     }  # fmt: skip
     decoders = {"gpt2": 22, "t5-small": 14, "lstm-zaremba-medium": 6}
     prompt_options = ("--prompt", "32,512", "--batch", "1,8")

@@ -1,4 +1,4 @@
-"""Benchmarks of complete models: the training batch of each family, and the classes of each family in other libraries.
+"""Benchmarks of complete models: the training batch of each family, and its classes in other libraries.
 
 ``baselines.Machine`` writes one batch to the directory of the checkpoint, and all implementations read it. Processes
 that run torch also import this module, so it imports jaxlm only in the functions that use jaxlm. Shapes: B batch, T
@@ -7,6 +7,7 @@ time, P predicted positions.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +22,17 @@ DEFAULT_BATCH_SIZES = {
 }  # fmt: skip
 """Default training batch of each family: (rows, tokens per row). The sizes of the LSTM are from Zaremba et al. 2014.
 The tokens of a VDCNN (``resnet``) are characters. The source and the target of T5 each have 128 tokens."""
-TORCH_CLASSES = {
-    "gpt": "GPT2LMHeadModel", "llama": "LlamaForCausalLM", "bert": "BertForMaskedLM",
-    "t5": "T5ForConditionalGeneration", "xlnet": "XLNetLMHeadModel", "transformer_xl": "", "lstm": "", "resnet": "",
-    "mamba2": "Mamba2ForCausalLM", "griffin": "RecurrentGemmaForCausalLM", "gated_deltanet": "Qwen3NextForCausalLM",
-    "xlstm": "xLSTMForCausalLM",
-}  # fmt: skip
-"""Name of the torch class in transformers, by family; empty: the class is in ``torch_models``."""
-FLAX_CLASSES = {name: f"Flax{TORCH_CLASSES[name]}" for name in ("gpt", "bert", "t5")}
-"""Name of the deprecated Flax class in transformers, by family. Flax Llama is missing: it ignores ``rope_theta`` and
+OWN_TORCH_FAMILIES = ("transformer_xl", "lstm", "resnet")
+"""Families whose torch model is in ``torch_models``. Other families have a class in transformers."""
+FLAX_FAMILIES = ("gpt", "bert", "t5")
+"""Families with a Flax class in transformers (deprecated). Llama is missing: its Flax class ignores ``rope_theta`` and
 ``tie_word_embeddings``, so it computes another loss for SmolLM2."""
 DECODED_FAMILIES = ("gpt", "llama", "t5", "xlnet", "lstm", "mamba2")
 """Families whose generation is compared with a baseline."""
-CLASSES_BY_BASELINE = {"torch": TORCH_CLASSES, "torch-compile": TORCH_CLASSES, "flax": FLAX_CLASSES}
-"""Class names by baseline and family. A baseline has no model of the families that are missing in its dict."""
+FAMILIES_BY_BASELINE = {
+    "torch": tuple(DEFAULT_BATCH_SIZES), "torch-compile": tuple(DEFAULT_BATCH_SIZES), "flax": FLAX_FAMILIES,
+}  # fmt: skip
+"""The families that each baseline has."""
 REDUCED_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "griffin-12-layers": (
         "recurrentgemma-2b",
@@ -55,9 +53,16 @@ REDUCED_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "value_dim": 768, "tie_embeddings": True,
         },
     ),
+    "mixtral-12-layers": (
+        "mixtral-8x7b",
+        {
+            "vocab_size": 50304, "num_layers": 12, "embed_dim": 768, "mlp_dim": 1024, "num_heads": 12,
+            "num_kv_heads": 4, "tie_embeddings": True,
+        },
+    ),
 }  # fmt: skip
-"""Models of families whose published models are too large to be trained on a CPU: a published model, and the config
-fields that are changed. The width and the number of layers are those of GPT-2."""
+"""Models for which the published models are too large to be trained on a CPU: a published model, and the config fields
+that are changed. The width and the number of layers are those of GPT-2."""
 BATCH_FILE = "batch.npz"
 """Name of the file of the batch."""
 TINY_FIELDS: dict[str, dict[str, Any]] = {
@@ -68,7 +73,7 @@ For griffin, the window is longer than a row, because without a cache, the class
 
 
 def build(name: str, *, quick: bool = False) -> Any:
-    """The jaxlm model ``name``, or with ``quick`` the tiny variant of its family.
+    """The jaxlm model ``name``, or with ``quick`` a tiny variant of its family (Mixtral: ``mixtral-tiny``).
 
     The dropout rates are 0, because each library samples dropout differently.
 
@@ -81,7 +86,8 @@ def build(name: str, *, quick: bool = False) -> Any:
     name, fields = REDUCED_MODELS.get(name, (name, {}))
     model = jaxlm.get_model(name, **fields)
     if quick:
-        name = next(variant for variant in family(model.family).VARIANTS if variant.endswith("-tiny"))
+        tiny = [variant for variant in family(model.family).VARIANTS if variant.endswith("-tiny")]
+        name = next((variant for variant in tiny if variant.split("-")[0] == name.split("-")[0]), tiny[0])
         fields = TINY_FIELDS.get(model.family, {})
     return jaxlm.get_model(name, **model.zero_dropout, **fields)
 
@@ -190,8 +196,13 @@ def batch_of(arrays: dict[str, np.ndarray]) -> Any:
     return Batch(tokens, labels, weights, target_positions=inputs.pop("target_positions", None), inputs=inputs)
 
 
+def transformers_class(directory: str) -> str:
+    """The name of the torch class in transformers that has the architecture of a checkpoint."""
+    return json.loads((Path(directory) / "config.json").read_text())["architectures"][0]
+
+
 def inputs(family: str, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The arrays of :func:`load` as keyword arguments of the class in transformers (:data:`TORCH_CLASSES`)."""
+    """The arrays of :func:`load` as keyword arguments of the class in transformers (:func:`transformers_class`)."""
     if family == "t5":
         return {"input_ids": arrays["source"], "decoder_input_ids": arrays["tokens"]}
     if family == "xlnet":

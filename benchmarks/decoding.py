@@ -49,7 +49,7 @@ def run(options: Decoding) -> None:
         with harness.session(name, options.device, quick=options.quick) as session:
             family = session.model["family"]
             supported = harness.implementations_with_family(
-                targets, family, complete_models.CLASSES_BY_BASELINE, complete_models.DECODED_FAMILIES
+                targets, family, complete_models.FAMILIES_BY_BASELINE, complete_models.DECODED_FAMILIES
             )
             for batch, prompt in itertools.product(batches, prompts):
                 sizes = {"family": family, "batch": batch, "prompt": prompt, "tokens": options.tokens}

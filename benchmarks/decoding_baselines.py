@@ -52,7 +52,7 @@ class Flax(JaxImplementation):
     def __init__(self, directory: str, family: str, batch: int, prompt: int, tokens: int) -> None:
         jax = jax_exact()
 
-        model = flax_model(directory, family)
+        model = flax_model(directory)
         self.params = jax.device_put(model.params)
         self.prompts, self.tokens = random_tokens(model.config.vocab_size, batch, prompt), tokens
         # As in the other implementations, there is no end token. ``generate`` of the Flax classes does not accept None,

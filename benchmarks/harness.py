@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -263,13 +263,13 @@ def check_packages(baseline: str, target: str, alternative: str = "") -> None:
 
 
 def implementations_with_family(
-    targets: dict[str, str], family: str, classes: dict[str, dict[str, str]], known: Iterable[str]
+    targets: dict[str, str], family: str, families: Mapping[str, Collection[str]], known: Iterable[str]
 ) -> dict[str, str]:
     """The implementations in ``targets`` that have a model of a family. Prints the names of the other implementations.
 
     Args:
         targets: the result of :func:`choose_implementations`.
-        classes: the families that each baseline has, as keys of a dict (``complete_models.CLASSES_BY_BASELINE``).
+        families: the families that each baseline has (``complete_models.FAMILIES_BY_BASELINE``).
         known: the families that the benchmark can measure.
 
     Raises:
@@ -277,7 +277,7 @@ def implementations_with_family(
     """
     if family not in known:
         raise UserError(f"this benchmark cannot measure family {family!r}: choose a model of {', '.join(known)}")
-    missing = [name for name in targets if name != JAXLM and family not in classes[name]]
+    missing = [name for name in targets if name != JAXLM and family not in families[name]]
     if missing:
         print(f"{', '.join(missing)}: no model of the family {family}")
     return {name: target for name, target in targets.items() if name not in missing}

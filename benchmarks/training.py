@@ -4,6 +4,7 @@
     python -m benchmarks.training --model bert-base-uncased,t5-small,xlnet-base-cased,lstm-zaremba-medium,vdcnn-9
     python -m benchmarks.training --model transformer-xl-base
     python -m benchmarks.training --model mamba2-130m,griffin-12-layers,gated-deltanet-12-layers,xlstm-12-layers
+    python -m benchmarks.training --model smollm2-135m,mixtral-12-layers
     python -m benchmarks.training --passes forward,step --against torch,torch-compile,flax --json training.json
     python -m benchmarks.training --quick                            a short test that the benchmark works
 
@@ -71,7 +72,7 @@ def run(options: Training) -> None:
         with harness.session(name, options.device, **sizes) as session:
             model = session.model
             supported = harness.implementations_with_family(
-                targets, model["family"], complete_models.CLASSES_BY_BASELINE, complete_models.DEFAULT_BATCH_SIZES
+                targets, model["family"], complete_models.FAMILIES_BY_BASELINE, complete_models.DEFAULT_BATCH_SIZES
             )
             for pass_name in passes:
                 tolerances = FAMILY_TOLERANCES.get(model["family"], TOLERANCES) if pass_name == "step" else TOLERANCES

@@ -88,7 +88,7 @@ class Flax(JaxTraining):
         import jax.numpy as jnp
         import optax
 
-        model = flax_model(directory, family)
+        model = flax_model(directory)
         arrays = complete_models.load(directory)
         self.is_step = pass_name == "step"
         self.batch = jax.device_put((complete_models.inputs(family, arrays), complete_models.labels(arrays)))
@@ -121,8 +121,8 @@ class Flax(JaxTraining):
             self.function = jax.jit(step, donate_argnums=0)
 
 
-def flax_model(directory: str, family: str) -> Any:
-    """The Flax model of a family with the weights of a checkpoint."""
+def flax_model(directory: str) -> Any:
+    """The Flax model of a checkpoint."""
     import inspect
 
     import jax.numpy as jnp
@@ -131,7 +131,7 @@ def flax_model(directory: str, family: str) -> Any:
     clip = jnp.clip
     if "a_max" not in inspect.signature(clip).parameters:  # Flax T5 passes a_max, which JAX renamed to max
         vars(jnp)["clip"] = lambda x, a_min=None, a_max=None, **options: clip(x, a_min, a_max, **options)
-    return getattr(transformers, complete_models.FLAX_CLASSES[family]).from_pretrained(directory)
+    return getattr(transformers, f"Flax{complete_models.transformers_class(directory)}").from_pretrained(directory)
 
 
 class Torch(TorchImplementation):
@@ -194,7 +194,7 @@ def torch_loss(directory: str, family: str) -> tuple[Any, Callable[[], Any]]:
     if family == "transformer_xl":
         tokens = tensor(arrays["tokens"])
         return model, lambda: model.loss(tokens, labels)
-    if complete_models.TORCH_CLASSES[family]:
+    if family not in complete_models.OWN_TORCH_FAMILIES:
         inputs = {name: tensor(x) for name, x in complete_models.inputs(family, arrays).items()}
         options = {"xlnet": {"use_mems": False}, "bert": {}}.get(family, {"use_cache": False})
 
@@ -223,11 +223,11 @@ def torch_model(directory: str, family: str) -> Any:
     """The torch model of a checkpoint, from transformers or ``torch_models``."""
     from benchmarks import torch_models
 
-    if not complete_models.TORCH_CLASSES[family]:
+    if family in complete_models.OWN_TORCH_FAMILIES:
         return torch_models.read(directory, family)
     import transformers
 
     module = torch_models.xlstm_module() if family == "xlstm" else transformers
-    torch_class = getattr(module, complete_models.TORCH_CLASSES[family])
+    torch_class = getattr(module, complete_models.transformers_class(directory))
     length = complete_models.load(directory)["tokens"].shape[1]
     return torch_class.from_pretrained(directory, **complete_models.torch_options(family, length))

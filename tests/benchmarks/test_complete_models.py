@@ -21,24 +21,26 @@ from jaxlm.objectives import objective
 from jaxlm.plan import flops
 from jaxlm.testing.helpers import initial_params, relative_error
 
-NAMES = {
-    "gpt": "gpt2", "llama": "llama-3.2-1b", "bert": "bert-base-uncased", "t5": "t5-small", "xlnet": "xlnet-base-cased",
-    "transformer_xl": "transformer-xl-base", "lstm": "lstm-zaremba-medium", "resnet": "vdcnn-9",
-    "mamba2": "mamba2-130m", "griffin": "griffin-12-layers", "gated_deltanet": "gated-deltanet-12-layers",
-    "xlstm": "xlstm-12-layers",
-}  # fmt: skip
+NAMES = (
+    "gpt2", "llama-3.2-1b", "mixtral-12-layers", "bert-base-uncased", "t5-small", "xlnet-base-cased",
+    "transformer-xl-base", "lstm-zaremba-medium", "vdcnn-9", "mamba2-130m", "griffin-12-layers",
+    "gated-deltanet-12-layers", "xlstm-12-layers",
+)  # fmt: skip
 
 
 def test_every_measured_family_has_baseline_classes() -> None:
-    assert complete_models.DEFAULT_BATCH_SIZES.keys() == complete_models.TORCH_CLASSES.keys() == NAMES.keys()
-    assert set(complete_models.FLAX_CLASSES) < set(complete_models.TORCH_CLASSES)
-    assert set(complete_models.DECODED_FAMILIES) < set(complete_models.TORCH_CLASSES)
+    families = [complete_models.build(name, quick=True).family for name in NAMES]
+    assert set(complete_models.DEFAULT_BATCH_SIZES) == set(families)
+    assert set(complete_models.FLAX_FAMILIES) < set(families)
+    assert set(complete_models.DECODED_FAMILIES) < set(families)
+    assert set(complete_models.OWN_TORCH_FAMILIES) < set(families)
 
 
-@pytest.mark.parametrize("family", NAMES)
-def test_a_saved_batch_is_loaded_and_has_a_loss(family: str, tmp_path: Path) -> None:
-    model = complete_models.build(NAMES[family], quick=True)
-    assert model.family == family
+@pytest.mark.parametrize("name", NAMES)
+def test_a_saved_batch_is_loaded_and_has_a_loss(name: str, tmp_path: Path) -> None:
+    model = complete_models.build(name, quick=True)
+    has_experts = getattr(model.config, "num_experts", None) is not None
+    assert has_experts == (name == "mixtral-12-layers")
     rates = [value for name, value in vars(model.config).items() if name.endswith("dropout")]
     assert not any(rates)
     batch = complete_models.example(model, *complete_models.sizes(model, True, 3, None))
@@ -54,8 +56,8 @@ def test_a_saved_batch_is_loaded_and_has_a_loss(family: str, tmp_path: Path) -> 
     assert (total.shape, weight.shape) == ((), ())
     labels = complete_models.labels(arrays)
     assert np.sum(labels != complete_models.IGNORED) == np.sum(arrays["weights"] > 0) > 0
-    if complete_models.TORCH_CLASSES[family]:
-        assert all(len(x) == 3 for x in complete_models.inputs(family, arrays).values())
+    if model.family not in complete_models.OWN_TORCH_FAMILIES:
+        assert all(len(x) == 3 for x in complete_models.inputs(model.family, arrays).values())
     assert flops.counted_training_flops(model, loss, batch).amount > 0
 
 
@@ -110,7 +112,7 @@ def test_options_that_cannot_be_measured_raise_errors(capsys: pytest.CaptureFixt
     assert complete_models.example(xlnet, *complete_models.sizes(xlnet, True, 1, 10)).tokens.shape == (1, 10)
     targets = {"jaxlm": "a", "torch": "b", "flax": "c"}
     assert harness.implementations_with_family(
-        targets, "xlnet", complete_models.CLASSES_BY_BASELINE, complete_models.DEFAULT_BATCH_SIZES
+        targets, "xlnet", complete_models.FAMILIES_BY_BASELINE, complete_models.DEFAULT_BATCH_SIZES
     ) == {
         "jaxlm": "a",
         "torch": "b",
@@ -118,7 +120,7 @@ def test_options_that_cannot_be_measured_raise_errors(capsys: pytest.CaptureFixt
     assert "flax: no model of the family xlnet" in capsys.readouterr().out
     with pytest.raises(Failure, match="this benchmark cannot measure family 'gru': choose a model of gpt, llama"):
         harness.implementations_with_family(
-            targets, "gru", complete_models.CLASSES_BY_BASELINE, complete_models.DEFAULT_BATCH_SIZES
+            targets, "gru", complete_models.FAMILIES_BY_BASELINE, complete_models.DEFAULT_BATCH_SIZES
         )
     assert training.main(["--batch", "0"]) == 2
     assert "--batch 0 must be from 1 to" in capsys.readouterr().err
@@ -158,13 +160,14 @@ def test_complete_models_are_measured_without_a_baseline(tmp_path: Path, capsys:
 
 
 @pytest.mark.live
-@pytest.mark.parametrize("family", NAMES)
-def test_implementations_compute_the_same_losses_and_tokens(family: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", NAMES)
+def test_implementations_compute_the_same_losses_and_tokens(name: str, tmp_path: Path) -> None:
     from benchmarks import baselines, decoding_baselines, training_baselines
 
     directory = str(tmp_path / "model")
-    baselines.Machine(directory, NAMES[family], quick=True)
-    names = ["Jaxlm", "Torch", *(["Flax"] if family in complete_models.FLAX_CLASSES else [])]
+    baselines.Machine(directory, name, quick=True)
+    family = complete_models.build(name, quick=True).family
+    names = ["Jaxlm", "Torch", *(["Flax"] if family in complete_models.FLAX_FAMILIES else [])]
 
     def run(module: ModuleType, name: str, times: int, **arguments: Any) -> list[Any]:
         # The Flax classes use implicit rank promotion, which jaxlm never does.
