@@ -807,27 +807,30 @@ def test_pmap_and_shard_map_steps_equal_single_device_step(name):
 def test_runs_under_an_explicit_mesh_and_in_shard_map(name):
     """The hidden states equal those on one device, up to rounding, and an Explicit mesh keeps them sharded.
 
-    The gradients are only traced. Tracing fails if the type of a gradient, such as its sharding, is wrong. In
+    A model with an argument ``positions`` gets positions that begin at 1. The gradients are only traced. Tracing fails if the type of a gradient, such as its sharding, is wrong. In
     ``shard_map``, the gradient is that of the sum of the hidden states. Under an Explicit mesh, it is that of the loss
     with dropout."""
     model, params, tokens = setup(name, batch=8)
-    want, source = hidden_of(model, params, tokens), source_inputs(model, 8)
+    inputs = source_inputs(model, 8)
+    if "positions" in inspect.signature(model.module.apply).parameters:
+        inputs["positions"] = np.tile(np.arange(1, tokens.shape[1] + 1, dtype=np.int32), (8, 1))
+    want = hidden_of(model, params, tokens, **inputs)
     batch_sharded, replicated = jax.sharding.PartitionSpec("data"), jax.sharding.PartitionSpec()
     mapped = jax.shard_map(
-        lambda p, t, s: model.apply(p, t, **s)[0], mesh=make_mesh("data=8"),
+        lambda p, t, inputs: model.apply(p, t, **inputs)[0], mesh=make_mesh("data=8"),
         in_specs=(replicated, batch_sharded, batch_sharded), out_specs=batch_sharded,
     )  # fmt: skip
-    assert relative_error(jax.jit(mapped)(params, tokens, source), want) < TOLERANCE
-    gradient = jax.eval_shape(jax.grad(lambda p: jnp.sum(mapped(p, tokens, source))), params)
+    assert relative_error(jax.jit(mapped)(params, tokens, inputs), want) < TOLERANCE
+    gradient = jax.eval_shape(jax.grad(lambda p: jnp.sum(mapped(p, tokens, inputs))), params)
     assert jax.tree.structure(gradient) == jax.tree.structure(params)
     mesh = make_mesh("data=8", axis_type=jax.sharding.AxisType.Explicit)
     with jax.set_mesh(mesh):
-        sharded_inputs = jax.device_put((params, tokens, source), (replicated, batch_sharded, batch_sharded))
-        hidden = jax.jit(lambda p, t, s: model.apply(p, t, **s)[0])(*sharded_inputs)
+        arguments = jax.device_put((params, tokens, inputs), (replicated, batch_sharded, batch_sharded))
+        hidden = jax.jit(lambda p, t, inputs: model.apply(p, t, **inputs)[0])(*arguments)
         batch = jax.device_put(batch_of(model, tokens), batch_sharded)
         model = model.with_fields(**dict.fromkeys(model.zero_dropout, 0.2))
         loss_gradient = jax.jit(jax.grad(lambda p, b: loss_of(model, p, b, jax.random.key(0))))
-        gradient = jax.eval_shape(loss_gradient, sharded_inputs[0], batch)
+        gradient = jax.eval_shape(loss_gradient, arguments[0], batch)
     assert jax.tree.structure(gradient) == jax.tree.structure(params)
     assert hidden.sharding.spec[0] == "data"
     assert relative_error(hidden, want) < TOLERANCE

@@ -24,6 +24,7 @@ from jaxlm.devices import LANES
 from jaxlm.nn import choices
 from jaxlm.nn.attention.bias import AttentionBias, BiasFn, Tile
 from jaxlm.nn.time_chunks import pad_axis
+from jaxlm.sharding import row_sharding
 
 
 def sinusoids(distance_N: jax.Array, width: int) -> jax.Array:
@@ -210,7 +211,7 @@ class _ByPositions:
         table = arrays["table"]
         row_RE = jnp.clip(self.max_distance - (query_R1 - key_1E), 0, table.shape[-1] - 1)
         if "query" not in arrays:
-            return table[0].at[row_RE].get(mode="promise_in_bounds")
+            return table[0].at[row_RE].get(mode="promise_in_bounds", out_sharding=row_sharding(row_RE))
         product_RN = tile.product(arrays["query"], table, self.scale)
         return jnp.take_along_axis(product_RN, row_RE, axis=1, mode="promise_in_bounds")
 
