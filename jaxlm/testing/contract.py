@@ -807,9 +807,10 @@ def test_pmap_and_shard_map_steps_equal_single_device_step(name):
 def test_runs_under_an_explicit_mesh_and_in_shard_map(name):
     """The hidden states equal those on one device, up to rounding, and an Explicit mesh keeps them sharded.
 
-    A model with an argument ``positions`` gets positions that begin at 1. The gradients are only traced. Tracing fails if the type of a gradient, such as its sharding, is wrong. In
-    ``shard_map``, the gradient is that of the sum of the hidden states. Under an Explicit mesh, it is that of the loss
-    with dropout."""
+    A model with an argument ``positions`` gets positions that begin at 1. The gradients are only traced. Tracing fails
+    if the type of a gradient, such as its sharding, is wrong. In ``shard_map``, the gradient is that of the sum of the
+    hidden states. Under an Explicit mesh, it is that of the loss with dropout.
+    """
     model, params, tokens = setup(name, batch=8)
     inputs = source_inputs(model, 8)
     if "positions" in inspect.signature(model.module.apply).parameters:
