@@ -15,7 +15,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jax import lax
 
 from jaxlm.nn.segments import document_numbers, segment_boundaries, select_state
 from jaxlm.spec import ArraySpec, require_arrays
@@ -40,6 +39,13 @@ class TokenLayout:
     past_segment_ids: Any
     documents: Any
     num_real: Any
+
+    def documents_with_past(self, num_past: int) -> jax.Array:
+        """The document numbers of the last ``num_past`` real tokens of earlier calls and of all tokens of the call.
+
+        There must be a state with at least ``num_past`` past segment ids.
+        """
+        return self.documents[:, self.past_segment_ids.shape[1] - num_past :]
 
     def reorder(self, x_BT: jax.Array | None) -> jax.Array | None:
         """An array [B, T, ...] of the tokens before reordering, in the order of the layout. None gives None."""
@@ -127,4 +133,7 @@ def last_real(x_BS: jax.Array, num_real_B: jax.Array, length: int) -> jax.Array:
     """
     if x_BS.shape[1] == length + 1:  # one new token: XLA would turn the slices below into a gather
         return select_state(num_real_B > 0, x_BS[:, 1:], x_BS[:, :-1])
-    return jax.vmap(lambda row, num_real: lax.dynamic_slice_in_dim(row, num_real, length))(x_BS, num_real_B)
+    # One index per entry: for a slice of ``length`` entries, XLA would transpose all of ``x`` on a TPU.
+    index_BW = num_real_B[:, None] + jnp.arange(length)[None]
+    index_BW = index_BW.reshape(*index_BW.shape, *[1] * (x_BS.ndim - 2))
+    return jnp.take_along_axis(x_BS, index_BW, axis=1, mode="promise_in_bounds")

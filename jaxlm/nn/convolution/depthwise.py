@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxlm.nn import choices
-from jaxlm.nn.convolution.window import Padding, padding_and_count, prepend_tail
+from jaxlm.nn.convolution.window import Padding, next_tail, padding_and_count
 from jaxlm.nn.custom_gradient import custom_vjp, sum_dtype
 from jaxlm.nn.linear import linear_specs
 from jaxlm.nn.segments import document_numbers
@@ -75,18 +75,24 @@ def depthwise_convolution(
     choices.check_implementation("depthwise_convolution", implementation, DepthwiseImplementation, reasons)
     implementation = implementation or choices.depthwise_convolution(segment_ids)
     documents_BT = None if segment_ids is None else document_numbers(segment_ids)
-    return _convolution(params, x_BTC, padding, dilation, documents_BT, implementation)
+    return _convolution(params, x_BTC, None, padding, dilation, documents_BT, implementation)
 
 
 def _convolution(
     params: Params,
     x_BTC: jax.Array,
+    tail_BWC: jax.Array | None,
     padding: Padding,
     dilation: int,
-    documents_BT: jax.Array | None,
+    documents_BS: jax.Array | None,
     implementation: DepthwiseImplementation,
 ) -> jax.Array:
-    """The result of :func:`depthwise_convolution`, from document numbers instead of segment ids."""
+    """The result of :func:`depthwise_convolution` or :func:`causal_depthwise_convolution`.
+
+    Args:
+        tail_BWC: the inputs before ``x``; only for ``shifts`` and ``causal`` padding. None: zeros.
+        documents_BS: document numbers of the tail (if there is one) and of ``x``; None: each row is one document.
+    """
     weight_KC = params["weight"].astype(x_BTC.dtype)
     kernel, channels = weight_KC.shape
     if x_BTC.ndim != 3 or x_BTC.shape[-1] != channels:
@@ -105,7 +111,7 @@ def _convolution(
     else:
         offsets = tuple(tap * dilation - before for tap in range(kernel))
         document_offset = offsets[-1] if padding == "valid" else 0
-        y_BTC = _shifted_products(_Taps(offsets, document_offset, count), weight_KC, x_BTC, documents_BT)
+        y_BTC = _shifted_products(_Taps(offsets, document_offset, count), weight_KC, x_BTC, tail_BWC, documents_BS)
     return y_BTC if "bias" not in params else y_BTC + params["bias"].astype(x_BTC.dtype)[None, None, :]
 
 
@@ -118,9 +124,13 @@ def causal_depthwise_convolution(
     ``jaxlm.nn.convolution.window`` for ``layout`` and the tails.
     """
     require_arrays(x_BTC=x_BTC, tail_BWC=tail_BWC)
-    implementation = choices.depthwise_convolution(layout.segment_ids)
-    x_BSC, documents_BS, padding, tail_BWC = prepend_tail(layout, x_BTC, tail_BWC)
-    return _convolution(params, x_BSC, padding, dilation, documents_BS, implementation), tail_BWC
+    if tail_BWC is None:
+        implementation = choices.depthwise_convolution(layout.segment_ids)
+        return _convolution(params, x_BTC, None, "causal", dilation, layout.documents, implementation), None
+    tail_BWC = tail_BWC.astype(x_BTC.dtype)
+    documents_BS = layout.documents_with_past(tail_BWC.shape[1])
+    y_BTC = _convolution(params, x_BTC, tail_BWC, "causal", dilation, documents_BS, "shifts")
+    return y_BTC, next_tail(layout, x_BTC, tail_BWC)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +138,7 @@ class _Taps:
     """The taps of each of ``count`` outputs.
 
     Output t reads ``x[t + offset]`` for each offset in ``offsets``. Output t belongs to the document of input
-    ``t + document_offset``.
+    ``t + document_offset``. With a tail of W inputs, input ``t`` of a negative t is entry ``W + t`` of the tail.
     """
 
     offsets: tuple[int, ...]
@@ -137,32 +147,44 @@ class _Taps:
 
 
 def _shifted_products_forward(
-    taps: _Taps, weight_KC: jax.Array, x_BTC: jax.Array, documents_BT: jax.Array | None
+    taps: _Taps, weight_KC: jax.Array, x_BTC: jax.Array, tail_BWC: jax.Array | None, documents_BS: jax.Array | None
 ) -> Any:
     dtype = sum_dtype(x_BTC)
     total_BTC = jnp.zeros((), dtype)
-    for weight_C, offset, same_BT in zip(weight_KC, taps.offsets, _same_document(taps, documents_BT), strict=True):
-        tap_BTC = _masked(same_BT, _shifted(x_BTC, offset, taps.count))
+    same_document = _same_document(taps, documents_BS, tail_BWC)
+    for weight_C, offset, same_BT in zip(weight_KC, taps.offsets, same_document, strict=True):
+        tap_BTC = _masked(same_BT, _inputs(taps, x_BTC, tail_BWC, offset))
         total_BTC = total_BTC + tap_BTC.astype(dtype) * weight_C.astype(dtype)[None, None]
-    return total_BTC.astype(x_BTC.dtype), (weight_KC, x_BTC, documents_BT)
+    return total_BTC.astype(x_BTC.dtype), (weight_KC, x_BTC, tail_BWC, documents_BS)
 
 
 def _shifted_products_backward(taps: _Taps, saved: Any, dy_BTC: jax.Array) -> Any:
-    weight_KC, x_BTC, documents_BT = saved
-    same_document = _same_document(taps, documents_BT)
+    weight_KC, x_BTC, tail_BWC, documents_BS = saved
+    same_document = _same_document(taps, documents_BS, tail_BWC)
     dtype = sum_dtype(x_BTC)
-    total_BTC = jnp.zeros((), dtype)
-    for weight_C, offset, same_BT in zip(weight_KC, taps.offsets, same_document, strict=True):
-        tap_BTC = _shifted(_masked(same_BT, dy_BTC), -offset, x_BTC.shape[1])
-        total_BTC = total_BTC + tap_BTC.astype(dtype) * weight_C.astype(dtype)[None, None]
-    dweight_KC = _weight_gradient(taps, x_BTC, dy_BTC, same_document)
-    return dweight_KC.astype(weight_KC.dtype), total_BTC.astype(x_BTC.dtype), None
+
+    def input_gradient(first: int, count: int) -> jax.Array:
+        """The gradient of the inputs [first, first + count); a negative index is in the tail."""
+        total_BTC = jnp.zeros((), dtype)
+        for weight_C, offset, same_BT in zip(weight_KC, taps.offsets, same_document, strict=True):
+            # The mask is shifted too. If the masked gradient were shifted, XLA would store it for each tap on a TPU.
+            same_BT = None if same_BT is None else _shifted(same_BT, first - offset, count)
+            tap_BTC = _masked(same_BT, _shifted(dy_BTC, first - offset, count))
+            total_BTC = total_BTC + tap_BTC.astype(dtype) * weight_C.astype(dtype)[None, None]
+        return total_BTC.astype(x_BTC.dtype)
+
+    dx_BTC = input_gradient(0, x_BTC.shape[1])
+    dtail_BWC = None if tail_BWC is None else input_gradient(-tail_BWC.shape[1], tail_BWC.shape[1])
+    dweight_KC = _weight_gradient(taps, x_BTC, tail_BWC, dy_BTC, same_document)
+    return dweight_KC.astype(weight_KC.dtype), dx_BTC, dtail_BWC, None
 
 
 _shifted_products = custom_vjp.from_rules(_shifted_products_forward, _shifted_products_backward, nondiff_argnums=(0,))
 
 
-def _weight_gradient(taps: _Taps, x_BTC: jax.Array, dy_BTC: jax.Array, same_document: Sequence[Any]) -> jax.Array:
+def _weight_gradient(
+    taps: _Taps, x_BTC: jax.Array, tail_BWC: jax.Array | None, dy_BTC: jax.Array, same_document: Sequence[Any]
+) -> jax.Array:
     """The gradient of the weights: for each tap, the sum over rows and time of inputs times output gradients, [K, C]
     in the dtype of the sums (``sum_dtype``).
 
@@ -179,7 +201,7 @@ def _weight_gradient(taps: _Taps, x_BTC: jax.Array, dy_BTC: jax.Array, same_docu
     end = begin + blocks * BLOCK
 
     def products(tap: int, start: int, stop: int) -> jax.Array:
-        x_BLC = _shifted(x_BTC, taps.offsets[tap], taps.count)[:, start:stop].astype(dtype)
+        x_BLC = _inputs(taps, x_BTC, tail_BWC, taps.offsets[tap])[:, start:stop].astype(dtype)
         same_BL = None if same_document[tap] is None else same_document[tap][:, start:stop]
         return _masked(same_BL, x_BLC * dy_BTC[:, start:stop].astype(dtype))
 
@@ -212,12 +234,22 @@ def _shifted(x_BT: jax.Array, offset: int, count: int) -> jax.Array:
     return lax.pad(x_BT, jnp.zeros((), x_BT.dtype), widths)
 
 
-def _same_document(taps: _Taps, documents_BT: jax.Array | None) -> list[Any]:
+def _inputs(taps: _Taps, x_BTC: jax.Array, tail_BWC: jax.Array | None, offset: int) -> jax.Array:
+    """The input ``t + offset`` of each output t, [B, T', C]."""
+    x_from_BTC = _shifted(x_BTC, offset, taps.count)
+    if tail_BWC is None or offset >= 0:
+        return x_from_BTC
+    # At each output, one of the two terms is zero. Joining the tail and ``x`` instead would copy ``x``.
+    return x_from_BTC + _shifted(tail_BWC, offset + tail_BWC.shape[1], taps.count)
+
+
+def _same_document(taps: _Taps, documents_BS: jax.Array | None, tail_BWC: jax.Array | None) -> list[Any]:
     """For each tap, whether its input is in the document of the output, [B, T']; None if each row is one document."""
-    if documents_BT is None:
+    if documents_BS is None:
         return [None] * len(taps.offsets)
-    output_documents_BT = _shifted(documents_BT, taps.document_offset, taps.count)
-    return [_shifted(documents_BT, offset, taps.count) == output_documents_BT for offset in taps.offsets]
+    first = 0 if tail_BWC is None else tail_BWC.shape[1]  # the index of x_0 in ``documents_BS``
+    output_documents_BT = _shifted(documents_BS, first + taps.document_offset, taps.count)
+    return [_shifted(documents_BS, first + offset, taps.count) == output_documents_BT for offset in taps.offsets]
 
 
 def _masked(same_BT: jax.Array | None, x_BTC: jax.Array) -> jax.Array:

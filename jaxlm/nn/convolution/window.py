@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
+from jaxlm.nn.segments import select_state
 from jaxlm.nn.time_chunks import pad_axis
 from jaxlm.nn.token_layout import TokenLayout, last_real, move_padding_last
 from jaxlm.spec import ArraySpec, require_arrays
@@ -150,8 +151,19 @@ def prepend_tail(
         return x_BTC, layout.documents, "causal", None
     tail_length = tail_BWC.shape[1]
     x_BSC = jnp.concatenate([tail_BWC.astype(x_BTC.dtype), x_BTC], axis=1)
-    documents_BS = layout.documents[:, layout.past_segment_ids.shape[1] - tail_length :]
-    return x_BSC, documents_BS, "valid", last_real(x_BSC, layout.num_real, tail_length)
+    return x_BSC, layout.documents_with_past(tail_length), "valid", last_real(x_BSC, layout.num_real, tail_length)
+
+
+def next_tail(layout: TokenLayout, x_BTC: jax.Array, tail_BWC: jax.Array) -> jax.Array:
+    """The tail for the next call, [B, W, C]: the last W real inputs of each row, from the tail and the new inputs."""
+    W, T = tail_BWC.shape[1], x_BTC.shape[1]
+    if T <= W:
+        return last_real(jnp.concatenate([tail_BWC, x_BTC], axis=1), layout.num_real, W)
+    # Joining the tail and all new inputs would copy them.
+    is_short_B = layout.num_real < W  # the next tail has entries of the old tail
+    from_tail_BWC = last_real(jnp.concatenate([tail_BWC, x_BTC[:, :W]], axis=1), jnp.minimum(layout.num_real, W), W)
+    from_x_BWC = last_real(x_BTC, jnp.maximum(layout.num_real - W, 0), W)
+    return select_state(is_short_B, from_tail_BWC, from_x_BWC)
 
 
 # ---------------------------------------------------------------------------------------- fixed lengths
