@@ -183,13 +183,9 @@ def _delta_rule(
     """The output of a gated delta rule, [B, T, D], and its new state (None without a state)."""
     (B, T, _), G, H = x.shape, cfg.delta_key_heads, cfg.delta_value_heads
     K, V, R = cfg.delta_key_dim, cfg.delta_value_dim, H // G
-    projected = constrain(linear(weights["query_key_value_gate"], x), ("batch", "seq", "heads", "kv"))
-    *qkv, gate = jnp.split(projected, (K, 2 * K, 2 * K + R * V), axis=-1)
-    qkv_BTC = jnp.concatenate([x.reshape(B, T, -1) for x in qkv], axis=-1)
     tail, memory = (None, None) if state is None else (state["tail"], state["memory"])
-    qkv_BTC, tail = causal_depthwise_convolution(weights["convolution"], layout, qkv_BTC, tail)
-    q, k, v = jnp.split(jax.nn.silu(qkv_BTC), (G * K, 2 * G * K), axis=-1)
-    q, k = (jnp.repeat(l2_normalize(x.reshape(B, T, G, K), L2_EPSILON), R, axis=2) for x in (q, k))
+    q, k, v, gate, tail = _query_key_value_gate(cfg, weights, x, tail, layout)
+    q, k = (jnp.repeat(l2_normalize(y.reshape(B, T, G, K), L2_EPSILON), R, axis=2) for y in (q, k))
 
     beta_decay = linear(weights["beta_decay"], x).astype(jnp.float32)
     beta, decay = (beta_decay[:, :, :, i].reshape(B, T, H) for i in (0, 1))
@@ -201,6 +197,38 @@ def _delta_rule(
     gate = jax.nn.silu(gate.reshape(B, T, G, R, V).reshape(B, T, H, V))
     out = rms_norm(weights["norm"], out, cfg.norm_epsilon) * gate
     return linear(weights["output"], out, num_input_axes=2), None if state is None else {"tail": tail, "memory": memory}
+
+
+def _query_key_value_gate(
+    cfg: Config, weights: Params, x: jax.Array, tail: Any, layout: TokenLayout
+) -> tuple[jax.Array, ...]:
+    """Queries, keys, values, the pre-activations of the gates, and the new tail (None without a tail).
+
+    Queries and keys are [B, T, G * K], values [B, T, H * V] and gates [B, T, G, R * V], for G key heads, H value heads
+    and R = H / G. Queries, keys and values are the outputs of the convolution, with SiLU.
+    """
+    (B, T, _), G, H = x.shape, cfg.delta_key_heads, cfg.delta_value_heads
+    K, values = cfg.delta_key_dim, cfg.delta_value_dim * H // G
+    head_ends, channel_ends = (K, 2 * K, 2 * K + values), (G * K, 2 * G * K)
+    projection, convolution = weights["query_key_value_gate"], weights["convolution"]
+
+    def project(weights: Params) -> jax.Array:
+        return constrain(linear(weights, x), ("batch", "seq", "heads", "kv"))
+
+    if T == 1:  # slices of the weights would be copied for each token
+        *qkv, gate = jnp.split(project(projection), head_ends, axis=-1)
+        qkv_BTC = jnp.concatenate([y.reshape(B, T, -1) for y in qkv], axis=-1)
+        qkv_BTC, tail = causal_depthwise_convolution(convolution, layout, qkv_BTC, tail)
+        return *jnp.split(jax.nn.silu(qkv_BTC), channel_ends, axis=-1), gate, tail
+    # Here, slices of the activations would be copied, and so would their gradients.
+    *qkv, gate = (project({"weight": w}) for w in jnp.split(projection["weight"], head_ends, axis=-1))
+    tails = [None] * 3 if tail is None else jnp.split(tail, channel_ends, axis=-1)
+    convolved, new_tails = [], []
+    for y, w, old_tail in zip(qkv, jnp.split(convolution["weight"], channel_ends, axis=-1), tails, strict=True):
+        y, new_tail = causal_depthwise_convolution({"weight": w}, layout, y.reshape(B, T, -1), old_tail)
+        convolved.append(jax.nn.silu(y))
+        new_tails.append(new_tail)
+    return *convolved, gate, None if tail is None else jnp.concatenate(new_tails, axis=-1)
 
 
 def _attention(
