@@ -132,11 +132,14 @@ def previous_inputs(
     The first step of a document gets zeros.
     """
     require_arrays(x_BTC=x_BTC, tail_B1C=tail_B1C)
-    x_BSC, documents_BS, padding, tail_B1C = prepend_tail(layout, x_BTC, tail_B1C)
-    if padding == "causal":
-        x_BSC = jnp.pad(x_BSC, ((0, 0), (1, 0), (0, 0)))
+    previous_BTC, documents_BS = jnp.pad(x_BTC, ((0, 0), (1, 0), (0, 0)))[:, :-1], layout.documents
+    if tail_B1C is None:
         documents_BS = None if documents_BS is None else jnp.pad(documents_BS, ((0, 0), (1, 0)))
-    previous_BTC = x_BSC[:, :-1]
+    else:
+        # The two terms are not zero at different steps. Joining the tail and ``x`` instead would copy ``x`` on a TPU.
+        previous_BTC += pad_axis(tail_B1C.astype(x_BTC.dtype), 0, x_BTC.shape[1] - 1, axis=1)
+        documents_BS = layout.documents_with_past(1)
+        tail_B1C = next_tail(layout, x_BTC, tail_B1C.astype(x_BTC.dtype))
     if documents_BS is not None:
         previous_BTC = jnp.where((documents_BS[:, :-1] == documents_BS[:, 1:])[..., None], previous_BTC, 0)
     return previous_BTC, tail_B1C
