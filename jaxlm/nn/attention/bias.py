@@ -32,7 +32,7 @@ class Tile(NamedTuple):
 
     ``row`` and ``column`` may be traced. TPU kernels pass a subclass (``pallas_tile.VmemTile``) that implements
     ``query_column``, ``key_row``, ``product``, ``shifted_product`` and ``gather_shifted`` with operations of a kernel.
-    So a :class:`KernelBiasFn` uses only these methods to read integer arrays, multiply and gather.
+    So a :class:`KernelBiasFn` must use only these methods to read integer arrays, to multiply and to gather.
     """
 
     row: Any
@@ -62,11 +62,11 @@ class Tile(NamedTuple):
         return self.slice_keys(x_S)[None, :]
 
     def shifted_product(self, strip_KP: jax.Array, q_RK: jax.Array | None, scale: float) -> jax.Array:
-        """The array [R, E] float32 whose entry (i, j) is entry (i, R - i + j) of ``scale * q @ strip``, [R, R + E].
+        """The array [R, E] float32 whose entry (i, j) is entry (i, R - i + j) of the product ``scale * q @ strip``.
 
-        So row i of the product is shifted to the left by R - i entries, and its first E entries remain. ``strip``
-        [K, R + E] has the columns that the tile needs from a table with one column per distance. If ``q_RK`` is None,
-        the strip has one row [1, R + E], which replaces every row of the product, without ``scale``.
+        The product is [R, R + E]. Row i of the product is shifted to the left by R - i entries, and its first E entries
+        remain. ``strip`` [K, R + E] has the columns that the tile needs from a table with one column per distance. If
+        ``q_RK`` is None, the strip has one row [1, R + E], which replaces every row of the product, without ``scale``.
         """
         if q_RK is None:
             return _diagonals_to_columns(jnp.broadcast_to(strip_KP, (self.rows, strip_KP.shape[1])))
@@ -79,7 +79,8 @@ class Tile(NamedTuple):
     def gather_shifted(self, x_RN: jax.Array, first_R1: jax.Array) -> jax.Array:
         """The array [R, E] whose entry in row i and in the column of key s is ``x[i, first[i] + s]``.
 
-        i counts the rows of the tile, but s counts all S keys. Each ``first[i] + s`` must be a column of ``x``.
+        The row index i starts at the first query of the tile. The key index s starts at the first of all S keys. Each
+        ``first[i] + s`` must be a column of ``x``.
         """
         index_RE = first_R1 + self.indices()[1]
         return jnp.take_along_axis(x_RN, index_RE, axis=1, mode="clip")
@@ -92,8 +93,9 @@ def _diagonals_to_columns(x_RP: jax.Array) -> jax.Array:
         flat, width = x_RP.reshape(R * P), P - R
         return jax.vmap(lambda i: lax.dynamic_slice(flat, (i * (P - 1) + R,), (width,)))(jnp.arange(R))
     # A reshape from rows of P to rows of P - 1 entries shifts each row by one entry relative to the row before (Dai et
-    # al. 2019, appendix B). A tile has R + E - 1 distances, and ``x`` has one more column. So the slice starts at entry
-    # R instead of R - 1. R is usually a multiple of the vector width, so the start of the slice is aligned.
+    # al. 2019, appendix B). A tile has R + E - 1 distances. Column 0 of ``x`` is additional and not used. With it, the
+    # slice starts at entry R; without it, the slice would start at entry R - 1. R is usually a multiple of the vector
+    # width, so the start of the slice is aligned.
     return x_RP.reshape(R * P)[R:].reshape(R, P - 1)[:, : P - R]
 
 
@@ -207,8 +209,8 @@ def check_bias_shapes(bias: AttentionBias, batch: int, heads: int) -> None:
 def dense_bias(bias: AttentionBias, queries: int, keys: int) -> jax.Array:
     """The bias as one dense array, [1 or B, 1 or H, T, S] float32; see the module docstring."""
     tile = Tile(0, queries, 0, keys)
-    # Each size is 1 or the batch size, which may be 0. So the product of the distinct sizes is the batch size if an
-    # array has this size, and otherwise 1.
+    # The first axis of each array has size 1 or the batch size. If an array has the batch size, the product of the
+    # distinct sizes is the batch size, otherwise 1. (A maximum would be wrong for an empty batch.)
     B = math.prod({x.shape[0] for x in jax.tree.leaves((bias.floats, bias.integers))})
     H = max((x.shape[1] for x in jax.tree.leaves(bias.floats)), default=1)
 
@@ -247,7 +249,8 @@ def drop_unit_axes(tree: Any, num_axes: int = 2) -> Any:
 def vmap_axes(tree: Any, axis: int) -> Any:
     """``in_axes`` of a ``jax.vmap`` over ``axis``: None for arrays of size 1 on this axis, 0 for other arrays.
 
-    It is 0 also for ``axis`` 1, because axis 0 is then already removed or mapped over.
+    The entry 0 is also correct for ``axis`` 1: axis 0 of the array has then been removed by :func:`drop_unit_axes` or
+    by an outer ``vmap``, so axis 1 has become axis 0.
 
     Args:
         tree: the arrays before :func:`drop_unit_axes` removes their axes of size 1.

@@ -32,11 +32,11 @@ def cache_specs(
 ) -> dict[str, Any]:
     """Specs of an empty cache for ``slots`` tokens per row; ``stacked``: see ``jaxlm.spec.layers``."""
     keys = ArraySpec((batch, slots, heads * head_width), ("batch", "slots", "heads"), dtype=dtype)
-    slot = ArraySpec((batch, slots), ("batch", "slots"), dtype=jnp.int32)
+    per_slot = ArraySpec((batch, slots), ("batch", "slots"), dtype=jnp.int32)
     return {
         spec.LAYERS: spec.layers([{"key": keys, "value": keys}] * layers, stacked=stacked),
-        "segment_ids": slot,
-        "positions": slot,
+        "segment_ids": per_slot,
+        "positions": per_slot,
         "length": ArraySpec((batch,), ("batch",), dtype=jnp.int32),
     }
 
@@ -78,7 +78,7 @@ class CacheView:
         return slots.reshape(self.shape[0], length, *self.shape[2:])
 
     def append(self, new_BT: jax.Array, length_B: jax.Array) -> CacheView:
-        """The view after ``new`` is written to the slots from ``length`` on in each row; see :func:`append`."""
+        """The view after ``new`` is written into each row, starting at the row's ``length``; see :func:`append`."""
         B, T = new_BT.shape[:2]
         slot_BT = length_B[:, None] + jnp.arange(T, dtype=length_B.dtype)[None, :]
         rows = jnp.arange(B)[:, None]
@@ -135,8 +135,8 @@ def append_and_read(kv: Any, new: tuple[jax.Array, jax.Array], context: CacheCon
         new: keys and values of the new tokens, each [B, T, G, K].
 
     Returns:
-        The cache in the layout of ``kv``, and (keys, values), each [B, S, G, K]. If ``kv`` is None: None, and
-        ``new``, whose arrays are [B, T, G, K].
+        The cache in the layout of ``kv``, and (keys, values), each [B, S, G, K]. If ``kv`` is None, the cache is None,
+        and (keys, values) is ``new``.
     """
     if kv is None:
         return None, new
@@ -147,7 +147,7 @@ def append_and_read(kv: Any, new: tuple[jax.Array, jax.Array], context: CacheCon
 
 def num_slots(specs: spec.Tree, state: State | None) -> int | None:
     """The number of slots of the cache in ``state`` (arrays or specs); None if it contains no cache."""
-    sizes = spec.map_axis(specs, "slots", lambda leaf, at: leaf.shape[at], state, optional=True)
+    sizes = spec.map_axis(specs, "slots", lambda leaf, axis: leaf.shape[axis], state, optional=True)
     return next((size for size in jax.tree.leaves(sizes) if isinstance(size, int)), None)
 
 
@@ -158,10 +158,10 @@ def resize(specs: spec.Tree, state: State | None, slots: int) -> Any:
     Arrays without an axis ``slots`` are returned unchanged.
     """
 
-    def resize_leaf(leaf: jax.Array, dim: int) -> jax.Array:
-        if leaf.shape[dim] >= slots:
-            return lax.slice_in_dim(leaf, 0, slots, axis=dim)
-        return pad_axis(leaf, 0, slots - leaf.shape[dim], axis=dim)
+    def resize_leaf(leaf: jax.Array, axis: int) -> jax.Array:
+        if leaf.shape[axis] >= slots:
+            return lax.slice_in_dim(leaf, 0, slots, axis=axis)
+        return pad_axis(leaf, 0, slots - leaf.shape[axis], axis=axis)
 
     return spec.map_axis(specs, "slots", resize_leaf, state, optional=True)
 
@@ -174,7 +174,7 @@ def rollback(state: State, dropped_B: jax.Array) -> State:
 
 
 def last_real_slot(state: State) -> tuple[jax.Array, jax.Array]:
-    """The slot [B, 1] and the segment id [B] of the last real token of each row; 0 for a row without a real token."""
+    """The slot [B, 1] and the segment id [B] of the last real token of each row; both are 0 for a row without one."""
     slot_S = jnp.arange(state["segment_ids"].shape[1], dtype=jnp.int32)
     last_B1 = jnp.argmax(jnp.where(state["segment_ids"] > 0, slot_S[None, :], -1), axis=1, keepdims=True)
     return last_B1, jnp.take_along_axis(state["segment_ids"], last_B1, axis=1)[:, 0]
@@ -203,7 +203,8 @@ def with_window(context: CacheContext, window: int, state: State | None) -> Cach
     """The context with a sliding window: a token attends to at most the last ``window`` tokens, itself included.
 
     With a cache, ``query_order`` and ``key_order`` of the mask become counts of real tokens, so that the window does
-    not count padding. Without a cache, the window counts indices, so padding must not be between tokens.
+    not count padding. Without a cache, the window counts all indices, also those of padding. So the caller must not
+    put padding between tokens.
 
     Args:
         state: the state that :func:`make_context` returned; None: no cache.
@@ -219,8 +220,10 @@ def with_window(context: CacheContext, window: int, state: State | None) -> Cach
 def make_context(
     tokens_BT: jax.Array, state: State | None, segment_ids: jax.Array | None, positions: Any
 ) -> tuple[CacheContext, Any]:
-    """The :class:`CacheContext` of new tokens, and the state with their segment ids and positions, but without their
-    keys and values. Without a state, the second result is None.
+    """The :class:`CacheContext` of new tokens, and the next state (None without a state).
+
+    The next state already contains the segment ids and the positions of the new tokens. Their keys and values are not
+    in it yet: each layer appends its own (:func:`append_and_read`).
 
     Args:
         segment_ids: [B, T]; None: all new tokens belong to document 1.

@@ -52,7 +52,7 @@ def distance_bias(
     q_BTHK: jax.Array | None = None,
     scale: float = 1.0,
 ) -> AttentionBias:
-    """The bias for positions given by the index: query t has position ``query_offset + t`` and key s has position s.
+    """The bias for consecutive positions: query t has position ``query_offset + t``, and key s has position s.
 
     Args:
         table: numbers [N, 1 or H] if ``q_BTHK`` is None, otherwise vectors [N, 1 or H, K]. Row n is for distance
@@ -64,9 +64,10 @@ def distance_bias(
         q_BTHK: the vectors that are multiplied with the vectors of the table: q + v in the module docstring.
         scale: factor of these products; not used if ``q_BTHK`` is None.
     """
-    # Row 0 of the padded table is not used for any score, but ``Tile.shifted_product`` needs it. Row 1 is for the
-    # largest distance, from the last query to the first key.
-    first_row, num_rows = max_distance - (query_offset + queries), queries + keys  # rows of ``table``, maybe outside
+    # The bias stores T + S rows of ``table``. The first of these rows is not used for any score, but
+    # ``Tile.shifted_product`` needs it. The second row is for the largest distance, from the last query to the first
+    # key. Rows outside ``table`` are copies of its first or last row.
+    first_row, num_rows = max_distance - (query_offset + queries), queries + keys
     last_row = first_row + num_rows - 1
     low, high = (min(max(row, 0), table.shape[0] - 1) for row in (first_row, last_row))
     before, after = (min(max(missing, 0), num_rows - 1) for missing in (low - first_row, last_row - high))

@@ -67,12 +67,12 @@ class MemoryContext:
     """The positions and the mask of a call. The queries are the new tokens, the keys are the memory and the new tokens.
 
     Attributes:
-        query_positions: [1 or B, T]. Positions count the tokens from the start of the memory, without padding. So the
-            distance of two tokens of a document depends neither on padding nor on how the text is split into calls.
+        query_positions: [1 or B, T]. Consecutive tokens have consecutive positions, even if padding is between them. So
+            the distance of two tokens of a document depends neither on padding nor on how the text is split into calls.
         key_positions: [1 or B, S].
         mask: which of the S keys each of the T queries may attend to.
-        kept_indices: [B, M] indices of the keys that the next memory contains (see :func:`append`). None: it contains
-            the last M keys, there is no memory, or the memory has the decoding layout.
+        kept_indices: [B, M] indices of the keys that the next memory contains (see :func:`append`). None if the next
+            memory contains the last M keys, if there is no memory, and in the decoding layout.
         slots: [B, 1] the slot of the new token of each row, in the decoding layout. None: the usual layout.
     """
 
@@ -146,7 +146,8 @@ def _make_decoding_context(state: State, segments_B1: jax.Array, window: int | N
     segments_BS = cache.append(state["segment_ids"], segments_B1, state["length"])
     query_documents, key_documents = cache.document_ids(segments_BS, segments_B1, slots_B1)
     index_1S = jnp.arange(segments_BS.shape[1], dtype=jnp.int32)[None]
-    # A token attends to itself and to the M slots before it. In the usual layout, older tokens are dropped.
+    # A token attends to itself and to the M slots before it. Older slots are masked, because the usual layout would
+    # have dropped their tokens.
     is_in_memory_BS = index_1S >= slots_B1 - state["capacity"][:, None]
     mask = Mask(
         causal=True,
@@ -156,13 +157,14 @@ def _make_decoding_context(state: State, segments_B1: jax.Array, window: int | N
         query_segments=query_documents,
         key_segments=jnp.where(is_in_memory_BS, key_documents, 0),
     )
-    # The next token overwrites padding.
+    # If the new token is padding, ``length`` stays the same, so the next token overwrites its slot.
     state = {**state, "segment_ids": segments_BS, "length": state["length"] + (segments_B1[:, 0] > 0)}
     return MemoryContext(slots_B1, index_1S, mask, None, slots_B1), state
 
 
 def append_and_read(layer_memory: Any, new_BTD: jax.Array, context: MemoryContext) -> tuple[jax.Array, Any]:
-    """The inputs that a layer attends to, [B, S, D], and the layer's entry in ``new`` of :func:`append_layers`.
+    """The inputs that a layer attends to, [B, S, D], and the layer's part of the argument ``new`` of
+    :func:`append_layers`. Without a memory, this part is None.
 
     Args:
         layer_memory: a dict with ``hidden``, the inputs of the layer at earlier tokens; None: there is no memory.
@@ -178,15 +180,15 @@ def append_and_read(layer_memory: Any, new_BTD: jax.Array, context: MemoryContex
 
 
 def append(memory_BM: jax.Array, new_BT: jax.Array, context: MemoryContext) -> jax.Array:
-    """The next memory, from an array of the memory and its entries for the new tokens.
+    """One array of the next memory: ``memory`` updated with ``new``.
 
-    In the usual layout, the result has M of the entries of ``memory`` and ``new``, and no gradient flows into these
-    arrays. In the decoding layout, the result is ``memory`` with the new entry in the slot of the new token, and
-    gradients flow only into ``new``.
+    In the usual layout, the result has M entries of ``memory`` and ``new``: the entries at ``context.kept_indices``, or
+    the last M entries if that is None. No gradient flows into ``memory`` or ``new``. In the decoding layout, the result
+    is ``memory`` with the new entry in the slot of the new token. Gradients flow only into ``new``.
 
     Args:
-        memory_BM: [B, M, ...]; in the decoding layout [B, S, ...].
-        new_BT: [B, T, ...].
+        memory_BM: an array of the memory, [B, M, ...]; in the decoding layout [B, S, ...].
+        new_BT: the entries for the new tokens, [B, T, ...].
     """
     if context.slots is not None:
         return cache.append(jax.lax.stop_gradient(memory_BM), new_BT, context.slots[:, 0])
@@ -239,7 +241,8 @@ def to_decoding_layout(specs: spec.Tree, state: State, num_added: int) -> Any:
     attend to.
 
     Args:
-        specs: specs with the axes of ``state``. In each array, the axis of slots follows the axis ``batch``.
+        specs: the specs of ``state``. Only their axis names are used, so their sizes may differ from those of
+            ``state``. The axis of slots follows the axis ``batch``.
         state: a state in the usual layout.
         num_added: N.
 
@@ -309,8 +312,8 @@ def attend_to_inputs(
     """The attention-weighted mean of the inputs for queries from :func:`absorb_weight`, [B, T, H, D].
 
     Args:
-        in_decoding_layout: whether the inputs are the slots of a memory in the decoding layout. Unused slots at
-            their end need not be read.
+        in_decoding_layout: whether the inputs are the slots of a memory in the decoding layout. If they are, unused
+            slots at the end of the rows need not be read.
     """
     if in_decoding_layout:
         view = CacheView(inputs_BSD, heads=1)
@@ -320,5 +323,8 @@ def attend_to_inputs(
 
 
 def project_heads(weight_DHK: jax.Array, x_BTHD: jax.Array) -> jax.Array:
-    """``x @ weight`` for each head, [B, T, H, K]: from weighted means of inputs to weighted means of values."""
+    """``x @ weight`` for each head, [B, T, H, K].
+
+    With the value weights, it converts weighted means of inputs into weighted means of values.
+    """
     return jnp.einsum("BTHD,DHK->BTHK", x_BTHD, weight_DHK.astype(x_BTHD.dtype))

@@ -6,13 +6,17 @@ relative bias shifts each row of the scores by a different amount (``jaxlm.nn.at
 
 The kernels read queries, keys and values as the projections write them: [B, T, H * K], with the heads of a token beside
 each other. With a separate axis of heads, a TPU would pad a head of width 64 to a vector of 128 entries. XLA would also
-transpose the arrays, and the projections would use half of the matrix unit. A block has a few heads whose total width
-is a multiple of 128, or all heads (:func:`_heads_of_block`). The kernels compute these heads one after the other.
+transpose the arrays, and the projections would use half of the matrix unit.
 
-The backward pass recomputes the scores. A tile has whole rows, so the backward pass also computes the sums over rows,
-and reads no log-sum-exps and no row sums from HBM. A block is split into tiles (``jaxlm.nn.choices.causal_tile``) if a
-causal mask compares indices, and if there are as many keys as queries, at most ``MAX_CAUSAL_BLOCK``. Such a tile has no
-keys after its last query. All other masked scores are computed.
+A grid step computes a block: some or all queries of a few heads. The total width of these heads is a multiple of 128,
+or the block has all heads (:func:`_heads_of_block`). The kernels compute the heads of a block one after the other. The
+queries of a head in a block are one tile by default. They are split into tiles of at most
+``jaxlm.nn.choices.causal_tile`` queries if a causal mask compares indices, and if there are (after padding) as many
+keys as queries and at most ``MAX_CAUSAL_BLOCK`` queries. Such a tile has no keys after its last query. All other scores
+that the mask excludes are computed and then masked.
+
+The backward pass recomputes the scores. Because a tile has whole rows, the backward kernel computes the sums over rows
+itself. It reads no log-sum-exps and no row sums from HBM.
 
 Shapes as in ``jaxlm.nn.attention.api``, with V width of values, R queries of a tile, X and Y the last axes of a bias's
 array.
@@ -44,11 +48,11 @@ from jaxlm.nn.linear import dot
 MAX_BLOCK = 512
 """Maximum number of queries of a block that is one tile."""
 MAX_CAUSAL_BLOCK = 1024
-"""Maximum number of queries of a block that is split into causal tiles. The code of the kernel contains each tile of
-each head of a block, so it grows with this number."""
+"""Maximum number of queries of a block that is split into causal tiles. The kernel has separate code for each tile of
+each head of a block, so its code grows with this number."""
 MAX_BIAS_BLOCK_ENTRIES = 512 * 1536
-"""Maximum number of entries of an array [R, R + S] from which the bias of a block is made. Several arrays of this size
-must fit into VMEM."""
+"""Maximum number of entries of the product [R, R + S] that ``Tile.shifted_product`` shifts, for a tile with R queries
+and all S keys. Several arrays of this size must fit into VMEM."""
 MAX_KEYS = 4096
 """Maximum number of keys. The keys and values of the heads of a block must fit into VMEM beside its other arrays."""
 VMEM_LIMIT_BYTES = 32 * 2**20
@@ -90,8 +94,9 @@ class _StaticArguments(tile_scores.ScoreConfig):
     """The static (trace-time) arguments of the kernels.
 
     Attributes:
-        queries, keys: numbers of queries and keys without padding. Padding increases them to multiples of LANES.
-        heads: numbers H and G of the query heads and the key heads; in the kernels, those of a device.
+        queries, keys: numbers of queries and keys without padding. With padding, both are multiples of LANES.
+        heads: numbers H and G of the query heads and the key heads: of all devices together in :func:`attention`, of
+            one device in the kernels.
         causal_tile: maximum number of queries of a tile if a block is split into causal tiles.
     """
 
@@ -126,8 +131,8 @@ def attention(
 
         Different grid steps compute different heads, so every array is broadcast to all heads. The kernel can sum a
         gradient only over consecutive grid steps. So rows of the batch can share an array only if the grid steps that
-        use the same part of the array are consecutive. In two cases, they are not, and an array is broadcast to all
-        rows:
+        use the same part of the array are consecutive. These grid steps are not consecutive in two cases, in which an
+        array is broadcast to all rows:
 
         - Query-indexed arrays: the grid computes all blocks of queries of a row before the next row.
         - All arrays, with grouped query heads: the grid may compute several blocks of query heads before the next row.
@@ -155,8 +160,8 @@ def _takes_dense_biases(qkv: Any) -> bool:
     ``VMEM_LIMIT_BYTES``.
     """
     (_, T, H, _), (_, S, G, _) = qkv[0].shape, qkv[1].shape
-    key_heads, group = _heads_of_device_block(qkv)
-    num_bytes = 16 * key_heads * group * _padded(T) * _padded(S)  # two float32 arrays with two buffers each
+    key_heads, group_size = _heads_of_device_block(qkv)
+    num_bytes = 16 * key_heads * group_size * _padded(T) * _padded(S)  # two float32 arrays with two buffers each
     return max(T, S) <= MAX_BLOCK and G == H and num_bytes <= VMEM_LIMIT_BYTES // 2
 
 
@@ -172,7 +177,7 @@ def _device_attention(static: _StaticArguments, qkv: Any, bias_floats: Any, inte
 
     def merge_heads(x_BTHK: jax.Array) -> jax.Array:
         merged = x_BTHK.reshape(*x_BTHK.shape[:2], -1)
-        # If remat saves the arrays of this name, it does not recompute the projection.
+        # If a remat policy saves the arrays with this name, the backward pass does not recompute the projection.
         return checkpoint_name(merged, tile_scores.CHECKPOINT_NAME)
 
     def column(x_BT: jax.Array) -> jax.Array:
@@ -242,8 +247,8 @@ class _HeadTile(NamedTuple):
     Attributes:
         head: index of the query head in the block.
         rows: the slice of the block's queries that the tile has.
-        q, k, v: the index of the tile's part in the block's array of queries, keys or values: (slice of the tokens,
-            slice of the head's lanes).
+        q, k, v: the indices of the tile in the block's arrays of queries, keys and values. Each index is a pair: a
+            slice of tokens and a slice of lanes.
         score_tile: the position and the size of the tile in the scores [T, S] of the head.
     """
 
@@ -258,14 +263,14 @@ class _HeadTile(NamedTuple):
 def _tiles(layout: _Layout) -> Iterator[_HeadTile]:
     """The tiles of a block: all heads for the first ``tile_queries`` queries, then all heads for the next queries."""
     for row in range(0, layout.block_queries, layout.tile_queries):
-        # A causal block has all queries, so the index of the first query of a tile is static.
-        first = row if layout.is_causal else pl.program_id(3) * layout.block_queries + row
-        keys = min(row + layout.tile_queries, layout.block_keys) if layout.is_causal else layout.block_keys
+        # A block with causal tiles has all queries, so the index of the first query of a tile is static.
+        first = row if layout.has_causal_tiles else pl.program_id(3) * layout.block_queries + row
+        keys = min(row + layout.tile_queries, layout.block_keys) if layout.has_causal_tiles else layout.block_keys
         rows, columns = slice(row, row + layout.tile_queries), slice(0, keys)
         score_tile = VmemTile(first, layout.tile_queries, 0, keys)
-        for head in range(layout.key_heads * layout.group):
+        for head in range(layout.key_heads * layout.group_size):
             q = _lanes(head, layout.widths[0])
-            k, v = (_lanes(head // layout.group, width) for width in layout.widths)
+            k, v = (_lanes(head // layout.group_size, width) for width in layout.widths)
             yield _HeadTile(head, rows, (rows, q), (columns, k), (columns, v), score_tile)
 
 
@@ -336,18 +341,18 @@ def _weights(
     scores = tile_scores.scores(static, qkv[0], qkv[1], bias_arrays, integers[1], tile, visible)
     if static.keys < tile.columns:
         scores = jnp.where(tile.indices()[1] < static.keys, scores, -jnp.inf)
-    top_R1 = jnp.max(scores, axis=1, keepdims=True)
-    weights = jnp.exp(scores - jnp.where(jnp.isfinite(top_R1), top_R1, 0.0))
-    total_R1 = jnp.sum(weights, axis=1, keepdims=True)
-    return weights, jnp.where(total_R1 > 0.0, 1.0 / total_R1, 0.0)
+    max_R1 = jnp.max(scores, axis=1, keepdims=True)
+    weights = jnp.exp(scores - jnp.where(jnp.isfinite(max_R1), max_R1, 0.0))
+    denominator_R1 = jnp.sum(weights, axis=1, keepdims=True)
+    return weights, jnp.where(denominator_R1 > 0.0, 1.0 / denominator_R1, 0.0)
 
 
 def _forward_kernel(static: _StaticArguments, layout: _Layout, refs: Any, out: Any) -> None:
     for tile in _tiles(layout):
         qkv, bias_arrays, integers = _load(static, tile, refs)
         weights, inv_denominator_R1 = _weights(static, qkv, bias_arrays, integers, tile.score_tile)
-        mixed_RV = dot(weights.astype(qkv[2].dtype), qkv[2], (1, 0))
-        out[tile.rows, _lanes(tile.head, layout.widths[1])] = (mixed_RV * inv_denominator_R1).astype(out.dtype)
+        weighted_sum_RV = dot(weights.astype(qkv[2].dtype), qkv[2], (1, 0))
+        out[tile.rows, _lanes(tile.head, layout.widths[1])] = (weighted_sum_RV * inv_denominator_R1).astype(out.dtype)
 
 
 def _backward_kernel(
@@ -357,8 +362,8 @@ def _backward_kernel(
 
     Args:
         shared: for each array of the biases, whether all rows of the batch share it.
-        sums: scratch memory for the sums of dk and dv over the queries and over the query heads of a key head, with
-            keys last.
+        sums: scratch arrays [heads * width, keys] in which dk and dv are summed over the queries and over the query
+            heads of each key head.
     """
     _, batch_row, head_block, query_block = map(pl.program_id, range(4))
     _, _, num_head_blocks, num_query_blocks = map(pl.num_programs, range(4))
@@ -416,10 +421,11 @@ class _Layout:
         block_queries: queries of a block.
         tile_queries: queries of a tile.
         block_keys: keys of a block: all, with padding.
-        is_causal: whether a tile has only the keys up to its last query. Then a block has all queries.
+        has_causal_tiles: whether a tile has only the keys up to its last query. Then a block has all queries.
         key_heads: key heads of a block.
-        group: query heads of a block for each of its key heads.
+        group_size: query heads of a block for each of its key heads.
         widths: K and V.
+        grid: number of grid steps on each of the four axes.
         in_specs: block specs of q, k and v; of the biases' arrays; of the integers.
         out_spec: block spec of the output.
     """
@@ -427,9 +433,9 @@ class _Layout:
     block_queries: int
     tile_queries: int
     block_keys: int
-    is_causal: bool
+    has_causal_tiles: bool
     key_heads: int
-    group: int
+    group_size: int
     widths: tuple[int, int]
     grid: tuple[int, int, int, int]
     in_specs: Any
@@ -453,16 +459,16 @@ def _heads_of_block(heads: tuple[int, int], widths: tuple[int, int]) -> tuple[in
         sizes = (n for n in range(1, count + 1) if count % n == 0)
         return next((n for n in sizes if all(n * width % LANES == 0 for width in widths)), count)
 
-    key_heads, group = fewest_aligned_heads(G), H // G
-    return key_heads, fewest_aligned_heads(group) if key_heads == 1 else group
+    key_heads, group_size = fewest_aligned_heads(G), H // G
+    return key_heads, fewest_aligned_heads(group_size) if key_heads == 1 else group_size
 
 
 def _heads_of_device_block(qkv: Any) -> tuple[int, int]:
     """The result of :func:`_heads_of_block` for the heads of one device of the active mesh."""
     q_BTHK, k_BSGK, v_BSGK = qkv
     H, G, shards = q_BTHK.shape[2], k_BSGK.shape[2], sharding.num_shards(("heads",))
-    G = H if G % shards else G  # as in ``split.shard_attention``
-    # With fewer heads than shards, ``shard_attention`` raises an error.
+    G = H if G % shards else G  # ``split.shard_attention`` repeats key heads that the devices cannot split evenly
+    # ``max`` avoids a division by zero if there are fewer heads than shards. ``shard_attention`` then raises an error.
     return _heads_of_block((max(H // shards, 1), max(G // shards, 1)), (q_BTHK.shape[3], v_BSGK.shape[3]))
 
 
@@ -473,11 +479,12 @@ def _block_bytes(qkv: Any, mask: Mask) -> int:
     """
     q_BTHK, k_BSGK, v_BSGK = qkv
     K, V = q_BTHK.shape[3], v_BSGK.shape[3]
-    key_heads, group = _heads_of_device_block(qkv)
+    key_heads, group_size = _heads_of_device_block(qkv)
     T, S = _padded(q_BTHK.shape[1]), _padded(k_BSGK.shape[1])
-    queries = T if _is_causal_block(mask.causal, mask.query_order, T, S) else _block_size(T, S)
-    query_entries = queries * key_heads * group * (2 * K + V)  # q, dq and dout
-    key_entries = S * key_heads * (K + V)  # k and v; as many for dk and dv, and for their float32 sums
+    block_queries = T if _has_causal_tiles(mask.causal, mask.query_order, T, S) else _block_size(T, S)
+    query_entries = block_queries * key_heads * group_size * (2 * K + V)  # q, dq and dout
+    key_entries = S * key_heads * (K + V)  # k and v; dk and dv have the same size
+    # The last term is for the float32 sums of dk and dv. Each sum has one buffer.
     return 2 * q_BTHK.dtype.itemsize * (query_entries + 2 * key_entries) + 4 * key_entries
 
 
@@ -486,7 +493,7 @@ def _padded(count: int) -> int:
     return count + -count % LANES
 
 
-def _is_causal_block(causal: bool, query_order: Any, T: int, S: int) -> bool:
+def _has_causal_tiles(causal: bool, query_order: Any, T: int, S: int) -> bool:
     """Whether a block has all queries and is split into causal tiles. T and S include the padding."""
     return causal and query_order is None and T == S <= MAX_CAUSAL_BLOCK
 
@@ -496,25 +503,25 @@ def _layout(static: _StaticArguments, floats: Any, integers: Any) -> _Layout:
     T, S = _padded(static.queries), _padded(static.keys)
     H, G = static.heads
     K, V = q_width // H, floats[2].shape[2] // G
-    is_causal = _is_causal_block(static.causal, integers[0][0], T, S)
-    R = lazy_pallas.largest_divisor(T, LANES, static.causal_tile) if is_causal else _block_size(T, S)
-    queries = T if is_causal else R
-    key_heads, group = _heads_of_block((H, G), (K, V))
-    num_head_blocks = H // G // group  # blocks of the query heads that read one block of key heads
+    has_causal_tiles = _has_causal_tiles(static.causal, integers[0][0], T, S)
+    R = lazy_pallas.largest_divisor(T, LANES, static.causal_tile) if has_causal_tiles else _block_size(T, S)
+    block_queries = T if has_causal_tiles else R
+    key_heads, group_size = _heads_of_block((H, G), (K, V))
+    num_head_blocks = H // G // group_size  # blocks of the query heads that read one block of key heads
 
     def query_block(width: int) -> Any:
-        size = key_heads * group * width
-        return pl.BlockSpec((None, queries, size), lambda g, b, h, t: (b, t, g * num_head_blocks + h))
+        size = key_heads * group_size * width
+        return pl.BlockSpec((None, block_queries, size), lambda g, b, h, t: (b, t, g * num_head_blocks + h))
 
     def key_block(width: int) -> Any:
         return pl.BlockSpec((None, S, key_heads * width), lambda g, b, h, t: (b, 0, g))
 
     def bias_block(bias_fn: BiasFn, name: str, x: jax.Array) -> Any:
-        heads = key_heads * group
+        heads = key_heads * group_size
         if _is_query_indexed(bias_fn, name):
             if x.ndim == 3:
                 return query_block(K)
-            shape = None, heads, queries, x.shape[3]
+            shape = None, heads, block_queries, x.shape[3]
             return pl.BlockSpec(shape, lambda g, b, h, t: (b, g * num_head_blocks + h, t, 0))
         shared = x.shape[0] == 1
         return pl.BlockSpec(
@@ -523,14 +530,14 @@ def _layout(static: _StaticArguments, floats: Any, integers: Any) -> _Layout:
 
     def integer_block(x: jax.Array) -> Any:
         shared, column = x.shape[0] == 1, x.shape[2] == 1
-        shape = (None, queries, 1) if column else (None, 1, S)
+        shape = (None, block_queries, 1) if column else (None, 1, S)
         return pl.BlockSpec(shape, lambda g, b, h, t: (0 if shared else b, t if column else 0, 0))
 
     bias_blocks = _map_bias_arrays(static, bias_block, floats[3])
     qkv_blocks = query_block(K), key_block(K), key_block(V)
     in_specs = qkv_blocks, bias_blocks, jax.tree.map(integer_block, integers)
-    grid = G // key_heads, B, num_head_blocks, T // queries
-    return _Layout(queries, R, S, is_causal, key_heads, group, (K, V), grid, in_specs, query_block(V))
+    grid = G // key_heads, B, num_head_blocks, T // block_queries
+    return _Layout(block_queries, R, S, has_causal_tiles, key_heads, group_size, (K, V), grid, in_specs, query_block(V))
 
 
 def _map_bias_arrays(

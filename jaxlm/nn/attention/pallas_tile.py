@@ -44,8 +44,8 @@ class VmemTile(Tile):
 
     def shifted_product(self, strip_KP: jax.Array, q_RK: jax.Array | None, scale: float) -> jax.Array:
         if q_RK is None:
-            return _row_diagonals(self.rows, strip_KP)
-        return _diagonals(scale, q_RK, strip_KP)
+            return _shifted_row(self.rows, strip_KP)
+        return _shifted_product(scale, q_RK, strip_KP)
 
     def product(self, q_RK: jax.Array, table_KN: jax.Array, scale: float) -> jax.Array:
         return _product(scale, q_RK, table_KN)
@@ -62,11 +62,11 @@ def _rotate_progressively(x_RP: jax.Array, shift: int) -> jax.Array:
 def _rotate_rows_by(x_RP: jax.Array, shift_R1: jax.Array, bits: int) -> jax.Array:
     """``x`` with row i rotated to the right by ``shift[i]`` < 2^bits, with one rotation for each bit."""
     for bit in range(bits):
-        x_RP = jnp.where(_bit(shift_R1, bit), pltpu.roll(x_RP, 1 << bit, 1), x_RP)
+        x_RP = jnp.where(_is_bit_set(shift_R1, bit), pltpu.roll(x_RP, 1 << bit, 1), x_RP)
     return x_RP
 
 
-def _bit(x: jax.Array, bit: int) -> jax.Array:
+def _is_bit_set(x: jax.Array, bit: int) -> jax.Array:
     return (x >> bit) & 1 > 0
 
 
@@ -89,7 +89,10 @@ def _reverse_rows(x_RY: jax.Array) -> jax.Array:
 
 
 def _factor_gradients(dproduct_RN: jax.Array, q_RK: jax.Array, table_KN: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The gradients of q and of the table, from the gradient of their product. All five arrays have the same dtype."""
+    """The gradients of q and of the table, from the gradient of their product.
+
+    The three arguments must have the same dtype, which is also the dtype of the gradients.
+    """
     dq_RK, dtable_KN = dot(dproduct_RN, table_KN, (1, 1)), dot(q_RK, dproduct_RN, (0, 0))
     return dq_RK.astype(q_RK.dtype), dtable_KN.astype(table_KN.dtype)
 
@@ -112,9 +115,10 @@ def _gather_shifted_forward(
     for bit in reversed(range(_vector_shift_bits(max_shift))):
         size = LANES << bit
         x_RN = _append_zero_columns(x_RN, max(columns + 2 * size - x_RN.shape[1], 0))
-        x_RN = jnp.where(_bit(first_R1, LANE_BITS + bit), x_RN[:, size : columns + 2 * size], x_RN[:, : columns + size])
+        shifted, unshifted = x_RN[:, size : columns + 2 * size], x_RN[:, : columns + size]
+        x_RN = jnp.where(_is_bit_set(first_R1, LANE_BITS + bit), shifted, unshifted)
     for bit in range(LANE_BITS):
-        x_RN = jnp.where(_bit(first_R1, bit), pltpu.roll(x_RN, x_RN.shape[1] - (1 << bit), 1), x_RN)
+        x_RN = jnp.where(_is_bit_set(first_R1, bit), pltpu.roll(x_RN, x_RN.shape[1] - (1 << bit), 1), x_RN)
     return x_RN[:, :columns], first_R1
 
 
@@ -125,7 +129,7 @@ def _gather_shifted_backward(
     for bit in range(_vector_shift_bits(max_shift)):
         zeros = jnp.zeros((dx_RN.shape[0], LANES << bit), dx_RN.dtype)
         shifted, unshifted = (jnp.concatenate(both, axis=1) for both in ((zeros, dx_RN), (dx_RN, zeros)))
-        dx_RN = jnp.where(_bit(first_R1, LANE_BITS + bit), shifted, unshifted)
+        dx_RN = jnp.where(_is_bit_set(first_R1, LANE_BITS + bit), shifted, unshifted)
     return _append_zero_columns(dx_RN, max(columns + max_shift - dx_RN.shape[1], 0))[:, : columns + max_shift], None
 
 
@@ -143,7 +147,7 @@ def _diagonals_to_columns(x_RP: jax.Array) -> jax.Array:
     return _rotate_progressively(x_RP, P - R)[:, : P - R]
 
 
-def _diagonals_backward(scale: float, saved: Any, dout_RE: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _shifted_product_backward(scale: float, saved: Any, dout_RE: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The gradients of q and of the strip.
 
     Row i must be rotated by R - i, but ``pltpu.roll`` can only increase the shift from row to row. So the rows are
@@ -158,14 +162,14 @@ def _diagonals_backward(scale: float, saved: Any, dout_RE: jax.Array) -> tuple[j
     return _reverse_rows(dq_RK).astype(dtype), dstrip_KP
 
 
-_diagonals = custom_vjp.from_rules(
+_shifted_product = custom_vjp.from_rules(
     lambda scale, q, strip: (_diagonals_to_columns(_product(scale, q, strip)), (q, strip)),
-    _diagonals_backward,
+    _shifted_product_backward,
     nondiff_argnums=(0,),
 )
 
 
-def _row_diagonals_backward(R: int, _: None, dout_RE: jax.Array) -> tuple[jax.Array]:
+def _shifted_row_backward(R: int, _: None, dout_RE: jax.Array) -> tuple[jax.Array]:
     """The gradient of the strip: the sums of ``dout`` along its diagonals.
 
     First, groups of SUBLANES rows are shifted into alignment with each other and added. Then the SUBLANES rows of this
@@ -178,8 +182,8 @@ def _row_diagonals_backward(R: int, _: None, dout_RE: jax.Array) -> tuple[jax.Ar
     return (pltpu.roll(jnp.sum(total, axis=0, keepdims=True), total.shape[1] - SUBLANES + 1, 1),)
 
 
-_row_diagonals = custom_vjp.from_rules(
+_shifted_row = custom_vjp.from_rules(
     lambda R, strip: (_diagonals_to_columns(jnp.broadcast_to(strip, (R, strip.shape[1]))), None),
-    _row_diagonals_backward,
+    _shifted_row_backward,
     nondiff_argnums=(0,),
 )

@@ -1,11 +1,11 @@
 """Windows over time for convolution and pooling, for complete texts and for texts that are read in several calls.
 
-A causal window must contain the last real tokens of its own document and must skip padding, wherever the padding is.
-So the padding of each row is moved to the row's end before the first layer (``jaxlm.nn.token_layout``). From one call
-to the next, each layer passes its tail: the inputs of the layer at the last W real tokens.
+The causal window of a step must contain the last real tokens of the step's document up to this step. It must skip
+padding, wherever the padding is. So the padding of each row is moved to the row's end before the first layer
+(``jaxlm.nn.token_layout``). From one call to the next, each layer passes its tail: the inputs of the layer at the last
+W real tokens.
 
-Shapes: B batch, T time, T' windows, C channels, K taps of a window, W length of a tail, S = W + T, P largest W of a
-model (at least 1).
+Shapes: B batch, T time, T' windows, C channels, K taps of a window, W length of a tail, S = W + T.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ def windows(
         stride: number of steps from one window to the next.
         dilation: number of steps from one tap to the next.
         documents_BT: the document number of each input (``jaxlm.nn.segments.document_numbers``). Taps outside the
-            window's document give ``fill``. Window t belongs to the document of step ``t * stride``. With ``valid``
-            padding, it belongs to the document of its last tap. None: each row is one document.
+            window's document give ``fill``. With ``same`` and ``causal``, window t belongs to the document of step
+            ``t * stride``. With ``valid``, it belongs to the document of its last tap. None: each row is one document.
         fill: the value of taps outside the input or the document.
 
     Raises:
@@ -69,8 +69,9 @@ def windows(
     if documents_BT is None:
         return windows_BTKC
     tap_documents_BTK = jnp.stack(taps(documents_BT, 0), axis=2)
-    first = (kernel - 1) * dilation if padding == "valid" else 0
-    window_documents_BT = lax.slice_in_dim(documents_BT, first, first + (count - 1) * stride + 1, stride, axis=1)
+    first_step = (kernel - 1) * dilation if padding == "valid" else 0  # window 0 belongs to the document of this step
+    end = first_step + (count - 1) * stride + 1
+    window_documents_BT = lax.slice_in_dim(documents_BT, first_step, end, stride, axis=1)
     return jnp.where((tap_documents_BTK == window_documents_BT[:, :, None])[..., None], windows_BTKC, fill)
 
 
@@ -81,12 +82,12 @@ def padding_and_count(
 
     The arguments and the errors are those of :func:`windows`.
     """
-    reach = (kernel - 1) * dilation
+    last_tap = (kernel - 1) * dilation  # relative to the first tap
     if padding not in ("same", "valid", "causal"):
         raise ValueError(f"padding={padding!r} is unknown: choose from 'same', 'valid', 'causal'")
-    before = {"same": reach // 2, "valid": 0, "causal": reach}[padding]
-    after = reach - reach // 2 if padding == "same" else 0
-    count = (length + before + after - reach - 1) // stride + 1
+    before = {"same": last_tap // 2, "valid": 0, "causal": last_tap}[padding]
+    after = last_tap - last_tap // 2 if padding == "same" else 0
+    count = (length + before + after - last_tap - 1) // stride + 1
     if count < 1:
         raise ValueError(
             f"{length} steps are shorter than one window of {kernel} taps with dilation={dilation}: "
@@ -127,9 +128,9 @@ def causal_windows(
 def previous_inputs(
     layout: TokenLayout, x_BTC: jax.Array, tail_B1C: jax.Array | None
 ) -> tuple[jax.Array, jax.Array | None]:
-    """The input of the step before each step, [B, T, C], and the tail for the next call, as in :func:`causal_windows`.
+    """The input of the previous step for each step, [B, T, C], and the tail for the next call.
 
-    The first step of a document gets zeros.
+    The tails are as in :func:`causal_windows`. The first step of a document gets zeros.
     """
     require_arrays(x_BTC=x_BTC, tail_B1C=tail_B1C)
     previous_BTC, documents_BS = jnp.pad(x_BTC, ((0, 0), (1, 0), (0, 0)))[:, :-1], layout.documents
@@ -148,8 +149,12 @@ def previous_inputs(
 def prepend_tail(
     layout: TokenLayout, x_BTC: jax.Array, tail_BWC: jax.Array | None
 ) -> tuple[jax.Array, Any, Padding, jax.Array | None]:
-    """The tail followed by the new inputs [B, S, C], their document numbers [B, S], the padding of their causal
-    windows, and the tail for the next call. Without a tail, the causal windows begin before the new inputs."""
+    """The tail followed by the new inputs [B, S, C]; their document numbers [B, S]; the argument ``padding`` of
+    :func:`windows` for one causal window per new input; and the tail for the next call.
+
+    If ``tail_BWC`` is None, there is no tail (S = T), and the returned tail is None. Then the argument ``padding`` is
+    "causal", because the first windows need zeros before the new inputs.
+    """
     if tail_BWC is None:
         return x_BTC, layout.documents, "causal", None
     tail_length = tail_BWC.shape[1]
@@ -181,8 +186,8 @@ def pad_to_length(
         reverse: reverse the order of the real tokens.
 
     Returns:
-        Tokens [B, length]; a mask of the real tokens [B, length]; and for each row whether it is a single text [B],
-        which is False for a row with several documents.
+        Tokens [B, length]; a mask of the real tokens [B, length]; and a mask [B] that is True for rows with a single
+        text and False for rows with several documents.
 
     Raises:
         ValueError: there are more tokens than ``length``, padding included.

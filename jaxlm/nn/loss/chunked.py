@@ -63,7 +63,7 @@ def chunked_cross_entropy(
     leaves, treedef = jax.tree.flatten(params)
     used_indices = _used_leaf_indices(head, params, hidden_BTD)
 
-    def head_of_used(used_leaves: list[jax.Array], hidden: jax.Array) -> jax.Array | Unembedding:
+    def head_from_used_leaves(used_leaves: list[jax.Array], hidden: jax.Array) -> jax.Array | Unembedding:
         # Only the leaves that the head reads are arguments. For other leaves, the loop would carry gradients of zeros.
         all_leaves: list[Any] = [None] * len(leaves)
         for index, leaf in zip(used_indices, used_leaves, strict=True):
@@ -73,7 +73,7 @@ def chunked_cross_entropy(
     used_leaves = [leaves[index] for index in used_indices]
     weights_BT = weights_BT.astype(jnp.float32)
     return _chunked_loss(
-        head_of_used, max_chunk_logits, label_smoothing, used_leaves, hidden_BTD, targets_BT, weights_BT
+        head_from_used_leaves, max_chunk_logits, label_smoothing, used_leaves, hidden_BTD, targets_BT, weights_BT
     )
 
 
@@ -100,8 +100,10 @@ def _used_leaf_indices(head: Head, params: Params, hidden: jax.Array) -> list[in
 
 
 def chunk_length(head: Head, max_chunk_logits: int, params: Params, hidden_BTD: jax.Array) -> int:
-    """C, the number of time steps of a chunk, at least 1. A chunk [B, C, V] has at most ``max_chunk_logits`` logits if
-    C is more than 1."""
+    """C, the number of time steps of a chunk, at least 1.
+
+    If C is more than 1, a chunk [B, C, V] has at most ``max_chunk_logits`` logits.
+    """
     B, T, _ = hidden_BTD.shape
     V = logits_shape(head, params, hidden_BTD)[-1]
     return choices.loss_chunk(T, max(1, max_chunk_logits // (B * V)))
@@ -117,7 +119,7 @@ def _chunked_loss(
     targets: jax.Array,
     weights: jax.Array,
 ) -> Any:
-    def in_chunks(params: Params, *arrays: jax.Array) -> jax.Array:
+    def loss_in_chunks(params: Params, *arrays: jax.Array) -> jax.Array:
         def add_chunk(total: jax.Array, chunk: Any) -> tuple[jax.Array, None]:
             return total + weighted_loss(head, label_smoothing, params, *chunk), None
 
@@ -127,7 +129,7 @@ def _chunked_loss(
         zero = jnp.zeros_like(arrays[-1], jnp.float32, ())
         return jax.lax.scan(add_chunk, zero, tuple(split_time(x, C) for x in arrays))[0]
 
-    run = choose_kernels(weighted_loss, in_chunks, head, label_smoothing, params, hidden)
+    run = choose_kernels(weighted_loss, loss_in_chunks, head, label_smoothing, params, hidden)
     return run(params, hidden, targets, weights)
 
 
@@ -140,7 +142,7 @@ def _forward(
     targets: jax.Array,
     weights: jax.Array,
 ) -> Any:
-    def in_chunks(params: Params, *arrays: jax.Array) -> Any:
+    def loss_and_gradients_in_chunks(params: Params, *arrays: jax.Array) -> Any:
         def add_chunk(carry: Any, chunk: Any) -> tuple[Any, jax.Array]:
             loss, dparams, dhidden = loss_and_gradients(head, label_smoothing, params, *chunk)
             sums = (loss, jax.tree.map(lambda gradient: gradient.astype(jnp.float32), dparams))
@@ -159,7 +161,7 @@ def _forward(
         dparams = jax.tree.map(lambda gradient, leaf: gradient.astype(leaf.dtype), dparams, params)
         return total, dparams, join_time(dhidden, T)
 
-    run = choose_kernels(loss_and_gradients, in_chunks, head, label_smoothing, params, hidden)
+    run = choose_kernels(loss_and_gradients, loss_and_gradients_in_chunks, head, label_smoothing, params, hidden)
     total, *gradients = run(params, hidden, targets, weights)
     return total, tuple(gradients)
 

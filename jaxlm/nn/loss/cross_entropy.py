@@ -34,7 +34,8 @@ def check_shapes(hidden_BTD: jax.Array, targets_BT: jax.Array, weights_BT: jax.A
     for name, x in (("targets", targets_BT), ("weights", weights_BT)):
         if x.shape != hidden_BTD.shape[:2]:
             raise ValueError(
-                f"{name} {list(x.shape)} must have the batch and time of the hidden states {list(hidden_BTD.shape)}"
+                f"{name} {list(x.shape)} must have the same batch and time as the hidden states "
+                f"{list(hidden_BTD.shape)}"
             )
 
 
@@ -43,7 +44,7 @@ def cross_entropy(logits_BTV: jax.Array, targets_BT: jax.Array, label_smoothing:
 
     With ``label_smoothing`` e, the target distribution is ``(1 - e) * one_hot(target) + e * uniform`` (Szegedy et al.
     2016, section 7). Padding rows of the vocabulary (``jaxlm.nn.embedding.unembed``) have probability 0 in ``uniform``.
-    A target that is a padding row, negative, or V or more gives NaN.
+    The result is NaN for a target that is negative, at least V, or the id of a padding row.
     """
     require_arrays(logits_BTV=logits_BTV, targets_BT=targets_BT)
     logits_BTV = logits_BTV.astype(jnp.float32)
@@ -56,9 +57,10 @@ def _expected_logit(logits_BTV: jax.Array, targets_BT: jax.Array, label_smoothin
     target_logit_BT = _target_logits(logits_BTV, targets_BT)
     if label_smoothing == 0.0:
         return target_logit_BT
-    in_vocabulary_BTV = logits_BTV > jnp.finfo(jnp.float32).min  # the logit of padding rows (unembed)
-    size_BT = jnp.sum(in_vocabulary_BTV, axis=-1, dtype=jnp.float32)
-    mean_BT = jnp.sum(jnp.where(in_vocabulary_BTV, logits_BTV, 0.0), axis=-1) / size_BT
+    # ``jaxlm.nn.embedding.unembed`` gives padding rows of the vocabulary the lowest float32 number as their logit.
+    in_vocabulary_BTV = logits_BTV > jnp.finfo(jnp.float32).min
+    vocab_size_BT = jnp.sum(in_vocabulary_BTV, axis=-1, dtype=jnp.float32)
+    mean_BT = jnp.sum(jnp.where(in_vocabulary_BTV, logits_BTV, 0.0), axis=-1) / vocab_size_BT
     return (1.0 - label_smoothing) * target_logit_BT + label_smoothing * mean_BT
 
 
@@ -67,9 +69,9 @@ def _target_logits(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
     # end.
     targets_BT = widen_ids(targets_BT)
     targets_BT = jnp.where(targets_BT < 0, logits_BTV.shape[-1], targets_BT)
-    target_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1, mode="fill", fill_value=jnp.nan)[..., 0]
-    # ``jaxlm.nn.embedding.unembed`` gives padding rows of the vocabulary the lowest float32 number as their logit.
-    return jnp.where(target_BT == jnp.finfo(jnp.float32).min, jnp.nan, target_BT)
+    logit_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1, mode="fill", fill_value=jnp.nan)[..., 0]
+    # The logit of a padding row of the vocabulary is the lowest float32 number (``jaxlm.nn.embedding.unembed``).
+    return jnp.where(logit_BT == jnp.finfo(jnp.float32).min, jnp.nan, logit_BT)
 
 
 def choose_kernels(
@@ -78,7 +80,8 @@ def choose_kernels(
 ) -> Callable[..., Any]:  # fmt: skip
     """``function(head, label_smoothing, ..., kernels=True)`` if TPU kernels compute the loss, otherwise ``reference``.
 
-    With the kernels, ``reference`` is used under ``vmap`` and in derivatives (``lazy_pallas.with_reference``).
+    If the result uses kernels, it calls ``reference`` under ``vmap`` and in derivatives
+    (``lazy_pallas.with_reference``).
 
     Args:
         function: :func:`weighted_loss` or :func:`loss_and_gradients`.
@@ -118,15 +121,15 @@ def loss_and_gradients(
     head: Head, label_smoothing: float, params: Params, hidden: jax.Array, targets: jax.Array, weights: jax.Array, *,
     kernels: bool = False,
 ) -> tuple[jax.Array, Any, jax.Array]:  # fmt: skip
-    """The weighted sum of the cross entropies of a chunk, and the gradients of this sum for ``params`` and ``hidden``.
+    """The weighted sum of the cross entropies of a chunk, and its gradients with respect to ``params`` and ``hidden``.
 
     The hidden states are [B, C, D]; the targets and weights are [B, C]. Positions with weight 0 are ignored.
 
     Args:
         kernels: whether TPU kernels compute the loss; then ``head`` returns an ``Unembedding``.
     """
-    # A hidden state at a position of weight 0 may be NaN or infinite. It is set to zeros, because its product with a
-    # gradient of 0 would be NaN in the gradient of ``params``.
+    # A hidden state at a position of weight 0 may be NaN or infinite. It is replaced by zeros. Otherwise, the gradient
+    # of ``params`` would be NaN, because it contains the product of this hidden state and a gradient of 0.
     hidden = jnp.where(weights[..., None] != 0, hidden, jnp.zeros_like(hidden))
     output: Any
     output, head_vjp = jax.vjp(head, params, hidden)

@@ -131,9 +131,9 @@ def test_selected_positions_may_be_fewer_than_shards(shape):
 @pytest.mark.parametrize("function", [chunked_cross_entropy, selected_cross_entropy])
 def test_targets_and_weights_of_another_shape_raise(function):
     params, hidden, targets, weights = make_arrays()
-    with pytest.raises(ValueError, match=r"targets .* must have the batch and time of the hidden states"):
+    with pytest.raises(ValueError, match=r"targets .* must have the same batch and time as the hidden states"):
         function(head, params, hidden, targets[:, 1:], weights)
-    with pytest.raises(ValueError, match=r"weights .* must have the batch and time of the hidden states"):
+    with pytest.raises(ValueError, match=r"weights .* must have the same batch and time as the hidden states"):
         function(head, params, hidden, targets, weights.T)
 
 
