@@ -128,7 +128,7 @@ ENTRY %main (x: bf16[8,128], go: s32[]) -> bf16[8,128] {
 def test_loops_branches_fusions_kernels_and_collectives_are_counted():
     costs = hlo.costs(hlo.parse(PROGRAM))
     # The inner loop counts 0, 2, 4 up to a bound in its carry. The outer loop runs 12 times.
-    by_name = {operation.instruction.name: (operation.times, operation.cycles) for operation in costs.operations}
+    by_name = {operation.instruction.name: (operation.executions, operation.cycles) for operation in costs.operations}
     assert by_name == {"i.fusion": (36, 3600), "u.double": (1, 3), "kernel.1": (1, 0), "d.copy": (1, 50)}
     assert costs.cycles == 3653
     assert costs.unknown_loops == ["jit(step)/while"]

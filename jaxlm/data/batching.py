@@ -124,7 +124,7 @@ _CHECKSUM_CHUNK = 1 << 20
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _TokenWindows:
-    """The part of a source that is the same for all orders of windows of one token array."""
+    """Base class of sources whose rows are windows of one token array. A subclass chooses the windows of a batch."""
 
     tokens: np.ndarray
     length: int

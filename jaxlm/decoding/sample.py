@@ -35,7 +35,7 @@ from jaxlm.decoding.prompts import (
 )
 from jaxlm.models import Model
 from jaxlm.nn.embedding import argmax, widen_ids
-from jaxlm.sharding import active
+from jaxlm.sharding import active as active_sharding
 from jaxlm.spec import Array, Params, State
 
 MIN_TEMPERATURE = 1e-30
@@ -250,8 +250,8 @@ def generate(
             ``top_k`` or ``max_new_tokens`` is outside its range or not an integer; a key is missing or invalid, or
             there is a wrong number of keys; shapes are wrong; there are more tokens than the model has positions
             (padding included); or the function is called in a ``Sharding.scope`` whose mesh splits the axis ``seq``.
-        NotFiniteError: logits are not finite. The message names the rows, and the parameters that are not finite or
-            another possible cause.
+        NotFiniteError: logits are not finite. The message names the rows. It also names the parameters or state arrays
+            that are not finite, or another possible cause.
 
     Example:
         >>> from jaxlm import get_model
@@ -335,7 +335,7 @@ def advance(model: Model, params: Params, progress: PartialGeneration, steps: in
         ValueError: the function is called in a ``Sharding.scope`` whose mesh splits the axis ``seq``.
         NotFiniteError: as in :func:`generate`.
     """
-    check_sharding(active())
+    check_sharding(active_sharding())
     progress = _advance(model, params, progress, steps)
     check_finite(model, params, progress.finite, progress.state, is_initial=False)
     return progress
@@ -459,7 +459,9 @@ def _prefill(
         tokens=jnp.full((B, max_new_tokens), end_ids[0] if end_ids else 0, jnp.int32),
         log_probs=jnp.zeros((B, max_new_tokens), jnp.float32),
         lengths=jnp.zeros((B,), jnp.int32),
-        ended=jnp.zeros_like(prompts_BT[:, 0], bool),  # in shard_map, it varies over the same mesh axes as the prompts
+        # In shard_map, zeros_like gives an array that varies over the mesh axes of the prompts. With zeros, the type of
+        # `lengths`, which is computed from `ended`, would change in the loop.
+        ended=jnp.zeros_like(prompts_BT[:, 0], bool),
         step=jnp.zeros((), jnp.int32),
         finite=jnp.ones((B,), bool),
         seen=seen_BV,

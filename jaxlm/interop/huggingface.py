@@ -250,11 +250,11 @@ def _write_weights(directory: Path, model: Model, params: Params, max_shard_byte
     flat = spec.flatten(params)
     table = format_of(model)
     locations = locations_of(model, table)
-    paths_of = {name: paths for names, paths in tensor_groups(locations).items() for name in names}
-    paths_of |= {name: [path] for name, path in copies_of(model, table, locations).items()}
+    paths_of_tensor = {name: paths for names, paths in tensor_groups(locations).items() for name in names}
+    paths_of_tensor |= {name: [path] for name, path in copies_of(model, table, locations).items()}
     sizes = [
         (name, math.prod(locations[paths[0]].tensor_shape) * _common_dtype(flat[path] for path in paths).itemsize)
-        for name, paths in paths_of.items()
+        for name, paths in paths_of_tensor.items()
     ]
     shards = _split_into_shards(sizes, max_shard_bytes)
     count = len(shards)
@@ -477,11 +477,11 @@ def _check_num_layers_and_experts(description: ModelDescription, num_tensors: in
     """
     has_expert_tensors = any("{expert}" in name for name in description.format.tensors.values())
     for model in filter(None, (description.model, description.model_in_files)):
-        for what in ("layers", "decoder_layers", *(("experts",) if has_expert_tensors else ())):
-            number = getattr(model.config, f"num_{what}", None) or 0
+        for kind in ("layers", "decoder_layers", *(("experts",) if has_expert_tensors else ())):
+            number = getattr(model.config, f"num_{kind}", None) or 0
             if number > num_tensors:
                 raise ValueError(
-                    f"{directory}: {number} {what.replace('_', ' ')} in {CONFIG}, but only {num_tensors} tensors in "
+                    f"{directory}: {number} {kind.replace('_', ' ')} in {CONFIG}, but only {num_tensors} tensors in "
                     "the weight files"
                 )
 
@@ -570,8 +570,8 @@ def _match_tensors(description: ModelDescription, tensors: dict[str, _Tensor], d
         (name,) = locations[path].names
         if not _same_bytes(tensors[copy], tensors[name]):
             raise ValueError(
-                f"{directory}: {copy} must equal {name}, because both are the parameter {path} with this {CONFIG}, but "
-                "they differ"
+                f"{directory}: {copy} must equal {name}, but they differ: with this {CONFIG}, both are the parameter "
+                f"{path}"
             )
     return _Match(locations, tuple(initialized), tuple(unused))
 

@@ -240,8 +240,8 @@ def embed_padded_text(
     return jnp.where(is_one_text_B[:, None, None], x, jnp.nan)
 
 
-def length_of_constant_state(cfg: Any) -> int:
-    """The ``length`` that training passes to ``state_specs`` if every ``length`` gives the same state: 1."""
+def fixed_size_state_length(cfg: Any) -> int:
+    """``carried_state_length`` of a family whose state has the same size for every ``length``: 1."""
     return 1
 
 
@@ -289,7 +289,7 @@ def check_values(cfg: ModelConfig, reason: str, **required: Any) -> None:
 
 
 def check_divides(cfg: ModelConfig, divisor: str, *dividends: str) -> None:
-    """Raise ``ValueError`` unless the field ``divisor`` divides the fields ``dividends``. None needs no check."""
+    """Raise ``ValueError`` unless the field ``divisor`` divides the fields ``dividends``. A None is not checked."""
     divisor_value = getattr(cfg, divisor)
     for dividend in dividends:
         value = getattr(cfg, dividend)
@@ -372,9 +372,9 @@ def layer_kinds(cfg: Any) -> tuple[Any, ...]:
     return tuple(cfg.pattern[layer % len(cfg.pattern)] for layer in range(cfg.num_layers))
 
 
-def layers_of_kinds(cfg: Any, specs_of: dict[str, Any]) -> Any:
+def layers_of_kinds(cfg: Any, specs_by_kind: dict[str, Any]) -> Any:
     """The specs of all layers (``spec.layers``), from the specs of a layer of each kind."""
-    return spec.layers((specs_of[kind] for kind in layer_kinds(cfg)), stacked=cfg.scan_layers)
+    return spec.layers((specs_by_kind[kind] for kind in layer_kinds(cfg)), stacked=cfg.scan_layers)
 
 
 def check_source(tokens: jax.Array, source: Any, source_segment_ids: Any, state: State | None) -> None:

@@ -233,7 +233,7 @@ def state_specs(cfg: Config, batch: int, length: int) -> dict[str, Any]:
     }
 
 
-carried_state_length = common.length_of_constant_state
+carried_state_length = common.fixed_size_state_length
 
 
 VARIANTS = {

@@ -297,4 +297,4 @@ def state_specs(cfg: RecurrentConfig, batch: int, length: int) -> dict[str, Any]
     return {**layers, "last_segment": ArraySpec((batch,), ("batch",), dtype=jnp.int32)}
 
 
-carried_state_length = common.length_of_constant_state
+carried_state_length = common.fixed_size_state_length

@@ -269,7 +269,7 @@ def state_specs(cfg: Config, batch: int, length: int) -> dict[str, Any]:
     return {"layers": (layer,) * cfg.num_layers, "segment_ids": past_segment_specs(batch, 1)}
 
 
-carried_state_length = common.length_of_constant_state
+carried_state_length = common.fixed_size_state_length
 
 
 VARIANTS = {

@@ -4,14 +4,15 @@ Only the task permutation has two streams. The input of the content stream is th
 the query stream is one learned vector at all positions. The query stream does not attend to the token of its own
 position, so that the head can predict this token from the query stream. Both streams share all weights, and only the
 content stream (and the memory) provides keys and values. So a block processes the concatenated streams, but attention
-runs separately for each stream, except in the decoding layout of the memory (``jaxlm.nn.attention.two_streams``).
+runs separately for each stream. If the memory has the decoding layout (``jaxlm.nn.attention.memory``), attention runs
+once, for the queries of both streams (``jaxlm.nn.attention.two_streams``).
 
 The code follows that of Yang et al. The published ``VARIANTS`` have the tanh approximation of GELU, with which their
 weights were trained. Hugging Face's ``config.json`` of these weights has the exact GELU, so a loaded model has it, too.
 
 Shapes: B batch, T time, P positions of the query stream, Q = T + P queries (Q = T without a query stream), M memory
-slots, S keys (M + T; in the decoding layout of the memory, all its slots), D model width, H heads, K = D / H head
-width, F MLP hidden width, R distances, V vocabulary.
+slots, S keys (M + T; if the memory has the decoding layout, the number of its slots), D model width, H heads,
+K = D / H head width, F MLP hidden width, R distances, V vocabulary.
 """
 
 from __future__ import annotations
@@ -95,11 +96,12 @@ def apply(
 
     Args:
         tokens: [B, T] integer ids. An id outside the vocabulary gives NaN, also for other tokens of the row.
-        state: memory of earlier tokens (``state_specs``). No gradient flows into it. The new memory drops the oldest.
+        state: memory of earlier tokens (``state_specs``). No gradient flows into it. The oldest tokens are dropped.
         segment_ids: [B, T] int32, 0 for padding and n for document n. Documents do not interact. Default: one document.
         key: random key for dropout; None: no dropout.
         token_types: [B, T] int32, such as 0 and 1 for the two sentences of a pair. The attention bias of two tokens
-            depends on whether their types are equal. Default: no such bias. Equal types for all tokens do add a bias.
+            depends on whether their types are equal. Default: no such bias. The result is then the same as with one
+            type for all tokens, including the tokens in the memory.
         right_to_left: [B] bool, True for rows whose tokens are in reverse order; their distances are negated.
         order: [B, T] int32, the rank of each position in the factorization order (Yang et al. 2019, eq. 3). Several
             positions may have the same rank. The content stream attends to positions of the same or a lower rank. The
@@ -122,8 +124,8 @@ def apply(
         targets=targets,
     )  # fmt: skip
     num_remembered = T if order is None or cfg.reuse_length is None else min(T, cfg.reuse_length)
-    remembered = (tokens, segment_ids, jnp.zeros_like(tokens) if token_types is None else token_types)
-    new_tokens, new_segments, new_types = jax.tree.map(lambda x: x[:, :num_remembered], remembered)
+    token_arrays = (tokens, segment_ids, jnp.zeros_like(tokens) if token_types is None else token_types)
+    new_tokens, new_segments, new_types = jax.tree.map(lambda x: x[:, :num_remembered], token_arrays)
     memory_context, new_state = memory.make_context(new_tokens, state, new_segments)
     S = T if state is None else state["segment_ids"].shape[1] + (T if memory_context.slots is None else 0)
     lowest_distance = -S if right_to_left is not None else 0 if kind == "left_to_right" else 1 - T
@@ -176,11 +178,11 @@ def _attention(
     use_absorbed = S > T and choices.absorbed_attention(q, inputs_BSD, dropout=cfg.dropout, key=key)
     queries = (q,) if len(streams) == 1 else (q[:, :T], q[:, T:])
     if use_absorbed:
-        table = encoded_RD[:, None]
+        distance_table = encoded_RD[:, None]
     else:
         axes = "batch", common.time_axis_name(S, T), "heads", "kv"
         k, v = (constrain(linear(weights[name], inputs_BSD), axes) for name in ("key", "value"))
-        table = linear(weights["relative"], encoded_RD)
+        distance_table = linear(weights["relative"], encoded_RD)
 
     def absorb(name: str, q_BTHK: jax.Array) -> jax.Array:
         """The queries multiplied by the weight ``name`` (``absorb_weight``) if ``use_absorbed``, else the queries."""
@@ -189,14 +191,14 @@ def _attention(
     outputs = []
     for q_BTHK, stream, name in zip(queries, streams, ("content", "query")):
         content_q, position_q = (add_bias(q_BTHK, weights[bias]) for bias in ("content_bias", "position_bias"))
-        biases = [stream.position_bias(table, S, absorb("relative", position_q), scale)]
+        biases = [stream.position_bias(distance_table, S, absorb("relative", position_q), scale)]
         if stream.token_types is not None:
             types_2HK = weights["type_embedding"].astype(q.dtype)
             type_q = add_bias(q_BTHK, weights["type_bias"])
             biases.append(type_bias(type_q, types_2HK, *stream.token_types, scale=scale))
         content_q = absorb("key", content_q)
         if use_absorbed:
-            # If there is a memory, ``make_streams`` returns a single ``Stream`` only in the decoding layout.
+            # S > T, so there is a memory. With a memory, there is a single ``Stream`` only in the decoding layout.
             options = {"scale": scale, "biases": biases, "in_decoding_layout": len(streams) == 1}
             outputs.append(memory.attend_to_inputs(content_q, inputs_BSD, stream.mask, **options))
         else:
@@ -217,13 +219,13 @@ def _mlp(cfg: Config, weights: Params, x: jax.Array, T: int, key: jax.Array | No
 
 
 def logits(cfg: Config, params: Params, hidden: jax.Array) -> jax.Array | Unembedding:
-    """The logits of the task's head: of tokens, as an ``Unembedding``, or of labels, float32.
+    """The logits of the task's head: token logits as an ``Unembedding``, or label logits as a float32 array.
 
-    For the shapes of the logits of labels, see ``heads.head_logits``. For classification,
+    For the shapes of label logits, see ``heads.head_logits``. For classification,
     ``hidden`` comes from :func:`pool`.
 
     Raises:
-        ValueError: the task is none.
+        ValueError: the task is "none".
     """
     if cfg.task != "permutation":
         return heads.head_logits(cfg.task, params, hidden)

@@ -246,7 +246,7 @@ def state_specs(cfg: Config, batch: int, length: int) -> dict[str, Any]:
     return {"layers": common.layers_of_kinds(cfg, specs_of), "past": past}
 
 
-carried_state_length = common.length_of_constant_state
+carried_state_length = common.fixed_size_state_length
 
 
 _TINY = Config(vocab_size=128, num_layers=2, embed_dim=32, mlp_dim=48, num_heads=4, key_dim=64, value_dim=64)

@@ -12,9 +12,10 @@ special tokens. A continues the first part, and B continues A. If the batch has 
 The code follows ``data_utils.py`` of Yang et al., because the paper gives few details. A token attends to tokens of the
 same or a lower order, and is predicted from tokens of a lower order. Every token of the second part has a higher order
 than all tokens of the first part. So the first part does not depend on the second part, and the model can store the
-first part in its memory. The next window of a text begins ``reuse_length`` tokens later. If B does not continue A, the
-authors take it from anywhere in the text; this module takes it from another row of the batch. All functions except
-``loss`` run on the host. They draw random numbers only from the argument ``rng``.
+first part in its memory. The next window of a text begins ``reuse_length`` tokens later, so its first part continues
+the first part in the memory. If B does not continue A, the authors take B from anywhere in the text; this module takes
+B from another row of the batch. All functions except ``loss`` run on the host. They draw random numbers only from the
+argument ``rng``.
 
 Shapes: B batch, N tokens of a window, T tokens of a row (N + 3) or of a part of a row.
 """
@@ -34,8 +35,7 @@ loss = token_loss
 CLS_ID, SEP_ID = 3, 4
 """Ids of special tokens in the published vocabulary."""
 FIRST_TYPE, SECOND_TYPE, CLS_TYPE = 0, 1, 2
-"""Token types of text A (also of the first part of a row), of text B (A and B with their separator), and of
-``<cls>``."""
+"""Token types: of the first part of a row and of ``A <sep>``, of ``B <sep>``, and of ``<cls>``."""
 CONTEXT_ORDER = -1
 """The order of context tokens in the first part. All tokens of a part attend to its context tokens. In the second part,
 ``reuse_length + 1`` is added to all orders."""
@@ -281,7 +281,7 @@ def join_texts(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The tokens ``A <sep> B <sep> <cls>`` (without ``second``: ``A <sep> <cls>``) and their token types, both int32.
 
-    The second part of a row has this form, and so have the inputs of the fine-tuning tasks of Yang et al.
+    The second part of a row and the inputs of the fine-tuning tasks of Yang et al. have this form.
 
     Example:
         >>> tokens, types = join_texts(np.array([20, 21]), np.array([30]))

@@ -279,16 +279,16 @@ class Operation:
     """An operation of the schedule.
 
     Attributes:
-        times: number of executions in one run of the program.
+        executions: number of executions in one run of the program.
     """
 
     instruction: Instruction
-    times: int
+    executions: int
 
     @property
     def cycles(self) -> int:
         """Estimated cycles of all executions; 0 if the compiler has no estimate."""
-        return (self.instruction.cycles or 0) * self.times
+        return (self.instruction.cycles or 0) * self.executions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -298,13 +298,13 @@ class Collective:
     Attributes:
         kind: the opcode without ``-start``, one of :data:`COLLECTIVES`.
         bytes: size of the operands or of the result on one device in one execution; the larger of the two numbers.
-        times: number of executions in one run of the program.
+        executions: number of executions in one run of the program.
         group_size: number of devices in a replica group; None if unknown.
     """
 
     kind: str
     bytes: int
-    times: int
+    executions: int
     group_size: int | None
 
 
@@ -385,7 +385,7 @@ def _size_of_costs(costs: Costs) -> tuple[float, int, int]:
 
     Without estimated cycles (all compilers except that for TPUs), the last two numbers decide.
     """
-    return costs.cycles, len(costs.operations), sum(op.times * op.bytes for op in costs.collectives)
+    return costs.cycles, len(costs.operations), sum(op.executions * op.bytes for op in costs.collectives)
 
 
 def _add_fused_collectives(program: Program, fusion: Instruction, times: int, channels: set[str], total: Costs) -> None:

@@ -69,8 +69,8 @@ class CollectiveStats:
     Attributes:
         kind: such as ``all-reduce``.
         count: number of executions in a step, summed over all collectives of this kind.
-        bytes: size of the operands or of the result on one device, the larger of the two, summed over all executions.
-            This is not the number of bytes that a device sends.
+        bytes: sum over all executions. The bytes of one execution are the size of the operands or of the result on one
+            device; the larger size counts. This is not the number of bytes that a device sends.
         seconds: lower bound of the total time. It assumes that a device uses all its links at the same time. None if
             the bandwidth of the links is unknown.
     """
@@ -108,9 +108,10 @@ class KernelStats:
         bundles: number of VLIW bundles (one per cycle) at each loop depth (see ``jaxlm.plan.kernels``); None if there
             is no dump of the schedule.
         cycles: the cycles of all calls; None if the schedule or ``grid_steps`` is unknown. The cycles of one call are
-            the larger of two numbers: the cycles of its bundles (``jaxlm.plan.kernels.cycles``), and, if the clock rate
-            is known, the cycles of the copies between HBM and VMEM. The bundles include instructions that a grid step
-            skips (``pl.when``), and one iteration of each inner loop.
+            the cycles of its bundles (``jaxlm.plan.kernels.cycles``). If the clock rate is known, they are the largest
+            of three numbers: the cycles of the bundles, of the copies between HBM and VMEM, and of the matmuls at the
+            peak rate of bfloat16. The bundles include instructions that a grid step skips (``pl.when``), and one
+            iteration of each inner loop.
     """
 
     name: str
@@ -354,8 +355,8 @@ def _collective_stats(costs: hlo.Costs, device: Device | None) -> list[Collectiv
     stats = []
     for kind in dict.fromkeys(op.kind for op in costs.collectives):
         ops = [op for op in costs.collectives if op.kind == kind]
-        count, size = sum(op.times for op in ops), sum(op.times * op.bytes for op in ops)
-        seconds = None if link is None else sum(op.times * _sent_bytes(op) for op in ops) / link
+        count, size = sum(op.executions for op in ops), sum(op.executions * op.bytes for op in ops)
+        seconds = None if link is None else sum(op.executions * _sent_bytes(op) for op in ops) / link
         stats.append(CollectiveStats(kind, count, size, seconds))
     return stats
 
@@ -372,7 +373,7 @@ def _most_expensive(costs: hlo.Costs, kernel_stats: list[KernelStats]) -> list[O
     for operation in costs.operations:
         totals = totals_of_name.setdefault(operation.instruction.display_name, [0, 0])
         totals[0] += operation.cycles
-        totals[1] = max(totals[1], operation.times)
+        totals[1] = max(totals[1], operation.executions)
     total = max(costs.cycles + sum(kernel.cycles or 0 for kernel in kernel_stats), 1)
     largest = sorted(totals_of_name.items(), key=lambda item: -item[1][0])[:NUM_TOP_OPERATIONS]
     return [OperationStats(name, cycles, cycles / total, times) for name, (cycles, times) in largest if cycles]
@@ -389,18 +390,18 @@ def _kernels(
     schedule_of_key = {key: schedule for key, schedule in zip(keys, schedules, strict=True) if schedule is not None}
     for operation, base_name, key, own_schedule in zip(costs.kernels, base_names, keys, schedules, strict=True):
         name, schedule = operation.instruction.name, own_schedule or schedule_of_key.get(key)
-        same_kernel = calls.get((base_name, hlo.array_shapes(operation.instruction.shape)), set())
-        grids = {call.grid for call in same_kernel}
+        matching_calls = calls.get((base_name, hlo.array_shapes(operation.instruction.shape)), set())
+        grids = {call.grid for call in matching_calls}
         grid = grids.pop() if len(grids) == 1 else None  # unknown if kernels of this name and shape have several grids
         cycles = None
         if schedule is not None and grid is not None:
             cycles = kernels.cycles(schedule, grid)
             if device is not None and device.clock is not None:
-                copy_seconds = max(call.bytes for call in same_kernel) / device.bandwidth
-                matmul_seconds = max(call.flops for call in same_kernel) / (device.tflops * 1e12)
+                copy_seconds = max(call.bytes for call in matching_calls) / device.bandwidth
+                matmul_seconds = max(call.flops for call in matching_calls) / (device.tflops * 1e12)
                 cycles = max(cycles, round(max(copy_seconds, matmul_seconds) * device.clock))
-            cycles *= operation.times
-        kernel_stats.append(KernelStats(name, operation.times, grid, schedule, cycles))
+            cycles *= operation.executions
+        kernel_stats.append(KernelStats(name, operation.executions, grid, schedule, cycles))
     return kernel_stats
 
 

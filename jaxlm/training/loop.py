@@ -120,8 +120,8 @@ class TrainingConfig:
     max_rollbacks: int = 0
     """Maximum number of rollbacks. After max_skipped_in_a_row skipped steps, or if the weights are not finite, the run
     goes back to its newest scheduled checkpoint and leaves out the batches since then, as in PaLM (Chowdhery et al.
-    2022, section 5.1). A carried model state is then empty. A checkpoint is not scheduled if a signal caused it, or if
-    its step was skipped. 0: the run stops with an error instead."""
+    2022, section 5.1). A carried model state is then reset. A checkpoint does not count as scheduled if only a signal
+    caused it, or if the update of its step was skipped. 0: the run stops with an error instead."""
     seed: int = 0
     """Seed of the initial weights and of dropout. In the modules in ``experiments/``, also of the order of the data."""
 
@@ -369,7 +369,8 @@ class _History:
     best_mode: str
     best: float | None = None  # of best_metric; negated if higher values are better
     without_improvement: int = 0  # number of evaluations since the best
-    losses: list[float] = dataclasses.field(default_factory=list)  # with NT-ASGD: until averaging starts
+    # The validation losses until NT-ASGD starts to average; empty with other optimizers.
+    losses: list[float] = dataclasses.field(default_factory=list)
 
 
 class _Loop:
@@ -418,7 +419,7 @@ class _Loop:
             )
         if self._run.on_start is not None and processes.is_first():
             self._run.on_start(self.step, not self._is_complete())
-        # With this record, readers ignore the earlier records ("resumed": only those of steps after `self.step`).
+        # Readers of the file ignore records before "started", and records of steps after `self.step` before "resumed".
         if self._run.resume or not self._metrics_file.is_empty():
             self._write_record(self.step, event="resumed" if self._run.resume else "started")
 
@@ -595,7 +596,7 @@ class _Loop:
                 skipping = reader.skipped_in_a_row > 0
                 self._checkpoint_postponed = due and skipping
                 if not skipping or is_last or stop is not None or (config.restore_best and improved):
-                    self._save(extra=skipping or not scheduled, wait=is_last or stop is not None)
+                    self._save(unscheduled=skipping or not scheduled, wait=is_last or stop is not None)
         return stop
 
     def _roll_back(self, error: DivergedError) -> None:
@@ -664,7 +665,7 @@ class _Loop:
     def _evaluate_now(self) -> bool:
         """Evaluate, log the metrics, and return whether ``best_metric`` has improved."""
         config, history = self._config, self._history
-        with self._signals.announced(self._bar, f"the evaluation of step {self.step}"):
+        with self._signals.announce_during(self._bar, f"the evaluation of step {self.step}"):
             values = _as_numbers(self._evaluate(self._model_params(self._state)))
         if config.best_metric not in values:
             raise ValueError(
@@ -700,8 +701,8 @@ class _Loop:
         """``value`` of ``best_metric``, negated if higher values are better, so that lower is always better."""
         return value if self._config.best_mode == "min" else -value
 
-    def _save(self, *, extra: bool, wait: bool) -> None:
-        """Save a checkpoint; ``extra`` and ``wait`` are as in :meth:`Checkpointer.save`."""
+    def _save(self, *, unscheduled: bool, wait: bool) -> None:
+        """Save a checkpoint; the arguments are ``extra`` and ``wait`` of :meth:`Checkpointer.save`."""
         training: dict[str, Any] = {
             "step": self.step,
             "batches_left_out": self._batch_offset,
@@ -728,7 +729,7 @@ class _Loop:
         # Flush the metrics to the disk before the checkpoint. A run that resumes from the checkpoint does not write the
         # metrics of earlier steps again.
         self._metrics_file.sync()
-        self._checkpoints.save(self.step, state, content, metric=metric, extra=extra, wait=wait)
+        self._checkpoints.save(self.step, state, content, metric=metric, extra=unscheduled, wait=wait)
 
     def _finish(self) -> Result:
         metric, improved = self._config.best_metric, False
@@ -863,7 +864,7 @@ class _MetricsReader:
         self.restart_clock()
 
     def restart_clock(self) -> None:
-        """Exclude the time since metrics were last read from the measured speed, e.g. the time of an evaluation."""
+        """Exclude the time since the last read, for example the time of an evaluation, from the measured speed."""
         self._last_read = None
 
     def _read(self, step: int, metrics: Metrics, examples: int, tokens: int) -> None:
@@ -930,7 +931,7 @@ class _Signals(contextlib.ExitStack):
         self._announce: Callable[[str], None] | None = None
 
     @contextlib.contextmanager
-    def announced(self, bar: ProgressBar, task: str) -> Iterator[None]:
+    def announce_during(self, bar: ProgressBar, task: str) -> Iterator[None]:
         """A context manager for a long task.
 
         If a signal has arrived before the task or arrives during the task, a message says at once that the run ends
@@ -956,8 +957,8 @@ class _Signals(contextlib.ExitStack):
         """Whether to end now. All processes get the same result. The loop must call it after every step."""
         if self._single_process:
             return self.caught is not None
-        # must_end_now returns True in only one call. The loop ignores this value if the step ends with a rollback. So
-        # it is stored here, and the run ends after the next step.
+        # must_end_now returns True in only one call. This value is stored, because the loop does not use the result of
+        # `stop_now` if the step ends with a rollback. The run then ends after the next step.
         self._all_must_end = self._all_must_end or processes.must_end_now()
         if self._all_must_end and self.caught is None:
             self.caught = signal.SIGTERM.name

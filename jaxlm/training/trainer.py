@@ -80,7 +80,7 @@ class TrainState:
         skipped: number of steps whose loss or gradient was not finite, or whose loss was a spike.
         skipped_in_a_row: number of skipped steps since the last step that was not skipped.
         model_state: model state at the end of the last batch whose step was not skipped (``model.state_specs``). A
-            later skipped step empties the rows with ``batch.reset``. None without ``Trainer.carry_size``.
+            later skipped step only resets the rows where ``batch.reset`` is True. None without ``Trainer.carry_size``.
         frozen: parameters that are not trained; None without ``Trainer.adaptation``.
         recent_losses: [:data:`SPIKE_WINDOW`] losses of the last steps that were not skipped, with NaN in unused
             entries; None without ``Trainer.spike_deviations``.
@@ -342,10 +342,11 @@ class Trainer:
 
         A step is skipped if its loss or gradient norm is not finite, or if its loss is a spike (``spike_deviations``).
         If all targets of the batch have weight 0, the loss is NaN, so the step is skipped. A skipped step changes only
-        the counters, and empties the model-state rows with ``batch.reset``. Everything else stays bitwise the same.
-        Metrics are float32 scalars: ``loss`` (mean, nats), ``gradient_norm`` (before clipping), ``parameter_norm`` (of
-        the trained parameters after the step), ``weight`` (sum of the weights of the targets), ``skipped`` and
-        ``skipped_in_a_row``, and the mean of each term of the loss (``jaxlm.objectives.batch.LossWithTerms``).
+        the counters, and resets the rows of the model state where ``batch.reset`` is True. Everything else stays
+        bitwise the same. Metrics are float32 scalars: ``loss`` (mean, nats), ``gradient_norm`` (before clipping),
+        ``parameter_norm`` (of the trained parameters after the step), ``weight`` (sum of the weights of the targets),
+        ``skipped`` and ``skipped_in_a_row``, and the mean of each term of the loss
+        (``jaxlm.objectives.batch.LossWithTerms``).
 
         If an update makes a parameter non-finite, the update is not undone, because that would need a copy of the old
         parameters. ``parameter_norm`` shows this case: it is finite only if all trained parameters are finite.
@@ -384,8 +385,8 @@ class Trainer:
 
         def update(state: TrainState) -> tuple[TrainState, jax.Array]:
             state = self._update(state, grads, scale, loss, norm, new_model_state)
-            # XLA computes the norm in the same pass as the update. Both branches compute a norm. Without the barrier,
-            # XLA would move this computation behind the conditional, into a separate pass over the parameters.
+            # Both branches compute this norm. Without the barrier, XLA would compute it once after the conditional, in
+            # a separate pass over the parameters. With the barrier, it computes the norm in the pass of the update.
             return state, jax.lax.optimization_barrier(optax.tree.norm(state.params))
 
         def skip(state: TrainState) -> tuple[TrainState, jax.Array]:
@@ -450,7 +451,7 @@ class Trainer:
     def _update(
         self, state: TrainState, grads: Any, scale: jax.Array, loss: jax.Array, norm: jax.Array, new_model_state: Any
     ) -> TrainState:
-        """The state after a step that is not skipped, except the number of steps."""
+        """The state after a step that is not skipped. ``step`` keeps its old value."""
         ema, model_state, frozen, losses = state.ema, state.model_state, state.frozen, state.recent_losses
         # XLA fuses this multiplication by 1 / weight into the optimizer, so it needs no extra pass over the gradients.
         grads = jax.tree.map(lambda g: g * scale.astype(g.dtype), grads)
