@@ -26,7 +26,7 @@ from jaxlm.nn.linear import dot
 from jaxlm.nn.scan.head_blocks import Blocks, Decays, Kernels, chunk_decays, split_non_finite
 
 
-def _accurate_dot(a: jax.Array, b: jax.Array, dtype: Any, contract: tuple[int, int] = (1, 0)) -> jax.Array:
+def accurate_dot(a: jax.Array, b: jax.Array, dtype: Any, contract: tuple[int, int] = (1, 0)) -> jax.Array:
     """The matmul of float32 matrices over axis ``contract[0]`` of ``a`` and ``contract[1]`` of ``b``, float32.
 
     ``dtype``, the dtype of the values, determines the precision. With float32, the matmul has float32 precision. With
@@ -45,7 +45,7 @@ def _high_and_low(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     return high, (x - high.astype(jnp.float32)).astype(jnp.bfloat16)
 
 
-def _inverses(lowers: list[jax.Array], dtype: Any) -> list[jax.Array]:
+def invert_unit_lower(lowers: list[jax.Array], dtype: Any) -> list[jax.Array]:
     """The inverse of ``I + lower`` for each strictly lower triangular matrix, [L, L].
 
     Diagonal blocks of 1, 2, 4, ... rows are joined in pairs, as in ``triangular.inverse_unit_lower``. Here, one formula
@@ -60,8 +60,8 @@ def _inverses(lowers: list[jax.Array], dtype: Any) -> list[jax.Array]:
         is_joined = (t // (2 * size) == s // (2 * size)) & (t // size != s // size)
         joined = [jnp.where(is_joined, lower, 0.0) for lower in lowers]
         if size > 1:
-            joined = [_accurate_dot(below, inverse, dtype) for below, inverse in zip(joined, inverses, strict=True)]
-            joined = [_accurate_dot(inverse, below, dtype) for inverse, below in zip(inverses, joined, strict=True)]
+            joined = [accurate_dot(below, inverse, dtype) for below, inverse in zip(joined, inverses, strict=True)]
+            joined = [accurate_dot(inverse, below, dtype) for inverse, below in zip(inverses, joined, strict=True)]
         inverses = [inverse - below for inverse, below in zip(inverses, joined, strict=True)]
     return inverses
 
@@ -86,7 +86,7 @@ def _forward_kernel(blocks: Blocks, *references: Any) -> None:
     J, K, V, dtype = blocks.J, blocks.K, blocks.V, value.dtype
     decays, out_heads = chunk_decays(columns, rows, J), []
     betas = decays.scale
-    inverses = _inverses(
+    inverses = invert_unit_lower(
         [betas[:, head : head + 1] * x for head, x in enumerate(_key_products(blocks, key, decays))], dtype
     )
     for head in range(J):
@@ -97,7 +97,7 @@ def _forward_kernel(blocks: Blocks, *references: Any) -> None:
         state_in = state.astype(dtype)
         k_from_state = prefix * dot(k, state_in, (1, 0))
         right = betas[:, column] * (v.astype(jnp.float32) - k_from_state)
-        u = _accurate_dot(inverses[head], right, dtype).astype(dtype)
+        u = accurate_dot(inverses[head], right, dtype).astype(dtype)
         weights = (dot(q, k, (1, 1)) * decays.pairs(head)).astype(dtype)
         q_from_state = prefix * dot(q, state_in, (1, 0)) + jnp.where(decays.is_before_reset, nan_row, 0.0)
         out_heads.append(dot(weights, u, (1, 0)) + q_from_state)
@@ -113,7 +113,7 @@ def _backward_kernel(blocks: Blocks, *references: Any) -> None:
     J, K, V, dtype = blocks.J, blocks.K, blocks.V, value.dtype
     is_earlier, decays = _is_earlier(blocks.L), chunk_decays(columns, rows, J)
     key_products = _key_products(blocks, key, decays)
-    inverses = _inverses([decays.scale[:, head : head + 1] * x for head, x in enumerate(key_products)], dtype)
+    inverses = invert_unit_lower([decays.scale[:, head : head + 1] * x for head, x in enumerate(key_products)], dtype)
     gradients = []
     for head in range(J):
         key_slice, value_slice = slice(head * K, (head + 1) * K), slice(head * V, (head + 1) * V)
@@ -130,9 +130,7 @@ def _backward_kernel(blocks: Blocks, *references: Any) -> None:
     # product of the decays of the steps after t.
     at_or_after = jnp.where(is_earlier, 0.0, 1.0)  # [t, s]: 1 if s >= t
     dlog[...] = (
-        dlog_pairs
-        + _accurate_dot(at_or_after, dlog_prefix, dtype)
-        + _accurate_dot(1.0 - at_or_after, dlog_suffix, dtype)
+        dlog_pairs + accurate_dot(at_or_after, dlog_prefix, dtype) + accurate_dot(1.0 - at_or_after, dlog_suffix, dtype)
     )
     dbeta[...] = dbetas
 
@@ -152,7 +150,7 @@ def _head_gradients(
         arrays: query, key, value and the gradient of the output.
         state: the state before the chunk, finite.
         dafter: the gradient of the state after the chunk.
-        key_product, inverse: the entries of :func:`_key_products` and :func:`_inverses` for this head.
+        key_product, inverse: the entries of :func:`_key_products` and :func:`invert_unit_lower` for this head.
         is_earlier: the result of :func:`_is_earlier`.
     """
     (q, k, v, dy), column, dtype = arrays, slice(head, head + 1), arrays[2].dtype
@@ -164,15 +162,15 @@ def _head_gradients(
     q_from_state = prefix * dot(q, state_in, (1, 0))
     k_from_state = prefix * dot(k, state_in, (1, 0))
     error = v.astype(jnp.float32) - k_from_state
-    u = _accurate_dot(inverse, beta * error, dtype)
+    u = accurate_dot(inverse, beta * error, dtype)
     u_in = u.astype(dtype)
     weights = dot(q, k, (1, 1)) * pairs
     # Compute the gradients, starting at the outputs and at the state after the chunk.
     du_of_state = suffix * dot(k, dafter_in, (1, 0))
     du = dot(weights.astype(dtype), dy, (0, 0)) + du_of_state
-    dright = _accurate_dot(inverse, du, dtype, (0, 0))
+    dright = accurate_dot(inverse, du, dtype, (0, 0))
     dright_in = (beta * dright).astype(dtype)
-    dA = jnp.where(is_earlier, -_accurate_dot(dright, u, dtype, (1, 1)), 0.0)
+    dA = jnp.where(is_earlier, -accurate_dot(dright, u, dtype, (1, 1)), 0.0)
     dweights = dot(dy, u_in, (1, 1))
     dscores = (dweights * pairs).astype(dtype)
     dk_pairs = (beta * dA * pairs).astype(dtype)
@@ -190,7 +188,7 @@ def _head_gradients(
     # The log decay of step i is a summand of log D(s, t) for all s < i <= t.
     dlog_by_pair = jnp.where(is_earlier, dweights * weights, 0.0) + dA * beta * key_product
     at_or_after = jnp.where(is_earlier, 0.0, 1.0)  # [t, s]: 1 if s >= t
-    later = _accurate_dot(at_or_after, dlog_by_pair, dtype)  # [i, s]: the sum over t >= i
+    later = accurate_dot(at_or_after, dlog_by_pair, dtype)  # [i, s]: the sum over t >= i
     dlog_total = total * jnp.sum(state * dafter, keepdims=True)
     dlog_pairs = jnp.sum(jnp.where(is_earlier, later, 0.0), axis=1, keepdims=True) + dlog_total
     dlog_prefix = jnp.sum(q_from_state * dy32 - k_from_state * (beta * dright), axis=1, keepdims=True)

@@ -1,0 +1,279 @@
+"""Pallas kernels for the generalized delta rule with bounded log decays, and for its gradients, on TPU.
+
+The equations of a chunk are those of ``_generalized_chunk`` and ``_bounded_scores`` in delta_rule.py. A kernel keeps
+the scores, the inverse of the triangular system and the states in VMEM. The backward kernel differentiates the function
+of the forward kernel (:func:`_compute_chunk`) by autodiff. ``head_blocks`` defines the blocks of heads.
+
+Shapes: B batch, T time, H heads, K width of queries and keys, V width of values, C chunks, L steps of a chunk, N blocks
+of heads, J heads of a block.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import DTypeLike
+
+from jaxlm import sharding
+from jaxlm.nn.custom_gradient import custom_vjp
+from jaxlm.nn.lazy_pallas import call_with_carry, pl
+from jaxlm.nn.linear import dot
+from jaxlm.nn.scan.delta_rule_pallas import accurate_dot, invert_unit_lower
+from jaxlm.nn.scan.head_blocks import (
+    CHUNK_STATES_AXES,
+    HEAD_AXES,
+    STATE_AXES,
+    Blocks,
+    make_blocks,
+    split_non_finite,
+)
+from jaxlm.nn.time_chunks import pad_axis
+
+CHUNK = 64
+"""L. The scores of two queries and two keys per step are then a matrix of 128 x 128."""
+
+
+def run(inputs: Sequence[jax.Array], state_BHKV: jax.Array, reset_BT: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """The outputs [B, T, H, V] in the dtype of the values, and the last state [B, H, K, V] float32.
+
+    Args:
+        inputs: queries and keys [B, T, H, K], values [B, T, H, V], float32 log decays, a and b [B, T, H, K]. Padding
+            has zeros in all of them. At a reset, the log decay and a are 0.
+        state_BHKV: the state before the first step, float32.
+        reset_BT: True where the state is set to zeros before the step; False at padding. None: nowhere.
+    """
+    query, key, value, log_decay, a, b = inputs
+    (B, T, H, K), dtype = query.shape, value.dtype
+    padding = -T % CHUNK
+    log_BTHK = pad_axis(log_decay, 0, padding)
+    sums_BTHK = jnp.cumsum(log_BTHK.reshape(B, -1, CHUNK, H, K), axis=2).reshape(log_BTHK.shape)
+    arrays = [pad_axis(x.astype(dtype), 0, padding) for x in (query, key, value, a, b)]
+    segment_BT1 = jnp.zeros((B, T + padding, 1), jnp.float32)
+    if reset_BT is not None:
+        resets_BCL = pad_axis(reset_BT.astype(jnp.float32), 0, padding).reshape(B, -1, CHUNK)
+        segment_BT1 = jnp.cumsum(resets_BCL, axis=2).reshape(B, -1, 1)
+    out_BTHV, last_BHKV = _run((*arrays, sums_BTHK, sums_BTHK - log_BTHK, segment_BT1), state_BHKV)
+    return out_BTHV[:, :T], last_BHKV
+
+
+def _compute_chunk(
+    segment_L1: jax.Array, states: Sequence[jax.Array], heads: Sequence[tuple[jax.Array, ...]]
+) -> tuple[list[jax.Array], list[jax.Array]]:
+    """The outputs [L, V] of the steps of a chunk, and the states [K, V] after the chunk, for each head of a block.
+
+    Args:
+        segment_L1: the number of resets of the chunk up to and including each step, float32.
+        states: the state before the chunk of each head, finite.
+        heads: for each head, query, key, value, a, b, and two sums of log decays. The first sum has the steps of the
+            chunk up to and including each step, and the second one has the steps before it.
+    """
+    L, dtype = segment_L1.shape[0], heads[0][2].dtype
+    # The first L rows and columns are for q and k, the others for a and b.
+    row, column = (lax.broadcasted_iota(jnp.int32, (2 * L, 2 * L), axis) for axis in (0, 1))
+    t, s = row % L, column % L
+    segment_t = jnp.concatenate([segment_L1] * 2, axis=0)
+    segment_s = jnp.sum(jnp.where(row == column, segment_t, 0.0), axis=0, keepdims=True)
+    is_read = (segment_t == segment_s) & ((s < t) | ((s == t) & (row < L)))
+    has_no_reset, has_last_segment = segment_L1 == 0.0, segment_L1 == segment_L1[-1:]
+    reads, scores, written = [], [], []
+    for state, (q, k, _, a, b, sums, sums_before) in zip(states, heads, strict=True):
+        q, k, a, b = (x.astype(jnp.float32) for x in (q, k, a, b))
+        middle = lax.stop_gradient(sums[(L - 1) // 2 :][:1])
+        queries = jnp.concatenate([q * jnp.exp(sums - middle), a * jnp.exp(sums_before - middle)], axis=0)
+        keys = jnp.concatenate([k, b], axis=0) * jnp.concatenate([jnp.exp(middle - sums)] * 2, axis=0)
+        scores.append(jnp.where(is_read, _dot(queries, keys, (1, 1), dtype), 0.0))
+        prefix, prefix_before = (jnp.where(has_no_reset, jnp.exp(x), 0.0) for x in (sums, sums_before))
+        suffix = jnp.where(has_last_segment, jnp.exp(sums[-1:] - sums), 0.0)
+        reads.append(_dot(jnp.concatenate([q * prefix, a * prefix_before], axis=0), state, (1, 0), dtype))
+        written.append((jnp.concatenate([k * suffix, b * suffix], axis=0), prefix[-1:]))
+    rights = [
+        read[L:] + _dot(score[L:, :L], head[2], (1, 0), dtype)
+        for read, score, head in zip(reads, scores, heads, strict=True)
+    ]
+    solutions = _solve(dtype, [-score[L:, L:] for score in scores], rights)
+    outs, new_states = [], []
+    for state, head, read, score, (keys, total), u in zip(
+        states, heads, reads, scores, written, solutions, strict=True
+    ):
+        values = jnp.concatenate([head[2].astype(jnp.float32), u], axis=0)
+        outs.append(read[:L] + _dot(score[:L], values, (1, 0), dtype))
+        new_states.append(_column(total) * state + _dot(keys, values, (0, 0), dtype))
+    return outs, new_states
+
+
+def _column(x_1K: jax.Array) -> jax.Array:
+    """The row ``x`` as a column, [K, 1]."""
+    K = x_1K.shape[1]
+    is_diagonal = lax.broadcasted_iota(jnp.int32, (K, K), 0) == lax.broadcasted_iota(jnp.int32, (K, K), 1)
+    return jnp.sum(jnp.where(is_diagonal, x_1K, 0.0), axis=1, keepdims=True)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _dot(x: jax.Array, y: jax.Array, contract: tuple[int, int], dtype: DTypeLike) -> jax.Array:
+    """The matmul over axis ``contract[0]`` of x and ``contract[1]`` of y, float32.
+
+    The inputs of the matmul are cast to ``dtype``, and so are the inputs of the matmuls of its gradients.
+    """
+    return dot(x.astype(dtype), y.astype(dtype), contract)
+
+
+def _dot_forward(x: jax.Array, y: jax.Array, contract: tuple[int, int], dtype: DTypeLike) -> Any:
+    return _dot(x, y, contract, dtype), (x, y)
+
+
+def _dot_backward(contract: tuple[int, int], dtype: DTypeLike, saved: Any, dout: jax.Array) -> Any:
+    x, y = saved
+    x_in, y_in, dout_in = (z.astype(dtype) for z in (x, y, dout))
+    x_axis, y_axis = contract
+    dx = dot(dout_in, y_in, (1, 1 - y_axis)) if x_axis == 1 else dot(y_in, dout_in, (1 - y_axis, 1))
+    dy = dot(x_in, dout_in, (1 - x_axis, 0)) if y_axis == 0 else dot(dout_in, x_in, (0, 1 - x_axis))
+    return dx.astype(x.dtype), dy.astype(y.dtype)
+
+
+_dot.defvjp(_dot_forward, _dot_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _solve(dtype: DTypeLike, lowers: list[jax.Array], rights: list[jax.Array]) -> list[jax.Array]:
+    """The solution u of ``u + lower @ u = right`` for each strictly lower triangular matrix [L, L], float32."""
+    return _solve_forward(dtype, lowers, rights)[0]
+
+
+def _solve_forward(dtype: DTypeLike, lowers: list[jax.Array], rights: list[jax.Array]) -> Any:
+    inverse = invert_unit_lower(lowers, dtype)
+    solutions = [accurate_dot(x, right, dtype) for x, right in zip(inverse, rights, strict=True)]
+    return solutions, (inverse, solutions)
+
+
+def _solve_backward(dtype: DTypeLike, saved: Any, dsolutions: list[jax.Array]) -> Any:
+    inverse, solutions = saved
+    drights = [accurate_dot(x, dsolution, dtype, (0, 0)) for x, dsolution in zip(inverse, dsolutions, strict=True)]
+    # The caller sets the entries on and above the diagonal to zeros.
+    return [-accurate_dot(dright, u, dtype, (1, 1)) for dright, u in zip(drights, solutions, strict=True)], drights
+
+
+_solve.defvjp(_solve_forward, _solve_backward)
+
+
+def _heads_of_block(blocks: Blocks, references: Sequence[Any]) -> list[tuple[jax.Array, ...]]:
+    """For each head of a block, its columns of each array [L, J * X]."""
+
+    def columns(reference: Any, head: int) -> jax.Array:
+        width = reference.shape[1] // blocks.J
+        return reference[:, head * width : (head + 1) * width]
+
+    return [tuple(columns(reference, head) for reference in references) for head in range(blocks.J)]
+
+
+def _forward_kernel(blocks: Blocks, *references: Any) -> None:
+    """Compute a chunk for a block of heads. ``carry``: the state after the previous chunk."""
+    *inputs, segment, out, states, carry = references
+    states[...] = carry[...]
+    before = [split_non_finite(carry[head]) for head in range(blocks.J)]
+    segment_L1 = segment[...]
+    outs, new_states = _compute_chunk(segment_L1, [state for state, _ in before], _heads_of_block(blocks, inputs))
+    is_before_reset = segment_L1 == 0.0
+    for head, (_, nan_row) in enumerate(before):
+        outs[head] += jnp.where(is_before_reset, nan_row, 0.0)
+        carry[head] = new_states[head] + jnp.where(is_before_reset[-1:], nan_row, 0.0)
+    out[...] = jnp.concatenate(outs, axis=1).astype(out.dtype)
+
+
+def _backward_kernel(blocks: Blocks, *references: Any) -> None:
+    """Compute the gradients of a chunk for a block of heads. ``carry``: the gradient of the state after the chunk."""
+    inputs, (segment, states, dout), gradients, carry = (
+        references[:7],
+        references[7:10],
+        references[10:-1],
+        references[-1],
+    )
+    before = [split_non_finite(states[head])[0] for head in range(blocks.J)]
+    heads = _heads_of_block(blocks, inputs)
+    _, pull_back = jax.vjp(functools.partial(_compute_chunk, segment[...]), before, heads)
+    douts = [dy.astype(jnp.float32) for (dy,) in _heads_of_block(blocks, [dout])]
+    dbefore, dheads = pull_back((douts, [carry[head] for head in range(blocks.J)]))
+    for head, dstate in enumerate(dbefore):
+        carry[head] = dstate
+    for reference, parts in zip(gradients, zip(*dheads, strict=True), strict=True):
+        reference[...] = jnp.concatenate(parts, axis=1).astype(reference.dtype)
+
+
+_KINDS = ("keys", "keys", "values", "keys", "keys", "keys", "keys")
+"""The kinds (``Blocks.array``) of query, key, value, a, b, and the two sums of log decays."""
+_AXES = (*[HEAD_AXES] * 7, (*HEAD_AXES[:2], None))
+"""Logical axes of the inputs: those of :data:`_KINDS`, and the segments [B, T, 1]."""
+
+
+def _call(
+    kernel: Any, name: str, blocks: Blocks, kinds: Sequence[str], outputs: Sequence[tuple[str, DTypeLike]]
+) -> Any:
+    """A function that runs the kernel. Its inputs are those of :data:`_KINDS`, the segments, and then ``kinds``.
+
+    Args:
+        outputs: the kind and the dtype of each output.
+    """
+    L = blocks.L
+    segments = pl.BlockSpec((None, L, 1), lambda b, n, c: (b, blocks.C - 1 - c if blocks.from_last else c, 0))
+    specs = [blocks.array(kind)[1] for kind in (*_KINDS, *kinds)]
+    return call_with_carry(
+        functools.partial(kernel, blocks), name, blocks.grid, (blocks.J, blocks.K, blocks.V),
+        in_specs=[*specs[: len(_KINDS)], segments, *specs[len(_KINDS) :]],
+        out_specs=tuple(blocks.array(kind)[1] for kind, _ in outputs),
+        out_shape=tuple(jax.ShapeDtypeStruct(blocks.array(kind)[0], dtype) for kind, dtype in outputs),
+    )  # fmt: skip
+
+
+def _flat(inputs: Sequence[jax.Array]) -> list[jax.Array]:
+    """The inputs with merged axes of heads and widths, and the segments."""
+    return [*(x.reshape(*x.shape[:2], -1) for x in inputs[:-1]), inputs[-1]]
+
+
+def _forward(inputs: Any, state_BHKV: jax.Array, *, save_states: bool = True) -> Any:
+    mapped = sharding.map_shards(
+        functools.partial(_device_forward, save_states),
+        [*_AXES, STATE_AXES],
+        [HEAD_AXES, STATE_AXES, CHUNK_STATES_AXES],
+    )
+    out_BTHV, last_BHKV, states_BCHKV = mapped(*inputs, state_BHKV)
+    return (out_BTHV, last_BHKV), (inputs, states_BCHKV)
+
+
+def _device_forward(save_states: bool, *arrays: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The outputs of one device, the last state, and (only with ``save_states``) the state before each chunk."""
+    *inputs, state_BHKV = arrays
+    query, value = inputs[0], inputs[2]
+    blocks = make_blocks(query, value, CHUNK, from_last=False)
+    states = "states" if save_states else "one state"
+    outputs = [("values", value.dtype), (states, jnp.float32), ("state", jnp.float32)]
+    run = _call(_forward_kernel, "generalized_delta_rule", blocks, ("state",), outputs)
+    out_BTX, states_BCHKV, last_BHKV = run(*_flat(inputs), state_BHKV)
+    return out_BTX.reshape(value.shape), last_BHKV, states_BCHKV
+
+
+def _backward(saved: Any, cotangents: Any) -> Any:
+    inputs, states_BCHKV = saved
+    mapped = sharding.map_shards(
+        _device_backward, [*_AXES, CHUNK_STATES_AXES, HEAD_AXES, STATE_AXES], [*[HEAD_AXES] * 7, STATE_AXES]
+    )
+    *gradients, dstate_BHKV = mapped(*inputs, states_BCHKV, *cotangents)
+    return (*gradients, None), dstate_BHKV
+
+
+def _device_backward(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """The gradients of the inputs of one device (without the segments), and of the state before the first step."""
+    *inputs, states_BCHKV, dout_BTHV, dlast_BHKV = arrays
+    blocks = make_blocks(inputs[0], inputs[2], CHUNK, from_last=True)
+    outputs = [*((kind, x.dtype) for kind, x in zip(_KINDS, inputs[:-1], strict=True)), ("state", jnp.float32)]
+    kinds = ("states", "values", "state")
+    run = _call(_backward_kernel, "generalized_delta_rule_backward", blocks, kinds, outputs)
+    dout_BTX = dout_BTHV.reshape(*dout_BTHV.shape[:2], -1)
+    *gradients, dstate_BHKV = run(*_flat(inputs), states_BCHKV, dout_BTX, dlast_BHKV)
+    return *(dx.reshape(x.shape) for dx, x in zip(gradients, inputs[:-1], strict=True)), dstate_BHKV
+
+
+_run = custom_vjp.from_rules(_forward, _backward, (), functools.partial(_forward, save_states=False))
