@@ -25,8 +25,9 @@ from jax.typing import DTypeLike
 from jaxlm.models import common, heads
 from jaxlm.nn.convolution.window import previous_inputs, tail_specs
 from jaxlm.nn.embedding import embed
+from jaxlm.nn.head_norm import head_l2_normalize, head_layer_norm, head_sums
 from jaxlm.nn.linear import linear, linear_specs
-from jaxlm.nn.norm import l2_normalize, layer_norm, layer_norm_specs
+from jaxlm.nn.norm import layer_norm, layer_norm_specs
 from jaxlm.nn.scan import generalized_delta_rule
 from jaxlm.nn.token_layout import TokenLayout, move_padding_last, past_segment_specs, restore_order
 from jaxlm.sharding import constrain
@@ -117,13 +118,12 @@ def apply(
 def _time_mix(
     cfg: Config, weights: Params, x: jax.Array, first_value: Any, state: State | None, layout: TokenLayout, masks: Any
 ) -> tuple[jax.Array, jax.Array, Any]:
-    """The output of a time mix [B, T, D], the values of the first block [B, T, H, K], and the new state."""
+    """The output of a time mix, the values of the first block, [B, T, D] each, and the new state."""
+    (B, T, D), K = x.shape, cfg.head_dim
     tail, memory = (None, None) if state is None else (state["time_mix_tail"], state["memory"])
     shifted, tail = _token_shift(weights["shift"], x, tail, layout)
-    r, k, v = (
-        constrain(linear(weights[name], shifted[name]), ("batch", "seq", "heads", "kv"))
-        for name in ("receptance", "key", "value")
-    )
+    # A TPU pads a last axis of K entries to 128. So the elementwise operations below use the shape [B, T, D].
+    r, k, v = (_flat(linear(weights[name], shifted[name])) for name in ("receptance", "key", "value"))
     if first_value is None:
         first_value = v
     else:
@@ -135,17 +135,18 @@ def _time_mix(
     gate = _low_rank(weights["gate"], shifted["gate"], jax.nn.sigmoid)
 
     removal, replacement, bonus = (
-        weights[name].astype(x.dtype)[None, None] for name in ("removal", "replacement", "bonus")
+        weights[name].astype(x.dtype).reshape(1, 1, D) for name in ("removal", "replacement", "bonus")
     )
-    removal_key = l2_normalize(k * removal, L2_EPSILON)
+    removal_key = head_l2_normalize(k * removal, K, L2_EPSILON)
     k = k * (1.0 + (rate - 1.0) * replacement)
-    out, memory = generalized_delta_rule(
-        r, k, v, log_decay, (-removal_key, rate * removal_key), memory, min_log_decay=-math.exp(-0.5), **masks
-    )
-    out = layer_norm(weights["norm"], out, cfg.group_norm_epsilon)
-    out = out + jnp.sum(r * k * bonus, axis=-1, keepdims=True) * v
+    vectors = (y.reshape(B, T, D // K, K) for y in (r, k, v, log_decay, -removal_key, rate * removal_key))
+    *vectors, a, b = (constrain(y, ("batch", "seq", "heads", "kv")) for y in vectors)
+    out, memory = generalized_delta_rule(*vectors, (a, b), memory, min_log_decay=-math.exp(-0.5), **masks)
+    out = head_layer_norm(weights["norm"], _flat(out), cfg.group_norm_epsilon)
+    out = out + head_sums(r * k * bonus, K).astype(x.dtype) * v
     new_state = None if state is None else {"time_mix_tail": tail, "memory": memory}
-    return linear(weights["output"], out * gate, num_input_axes=2), first_value, new_state
+    out = (out * gate).reshape(B, T, D // K, K)
+    return linear(weights["output"], out, num_input_axes=2), first_value, new_state
 
 
 def _channel_mix(weights: Params, x: jax.Array, tail: Any, layout: TokenLayout) -> tuple[jax.Array, Any]:
@@ -167,9 +168,14 @@ def _token_shift(
 
 
 def _low_rank(weights: Params, x: jax.Array, activation: Callable[[jax.Array], jax.Array] = lambda x: x) -> jax.Array:
-    """``bias + activation(x @ down) @ up``, [B, T, H, K]; ``bias`` is optional."""
-    up = linear(weights["up"], activation(linear(weights["down"], x)))
-    return constrain(up, ("batch", "seq", "heads", "kv"))
+    """``bias + activation(x @ down) @ up``, [B, T, D]; ``bias`` is optional."""
+    return _flat(linear(weights["up"], activation(linear(weights["down"], x))))
+
+
+def _flat(x_BTHK: jax.Array) -> jax.Array:
+    """``x`` with merged axes of heads and widths, [B, T, D]."""
+    B, T, H, K = x_BTHK.shape
+    return constrain(x_BTHK.reshape(B, T, H * K), ("batch", "seq", "heads"))
 
 
 logits = heads.decoder_logits

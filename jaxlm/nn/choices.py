@@ -423,6 +423,14 @@ def whole_triangular_systems() -> bool:
     return sharding.platform() != "cpu"
 
 
+def head_sums_by_matmul() -> bool:
+    """Whether matmuls with ones compute the sums over the channels of each head (``jaxlm.nn.head_norm``).
+
+    The result is True on a TPU. There, XLA would copy the array to separate the axis of heads.
+    """
+    return sharding.platform() == "tpu"
+
+
 def depthwise_convolution(segment_ids: jax.Array | None) -> Literal["reference", "shifts"]:
     """The implementation of ``depthwise_convolution``.
 

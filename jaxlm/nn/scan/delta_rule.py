@@ -184,15 +184,15 @@ def generalized_delta_rule(
     if not is_bounded(kernel_chunk):
         unsupported = f"needs a min_log_decay of at least {-MAX_CHUNK_DECAY / kernel_chunk:.2f}, not {min_log_decay}"
     implementation = choose_implementation("generalized_delta_rule", implementation, T, default_chunk, unsupported)
+    arrays = query_BTHK, key_BTHK, value_BTHV, log_decay_BTHK, a_BTHK, b_BTHK
+    if implementation == "pallas":
+        return generalized_delta_rule_pallas.run(arrays, state_BHKV, reset_BT, keep_BT)
     log_BTHK = log_decay_BTHK.astype(jnp.float32)
     if reset_BT is not None:
-        log_at_reset = 0.0 if implementation == "pallas" else -jnp.inf
-        log_BTHK = jnp.where(reset_BT[:, :, None, None], log_at_reset, log_BTHK)
+        log_BTHK = jnp.where(reset_BT[:, :, None, None], -jnp.inf, log_BTHK)
         a_BTHK = jnp.where(reset_BT[:, :, None, None], 0, a_BTHK)
     arrays = query_BTHK, key_BTHK, value_BTHV, log_BTHK, a_BTHK, b_BTHK
     inputs, state_BHKV, reset_BT = chunks.prepare(arrays, state_BHKV, reset_BT, keep_BT)
-    if implementation == "pallas":
-        return generalized_delta_rule_pallas.run(inputs, state_BHKV, reset_BT)
     scores = _bounded_scores if isinstance(implementation, Chunked) and is_bounded(implementation.steps) else _scores
     rule = Rule(_generalized_step, functools.partial(_generalized_chunk, scores), has_faster_steps=is_default)
     return run_rule(rule, implementation, inputs, state_BHKV, reset_BT)

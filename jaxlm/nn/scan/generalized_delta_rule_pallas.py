@@ -20,7 +20,7 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from jaxlm import sharding
-from jaxlm.nn.custom_gradient import custom_vjp
+from jaxlm.nn.custom_gradient import custom_vjp, vary_equally
 from jaxlm.nn.lazy_pallas import call_with_carry, pl
 from jaxlm.nn.linear import dot
 from jaxlm.nn.scan.delta_rule_pallas import accurate_dot, invert_unit_lower
@@ -38,26 +38,41 @@ CHUNK = 64
 """L. The scores of two queries and two keys per step are then a matrix of 128 x 128."""
 
 
-def run(inputs: Sequence[jax.Array], state_BHKV: jax.Array, reset_BT: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+def run(
+    inputs: Sequence[jax.Array],
+    state_BHKV: jax.Array | None,
+    reset_BT: jax.Array | None,
+    keep_BT: jax.Array | None,
+) -> tuple[jax.Array, jax.Array]:
     """The outputs [B, T, H, V] in the dtype of the values, and the last state [B, H, K, V] float32.
 
     Args:
-        inputs: queries and keys [B, T, H, K], values [B, T, H, V], float32 log decays, a and b [B, T, H, K]. Padding
-            has zeros in all of them. At a reset, the log decay and a are 0.
-        state_BHKV: the state before the first step, float32.
-        reset_BT: True where the state is set to zeros before the step; False at padding. None: nowhere.
+        inputs: queries and keys [B, T, H, K], values [B, T, H, V], log decays, a and b [B, T, H, K].
+        state_BHKV, reset_BT, keep_BT: as in ``generalized_delta_rule``.
     """
-    query, key, value, log_decay, a, b = inputs
-    (B, T, H, K), dtype = query.shape, value.dtype
-    padding = -T % CHUNK
-    log_BTHK = pad_axis(log_decay, 0, padding)
-    sums_BTHK = jnp.cumsum(log_BTHK.reshape(B, -1, CHUNK, H, K), axis=2).reshape(log_BTHK.shape)
-    arrays = [pad_axis(x.astype(dtype), 0, padding) for x in (query, key, value, a, b)]
+    query, _, value, *_ = inputs
+    (B, T, H, K), dtype, padding = query.shape, value.dtype, -query.shape[1] % CHUNK
+    if state_BHKV is None:
+        state_BHKV = jnp.zeros_like(query[:, 0, :, :, None] * value[:, 0, :, None], jnp.float32)
+    # A TPU pads a last axis of K entries to 128, so the masks are applied to arrays with merged axes H and K.
+    flat = [sharding.constrain(x.reshape(B, T, -1), ("batch", None, "heads")) for x in inputs]
+    flat[3] = flat[3].astype(jnp.float32)
+    if keep_BT is not None:
+        flat = [jnp.where(keep_BT[..., None], x, 0) for x in flat]
     segment_BT1 = jnp.zeros((B, T + padding, 1), jnp.float32)
     if reset_BT is not None:
+        reset_BT = reset_BT if keep_BT is None else reset_BT & keep_BT
+        for index in (3, 4):  # at a reset, the log decay and a are 0
+            flat[index] = jnp.where(reset_BT[..., None], 0, flat[index])
         resets_BCL = pad_axis(reset_BT.astype(jnp.float32), 0, padding).reshape(B, -1, CHUNK)
         segment_BT1 = jnp.cumsum(resets_BCL, axis=2).reshape(B, -1, 1)
-    out_BTHV, last_BHKV = _run((*arrays, sums_BTHK, sums_BTHK - log_BTHK, segment_BT1), state_BHKV)
+    query, key, value, log_BTX, a, b = (pad_axis(x, 0, padding) for x in flat)
+    # The sums are a matmul with ones, because ``cumsum`` is slow on a TPU.
+    log_BCLX, is_read = log_BTX.reshape(B, -1, CHUNK, H * K), jnp.tri(CHUNK)
+    sums_BTX = jnp.einsum("LM,BCMX->BCLX", is_read, log_BCLX, precision=lax.Precision.HIGHEST).reshape(log_BTX.shape)
+    arrays = *(x.astype(dtype) for x in (query, key, value, a, b)), sums_BTX, sums_BTX - log_BTX
+    per_head = [x.reshape(*x.shape[:2], H, -1) for x in arrays]
+    out_BTHV, last_BHKV = _run(*vary_equally(((*per_head, segment_BT1), state_BHKV.astype(jnp.float32))))
     return out_BTHV[:, :T], last_BHKV
 
 
