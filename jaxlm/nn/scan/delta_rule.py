@@ -142,15 +142,15 @@ def generalized_delta_rule(
         min_log_decay: a lower bound of the log decays, at most 0; None: no bound. With a bound, ``chunked`` needs fewer
             operations, but only if ``-min_log_decay`` times the number of steps of a chunk is at most 60
             (``MAX_CHUNK_DECAY``) and the values are not float16. Results may be wrong, NaN or infinite if a log decay
-            is far below the bound.
-        state_BHKV, reset_BT, keep_BT, implementation: see :func:`gated_delta_rule`. ``pallas`` is not supported. On a
-            CPU, if ``implementation`` is None, a call that is not differentiated runs as ``reference``, and a call that
-            is differentiated runs as ``chunked`` (with fewer than 8 steps as ``reference``).
+            is far below the bound. ``pallas`` has chunks of 64 steps and needs a bound of at least -0.93.
+        state_BHKV, reset_BT, keep_BT, implementation: see :func:`gated_delta_rule`. On a CPU, if ``implementation`` is
+            None, a call that is not differentiated runs as ``reference``, and a call that is differentiated runs as
+            ``chunked`` (with fewer than 8 steps as ``reference``).
 
     Raises:
         ValueError: shapes that do not match, inputs without steps, a mask that is not boolean, a positive
-            ``min_log_decay``, ``low_rank`` that is not a tuple of two, or an implementation that is unknown or
-            ``pallas``.
+            ``min_log_decay``, ``low_rank`` that is not a tuple of two, an unknown implementation, or ``pallas`` on
+            another platform or with arguments that it does not support.
 
     Example:
         >>> key, value = jnp.ones((1, 3, 1, 1)), jnp.array([4.0, 8.0, 8.0]).reshape(1, 3, 1, 1)
@@ -181,7 +181,7 @@ def generalized_delta_rule(
     default_chunk = choices.generalized_delta_rule_chunk(is_bounded)
     kernel_chunk = generalized_delta_rule_pallas.CHUNK
     unsupported = head_blocks.unsupported_reason(query_BTHK, value_BTHV)
-    if not is_bounded(kernel_chunk):
+    if unsupported is None and not is_bounded(kernel_chunk):
         unsupported = f"needs a min_log_decay of at least {-MAX_CHUNK_DECAY / kernel_chunk:.2f}, not {min_log_decay}"
     implementation = choose_implementation("generalized_delta_rule", implementation, T, default_chunk, unsupported)
     arrays = query_BTHK, key_BTHK, value_BTHV, log_decay_BTHK, a_BTHK, b_BTHK

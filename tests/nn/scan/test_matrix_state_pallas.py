@@ -1,4 +1,4 @@
-"""Tests of the TPU kernels of linear_attention, gated_delta_rule and mlstm, interpreted on the CPU."""
+"""Tests of the TPU kernels of linear_attention, the delta rules and mlstm, interpreted on the CPU."""
 
 import functools
 
@@ -12,6 +12,7 @@ from jaxlm.nn import choices, lazy_pallas
 from jaxlm.nn.scan import (
     gated_delta_rule,
     generalized_delta_rule,
+    generalized_delta_rule_pallas,
     head_blocks,
     linear_attention,
     mlstm,
@@ -54,6 +55,13 @@ def mlstm_arrays(*shape, dtype=np.float32):
     return query, key, value, log_input, log_forget, {"cell": cell, "normalizer": normalizer, "stabilizer": stabilizer}
 
 
+def generalized_arrays(*shape, dtype=np.float32):
+    query, key, value, log_decay, rate, state = delta_rule_arrays(*shape, dtype=dtype)
+    log_decay = np.random.default_rng(2).uniform(-0.6, 0.0, query.shape).astype(np.float32)
+    low_rank = -key, (key * (0.5 * rate[..., None])).astype(dtype)
+    return query, key, value, log_decay, low_rank, state
+
+
 def with_scale(query, key, value, log_decay, scale, state, **options):
     return linear_attention(query, key, value, log_decay, state, scale_BTH=scale, **options)
 
@@ -63,7 +71,11 @@ FUNCTIONS = {
     "linear_attention": (linear_attention, arrays),
     "gated_delta_rule": (gated_delta_rule, delta_rule_arrays),
     "mlstm": (mlstm, mlstm_arrays),
-}
+    "generalized_delta_rule": (
+        functools.partial(generalized_delta_rule, min_log_decay=-0.61), generalized_arrays,
+    ),
+}  # fmt: skip
+OTHER_FUNCTIONS = [name for name in FUNCTIONS if name != "linear_attention"]
 
 
 def masks(B, T):
@@ -88,6 +100,7 @@ def on_tpu(monkeypatch):
     """Run the kernels in Pallas's interpreter, with chunks of 16 steps and blocks of at most 4 heads."""
     interpret(monkeypatch)
     monkeypatch.setattr(choices, "kernel_chunk", lambda steps: 16)
+    monkeypatch.setattr(generalized_delta_rule_pallas, "CHUNK", 16)
     monkeypatch.setattr(head_blocks, "MAX_HEADS", 4)
 
 
@@ -110,7 +123,7 @@ def test_values_and_gradients(shape, masked, on_tpu):
 
 @pytest.mark.thorough
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("name", ["scale", "gated_delta_rule", "mlstm"])
+@pytest.mark.parametrize("name", OTHER_FUNCTIONS)
 def test_values_and_gradients_of_the_other_functions(name, masked, on_tpu):
     function, arguments = FUNCTIONS[name]
     options = masks(*OWN_KEYS[:2]) if masked else {}
@@ -176,7 +189,7 @@ def test_the_sum_of_the_gradients_of_decays_in_bfloat16(on_tpu, monkeypatch):
 
 
 @pytest.mark.plain_cases(2)
-@pytest.mark.parametrize("name", ["scale", "gated_delta_rule", "mlstm"])
+@pytest.mark.parametrize("name", OTHER_FUNCTIONS)
 @pytest.mark.parametrize("steps", [40, 130])
 def test_chunks_of_the_default_size_with_nan_at_padding(name, steps, monkeypatch):
     interpret(monkeypatch)
@@ -184,7 +197,9 @@ def test_chunks_of_the_default_size_with_nan_at_padding(name, steps, monkeypatch
     *inputs, state = make_arguments(1, steps, 2, 2, 8, 16)
     options = masks(1, steps)
     keep = options["keep_BT"]
-    inputs = [np.where(keep.reshape(1, steps, *(1,) * (x.ndim - 2)), x, np.float32(np.nan)) for x in inputs]
+    inputs = jax.tree.map(
+        lambda x: np.where(keep.reshape(1, steps, *(1,) * (x.ndim - 2)), x, np.float32(np.nan)), inputs
+    )
     got, want = (
         jax.jit(functools.partial(function, implementation=each, **options))(*inputs, state)
         for each in ("pallas", "reference")
@@ -229,7 +244,7 @@ def test_heads_of_several_devices(shape, on_tpu):
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("name", ["scale", "gated_delta_rule", "mlstm"])
+@pytest.mark.parametrize("name", OTHER_FUNCTIONS)
 def test_several_devices(name, on_tpu):
     """The other functions also give the results of one device."""
     check_on_several_devices(name, OWN_KEYS)
@@ -291,12 +306,18 @@ def test_unsupported_arguments_are_named(shape, dtype, per_channel, message, on_
         linear_attention(query, key, value, log_decay, state, implementation="pallas")
 
 
-def test_the_generalized_delta_rule_has_no_kernel(on_tpu):
-    query, key, value, _, _ = arrays(*OWN_KEYS)
-    with pytest.raises(
-        ValueError, match="'pallas' does not support the generalized rule: leave the implementation out"
-    ):
-        generalized_delta_rule(query, key, value, 0 * key, (key, key), implementation="pallas")
+@pytest.mark.parametrize(
+    ("bound", "message"),
+    [
+        (None, "needs a min_log_decay of at least -3.75, not None"),
+        (-4.0, "needs a min_log_decay of at least -3.75, not -4.0"),
+        (-1.0, "supports float32 and bfloat16, not float16"),
+    ],
+)
+def test_the_kernel_of_the_generalized_delta_rule_needs_a_bound(bound, message, on_tpu):
+    query, key, value, _, _ = arrays(*OWN_KEYS, dtype=np.float16 if bound == -1.0 else np.float32)
+    with pytest.raises(ValueError, match=f"'pallas' {message}: leave the implementation out"):
+        generalized_delta_rule(query, key, value, 0 * key, (key, key), min_log_decay=bound, implementation="pallas")
 
 
 def test_the_choice_depends_on_the_platform_and_the_arguments(monkeypatch):
@@ -322,6 +343,7 @@ def test_the_choice_depends_on_the_platform_and_the_arguments(monkeypatch):
         ("gated_delta_rule", (2, 300, 16, 16, 128, 128)),
         ("gated_delta_rule", (1, 100, 4, 4, 64, 128)),
         ("mlstm", (2, 300, 8, 8, 256, 512)),
+        ("generalized_delta_rule", (2, 300, 32, 32, 64, 64)),
     ],
 )
 def test_the_tpu_compiler_accepts_the_kernels(name, shape, dtype):
@@ -340,5 +362,5 @@ def test_the_tpu_compiler_accepts_the_kernels(name, shape, dtype):
 
     with target.scope():
         text = jax.jit(jax.grad(loss)).lower(arguments).compile().as_text()
-    kernel = "gated_delta_rule" if name == "gated_delta_rule" else "linear_attention"
+    kernel = name if name.endswith("delta_rule") else "linear_attention"
     assert text.count(f"{kernel}_backward") >= 1

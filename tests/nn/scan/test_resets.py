@@ -1,5 +1,7 @@
 """Tests that a reset sets the state of a scan to zeros, also if the state is NaN, in every implementation."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,7 @@ from jaxlm.nn.scan import (
     Chunked,
     gated_delta_rule,
     generalized_delta_rule,
+    generalized_delta_rule_pallas,
     linear_attention,
     linear_scan,
     mlstm,
@@ -23,8 +26,9 @@ MATRIX = ("reference", "chunked", "pallas")
 CHANNELS = ("reference", "chunked", None)  # without an implementation and a gradient, a loop over steps
 IMPLEMENTATIONS = {
     "linear_attention": MATRIX, "one decay per channel": CHANNELS, "gated_delta_rule": MATRIX,
-    "generalized_delta_rule": CHANNELS, "ssd": MATRIX, "negative eigenvalues": ("reference", "chunked"),
-    "mlstm": MATRIX, "linear_scan": ("reference", "sequential", "chunked", "pallas"),
+    "generalized_delta_rule": CHANNELS, "bounded decays": MATRIX, "ssd": MATRIX,
+    "negative eigenvalues": ("reference", "chunked"), "mlstm": MATRIX,
+    "linear_scan": ("reference", "sequential", "chunked", "pallas"),
 }  # fmt: skip
 
 
@@ -49,6 +53,9 @@ def function_and_state(name):
         return gated_delta_rule, (q, k, v, log_decay, gate), state
     if name == "generalized_delta_rule":
         return generalized_delta_rule, (q, k, v, log_decays, (-k, 0.5 * k)), state
+    if name == "bounded decays":
+        run = functools.partial(generalized_delta_rule, min_log_decay=-0.6)
+        return run, (q, k, v, np.maximum(log_decays, -0.6), (-k, 0.5 * k)), state
     return linear_attention, (q, k, v, log_decay if name == "linear_attention" else log_decays), state
 
 
@@ -61,6 +68,7 @@ def test_a_reset_replaces_a_state_of_nan(name, implementation, monkeypatch):
     monkeypatch.setattr(choices, "wrong_platform", lambda implementation: None)
     monkeypatch.setattr(lazy_pallas, "INTERPRET", True)
     monkeypatch.setattr(choices, "kernel_chunk", lambda steps: 16)
+    monkeypatch.setattr(generalized_delta_rule_pallas, "CHUNK", 16)
     monkeypatch.setattr(vector_state, "CHUNK", 4)
     run, inputs, nan_state = function_and_state(name)
     reset = np.zeros((B, T), bool)
