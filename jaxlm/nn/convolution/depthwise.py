@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxlm.nn import choices
-from jaxlm.nn.convolution.window import Padding, next_tail, padding_and_count
+from jaxlm.nn.convolution.window import Padding, next_tail, padding_and_count, prepend_tail
 from jaxlm.nn.custom_gradient import custom_vjp, sum_dtype
 from jaxlm.nn.linear import linear_specs
 from jaxlm.nn.segments import document_numbers
@@ -124,9 +124,10 @@ def causal_depthwise_convolution(
     ``jaxlm.nn.convolution.window`` for ``layout`` and the tails.
     """
     require_arrays(x_BTC=x_BTC, tail_BWC=tail_BWC)
-    if tail_BWC is None:
+    if tail_BWC is None or choices.join_tail():
         implementation = choices.depthwise_convolution(layout.segment_ids)
-        return _convolution(params, x_BTC, None, "causal", dilation, layout.documents, implementation), None
+        x_BSC, documents_BS, padding, tail_BWC = prepend_tail(layout, x_BTC, tail_BWC)
+        return _convolution(params, x_BSC, None, padding, dilation, documents_BS, implementation), tail_BWC
     tail_BWC = tail_BWC.astype(x_BTC.dtype)
     documents_BS = layout.documents_with_past(tail_BWC.shape[1])
     y_BTC = _convolution(params, x_BTC, tail_BWC, "causal", dilation, documents_BS, "shifts")
@@ -153,7 +154,7 @@ def _shifted_products_forward(
     total_BTC = jnp.zeros((), dtype)
     same_document = _same_document(taps, documents_BS, tail_BWC)
     for weight_C, offset, same_BT in zip(weight_KC, taps.offsets, same_document, strict=True):
-        tap_BTC = _masked(same_BT, _inputs(taps, x_BTC, tail_BWC, offset))
+        tap_BTC = _masked(same_BT, _inputs(x_BTC, tail_BWC, offset, taps.count))
         total_BTC = total_BTC + tap_BTC.astype(dtype) * weight_C.astype(dtype)[None, None]
     return total_BTC.astype(x_BTC.dtype), (weight_KC, x_BTC, tail_BWC, documents_BS)
 
@@ -201,7 +202,7 @@ def _weight_gradient(
     end = begin + blocks * BLOCK
 
     def products(tap: int, start: int, stop: int) -> jax.Array:
-        x_BLC = _inputs(taps, x_BTC, tail_BWC, taps.offsets[tap])[:, start:stop].astype(dtype)
+        x_BLC = _inputs(x_BTC, tail_BWC, start + taps.offsets[tap], stop - start).astype(dtype)
         same_BL = None if same_document[tap] is None else same_document[tap][:, start:stop]
         return _masked(same_BL, x_BLC * dy_BTC[:, start:stop].astype(dtype))
 
@@ -234,13 +235,13 @@ def _shifted(x_BT: jax.Array, offset: int, count: int) -> jax.Array:
     return lax.pad(x_BT, jnp.zeros((), x_BT.dtype), widths)
 
 
-def _inputs(taps: _Taps, x_BTC: jax.Array, tail_BWC: jax.Array | None, offset: int) -> jax.Array:
-    """The input ``t + offset`` of each output t, [B, T', C]."""
-    x_from_BTC = _shifted(x_BTC, offset, taps.count)
-    if tail_BWC is None or offset >= 0:
-        return x_from_BTC
-    # At each output, one of the two terms is zero. Joining the tail and ``x`` instead would copy ``x``.
-    return x_from_BTC + _shifted(tail_BWC, offset + tail_BWC.shape[1], taps.count)
+def _inputs(x_BTC: jax.Array, tail_BWC: jax.Array | None, first: int, count: int) -> jax.Array:
+    """The inputs [first, first + count), [B, count, C]; a negative index is in the tail."""
+    inputs_BTC = _shifted(x_BTC, first, count)
+    if tail_BWC is None or first >= 0:
+        return inputs_BTC
+    # For each index, one of the two terms is zero.
+    return inputs_BTC + _shifted(tail_BWC, first + tail_BWC.shape[1], count)
 
 
 def _same_document(taps: _Taps, documents_BS: jax.Array | None, tail_BWC: jax.Array | None) -> list[Any]:

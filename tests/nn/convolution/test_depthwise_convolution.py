@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from jaxlm import spec
+from jaxlm.nn import choices
 from jaxlm.nn.convolution import (
     causal_depthwise_convolution,
     depthwise,
@@ -210,3 +211,24 @@ def test_a_segment_id_that_occurs_again_is_another_document():
         y, past, tail = run_call(params, x, indices[:, call], ids[:, call], past, tail, 1)
         outputs.append(y)
     assert relative_error(np.concatenate(outputs, axis=1), want) < 1e-6
+
+
+@pytest.mark.parametrize("length", [1, 2, 5, 40])
+def test_joining_the_tail_and_the_inputs_changes_nothing(length, monkeypatch):
+    """Outputs, the next tail and the gradients of weights, inputs and tail; ``join_tail`` is False on a TPU."""
+    params, x = arrays(3, length)
+    rng = np.random.default_rng(0)
+    tail = rng.normal(size=(B, 2, C)).astype(np.float32)
+    ids = np.sort(rng.integers(0, 3, (B, length)))  # padding, then two documents
+    past = np.array([[0, 1], [1, 1], [1, 2]])
+
+    def loss(params, x, tail):
+        _, layout = move_padding_last(np.zeros_like(ids), ids, past)
+        y, tail = causal_depthwise_convolution(params, layout, x, tail)
+        return jnp.sum(jnp.sin(y)) + jnp.sum(jnp.cos(tail)), (y, tail)
+
+    results = []
+    for joins in (True, False):
+        monkeypatch.setattr(choices, "join_tail", lambda joins=joins: joins)
+        results.append(jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))(params, x, tail))
+    assert_trees_close(results[1], results[0], 1e-6)
