@@ -38,7 +38,11 @@ def _sums_by_matmul(width: int, x_BTD: jax.Array) -> jax.Array:
     D = x_BTD.shape[-1]
     is_in_head_DH = jnp.arange(D)[:, None] // width == jnp.arange(D // width)[None]
     matrix_DH = is_in_head_DH.astype(jnp.float32)
-    product = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
+
+    def product(x: jax.Array, matrix: jax.Array) -> jax.Array:
+        # With a batch axis (A, of size 1), the policy of remat="dots" does not save the result.
+        return jnp.einsum("ABTX,AXY->ABTY", x[None], matrix[None], precision=lax.Precision.HIGHEST)[0]
+
     return product(product(x_BTD.astype(jnp.float32), matrix_DH), matrix_DH.T)
 
 

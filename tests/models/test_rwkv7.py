@@ -14,6 +14,7 @@ from jaxlm import spec
 from jaxlm.interop import formats
 from jaxlm.interop.huggingface import load_pretrained, named_tensors, save_pretrained
 from jaxlm.models import get_model
+from jaxlm.nn import choices, lazy_pallas
 from jaxlm.testing.helpers import (
     apply,
     assert_trees_equal,
@@ -102,6 +103,24 @@ def test_texts_longer_than_a_chunk_can_be_read_in_pieces():
         pieces.append(hidden)
     real = segments > 0
     assert relative_error(jnp.concatenate(pieces, axis=1)[real], want[real]) < 2e-5
+
+
+def test_a_tpu_saves_no_float32_activations_for_the_backward_pass(monkeypatch):
+    """The matmuls with ones, which a TPU uses for sums, are not saved, unlike other matmuls (``remat="dots"``)."""
+    monkeypatch.setattr(choices, "head_sums_by_matmul", lambda: True)
+    monkeypatch.setattr(choices, "matrix_scan", lambda steps, unsupported: "pallas")
+    monkeypatch.setattr(choices, "wrong_platform", lambda implementation: None)
+    monkeypatch.setattr(lazy_pallas, "INTERPRET", True)
+    model = get_model("rwkv7-tiny", dtype="bfloat16", embed_dim=64, head_dim=16, num_layers=2)
+    tokens = np.zeros((2, 64), np.int32)
+
+    def pull_back(params):
+        return jax.vjp(lambda params: model.apply(params, tokens)[0], params)[1]
+
+    saved = jax.tree.leaves(jax.eval_shape(pull_back, spec.abstract(model.specs)))
+    assert any(x.shape[:2] == (2, 64) and x.dtype == jnp.bfloat16 for x in saved)
+    activations = [x for x in saved if x.shape[:1] == (2,) and x.shape[-1] == 64]
+    assert not [x for x in activations if x.dtype == jnp.float32]
 
 
 def test_the_channel_mix_reads_the_previous_token_of_the_same_document():

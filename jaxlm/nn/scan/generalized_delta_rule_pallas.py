@@ -67,9 +67,11 @@ def run(
         resets_BCL = pad_axis(reset_BT.astype(jnp.float32), 0, padding).reshape(B, -1, CHUNK)
         segment_BT1 = jnp.cumsum(resets_BCL, axis=2).reshape(B, -1, 1)
     query, key, value, log_BTX, a, b = (pad_axis(x, 0, padding) for x in flat)
-    # The sums are a matmul with ones, because ``cumsum`` is slow on a TPU.
-    log_BCLX, is_read = log_BTX.reshape(B, -1, CHUNK, H * K), jnp.tri(CHUNK)
-    sums_BTX = jnp.einsum("LM,BCMX->BCLX", is_read, log_BCLX, precision=lax.Precision.HIGHEST).reshape(log_BTX.shape)
+    # The sums are a matmul with ones, because ``cumsum`` is slow on a TPU. With a batch axis (A, of size 1), the policy
+    # of remat="dots" does not save the result.
+    log_ABCLX, is_read_ALM = log_BTX.reshape(1, B, -1, CHUNK, H * K), jnp.tri(CHUNK)[None]
+    sums_ABCLX = jnp.einsum("ALM,ABCMX->ABCLX", is_read_ALM, log_ABCLX, precision=lax.Precision.HIGHEST)
+    sums_BTX = sums_ABCLX.reshape(log_BTX.shape)
     arrays = *(x.astype(dtype) for x in (query, key, value, a, b)), sums_BTX, sums_BTX - log_BTX
     per_head = [x.reshape(*x.shape[:2], H, -1) for x in arrays]
     out_BTHV, last_BHKV = _run(*vary_equally(((*per_head, segment_BT1), state_BHKV.astype(jnp.float32))))
