@@ -397,8 +397,8 @@ _LEARNING_RATE = Experiment(
         "The best learning rate of each width, with muP and without muP (standard). The models predict the next "
         "character of the included plays of Shakespeare. The accuracy is measured on the last tenth of the text. With "
         "muP, the best rate should be the same for all widths. The published experiments train Transformers of width "
-        "128 to 8,192 on WikiText-2 (Yang et al. 2022, figures 1 and 3). In the row \"guessing\", the most frequent "
-        "character is always predicted."
+        "128 to 8,192 on WikiText-2 (Yang et al. 2022, figures 1 and 3). If the selected rate is the largest one, a "
+        "larger rate may be better. In the row \"guessing\", the most frequent character is always predicted."
     ),
     cases={"standard": _text_case(None), "muP": _text_case(64)},
     plan=Plan(
@@ -418,8 +418,9 @@ _SCALING = Experiment(
         "trained on the same number of characters. With muP, all widths use the same learning rate, which validation "
         "selects at width 64. A power law is fitted to the losses of each model: a line through the logarithms of loss "
         "and FLOPs, or of loss and number of parameters. It gives the loss at equal FLOPs and at an equal number of "
-        "parameters, with the 95 % interval of the line. Three widths in a range of a factor of four are few. "
-        "Published power laws cover several powers of ten (Kaplan et al. 2020)."
+        "parameters, with the 95 % interval of the line. Three widths in a range of a factor of four are few. If the "
+        "selected rate is the largest one, a larger rate may be better. Published power laws cover several "
+        "powers of ten (Kaplan et al. 2020)."
     ),
     cases={"Shakespeare": dataclasses.replace(_text_case(64), measures_loss=True)},
     plan=Plan(
