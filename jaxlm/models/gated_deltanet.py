@@ -201,7 +201,7 @@ def _delta_rule(
 
 def _query_key_value_gate(
     cfg: Config, weights: Params, x: jax.Array, tail: Any, layout: TokenLayout
-) -> tuple[jax.Array, ...]:
+) -> tuple[Any, ...]:
     """Queries, keys, values, the pre-activations of the gates, and the new tail (None without a tail).
 
     Queries and keys are [B, T, G * K], values [B, T, H * V] and gates [B, T, G, R * V], for G key heads, H value heads
@@ -223,12 +223,14 @@ def _query_key_value_gate(
     # Here, slices of the activations would be copied, and so would their gradients.
     *qkv, gate = (project({"weight": w}) for w in jnp.split(projection["weight"], head_ends, axis=-1))
     tails = [None] * 3 if tail is None else jnp.split(tail, channel_ends, axis=-1)
-    convolved, new_tails = [], []
-    for y, w, old_tail in zip(qkv, jnp.split(convolution["weight"], channel_ends, axis=-1), tails, strict=True):
-        y, new_tail = causal_depthwise_convolution({"weight": w}, layout, y.reshape(B, T, -1), old_tail)
-        convolved.append(jax.nn.silu(y))
-        new_tails.append(new_tail)
-    return *convolved, gate, None if tail is None else jnp.concatenate(new_tails, axis=-1)
+    convolution_weights = jnp.split(convolution["weight"], channel_ends, axis=-1)
+    results = [
+        causal_depthwise_convolution({"weight": w}, layout, y.reshape(B, T, -1), old_tail)
+        for y, w, old_tail in zip(qkv, convolution_weights, tails, strict=True)
+    ]
+    new_tails = [new_tail for _, new_tail in results if new_tail is not None]
+    new_tail = jnp.concatenate(new_tails, axis=-1) if new_tails else None
+    return *(jax.nn.silu(y) for y, _ in results), gate, new_tail
 
 
 def _attention(

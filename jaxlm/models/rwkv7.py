@@ -139,9 +139,13 @@ def _time_mix(
     )
     removal_key = head_l2_normalize(k * removal, K, L2_EPSILON)
     k = k * (1.0 + (rate - 1.0) * replacement)
-    vectors = (y.reshape(B, T, D // K, K) for y in (r, k, v, log_decay, -removal_key, rate * removal_key))
-    *vectors, a, b = (constrain(y, ("batch", "seq", "heads", "kv")) for y in vectors)
-    out, memory = generalized_delta_rule(*vectors, (a, b), memory, min_log_decay=-math.exp(-0.5), **masks)
+    q, key, value, log_decay, a, b = (
+        constrain(y.reshape(B, T, D // K, K), ("batch", "seq", "heads", "kv"))
+        for y in (r, k, v, log_decay, -removal_key, rate * removal_key)
+    )
+    out, memory = generalized_delta_rule(
+        q, key, value, log_decay, (a, b), memory, min_log_decay=-math.exp(-0.5), **masks
+    )
     out = head_layer_norm(weights["norm"], _flat(out), cfg.group_norm_epsilon)
     out = out + head_sums(r * k * bonus, K).astype(x.dtype) * v
     new_state = None if state is None else {"time_mix_tail": tail, "memory": memory}
