@@ -131,7 +131,7 @@ def last_real(x_BS: jax.Array, num_real_B: jax.Array, length: int) -> jax.Array:
 
     A row of ``x`` has ``length`` entries of earlier calls, then ``num_real`` real entries, and then the padding.
     """
-    if x_BS.shape[1] == length + 1:  # one new token: XLA would turn the slices below into a gather
+    if x_BS.shape[1] == length + 1:  # one new token: this needs no gather
         return select_state(num_real_B > 0, x_BS[:, 1:], x_BS[:, :-1])
     # One index per entry: for a slice of ``length`` entries, XLA would transpose all of ``x`` on a TPU.
     index_BW = num_real_B[:, None] + jnp.arange(length)[None]

@@ -137,7 +137,7 @@ def previous_inputs(
     if tail_B1C is None:
         documents_BS = None if documents_BS is None else jnp.pad(documents_BS, ((0, 0), (1, 0)))
     else:
-        # The two terms are not zero at different steps. Joining the tail and ``x`` instead would copy ``x`` on a TPU.
+        # At each step, one of the two terms is zero. Joining the tail and ``x`` instead would copy ``x`` on a TPU.
         previous_BTC += pad_axis(tail_B1C.astype(x_BTC.dtype), 0, x_BTC.shape[1] - 1, axis=1)
         documents_BS = layout.documents_with_past(1)
         tail_B1C = next_tail(layout, x_BTC, tail_B1C.astype(x_BTC.dtype))

@@ -180,7 +180,7 @@ def generalized_delta_rule(
     is_default, T = implementation is None, query_BTHK.shape[1]
     default_chunk = choices.generalized_delta_rule_chunk(is_bounded)
     kernel_chunk = generalized_delta_rule_pallas.CHUNK
-    unsupported = head_blocks.unsupported_reason(query_BTHK, value_BTHV)
+    unsupported = head_blocks.unsupported_reason(query_BTHK, value_BTHV, generalized_delta_rule_pallas.vmem_bytes)
     if unsupported is None and not is_bounded(kernel_chunk):
         unsupported = f"needs a min_log_decay of at least {-MAX_CHUNK_DECAY / kernel_chunk:.2f}, not {min_log_decay}"
     implementation = choose_implementation("generalized_delta_rule", implementation, T, default_chunk, unsupported)

@@ -20,8 +20,8 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from jaxlm import sharding
+from jaxlm.devices import LANES
 from jaxlm.nn.custom_gradient import custom_vjp, vary_equally
-from jaxlm.nn.lazy_pallas import call_with_carry, pl
 from jaxlm.nn.linear import dot
 from jaxlm.nn.scan.delta_rule_pallas import accurate_dot, invert_unit_lower
 from jaxlm.nn.scan.head_blocks import (
@@ -29,6 +29,7 @@ from jaxlm.nn.scan.head_blocks import (
     HEAD_AXES,
     STATE_AXES,
     Blocks,
+    call_kernel,
     make_blocks,
     split_non_finite,
 )
@@ -36,6 +37,19 @@ from jaxlm.nn.time_chunks import pad_axis
 
 CHUNK = 64
 """L. The scores of two queries and two keys per step are then a matrix of 128 x 128."""
+
+
+def vmem_bytes(J: int, K: int, V: int) -> int:
+    """Estimate of the bytes in VMEM of the backward kernel for a block of J heads (float32); see ``head_blocks``.
+
+    The inputs and outputs are twelve arrays of the size of the keys, three of the size of the values, three of the size
+    of the states, and the segments. Each of them has two buffers. The carry is another array of the size of the states.
+    For each head, the intermediate results take about as much memory as ten matrices of scores. :func:`_column` has a
+    matrix of K x K.
+    """
+    padded_V = -(-V // LANES) * LANES
+    arrays = 2 * CHUNK * (J * (12 * K + 3 * V) + LANES) + 7 * J * K * padded_V
+    return 4 * (arrays + 10 * J * (2 * CHUNK) ** 2 + K * K)
 
 
 def run(
@@ -220,29 +234,10 @@ def _backward_kernel(blocks: Blocks, *references: Any) -> None:
         reference[...] = jnp.concatenate(parts, axis=1).astype(reference.dtype)
 
 
-_KINDS = ("keys", "keys", "values", "keys", "keys", "keys", "keys")
-"""The kinds (``Blocks.array``) of query, key, value, a, b, and the two sums of log decays."""
+_INPUTS = ("keys", "keys", "values", "keys", "keys", "keys", "keys", "segments")
+"""The kinds (``Blocks.array``) of query, key, value, a, b, the two sums of log decays, and the segments."""
 _AXES = (*[HEAD_AXES] * 7, (*HEAD_AXES[:2], None))
-"""Logical axes of the inputs: those of :data:`_KINDS`, and the segments [B, T, 1]."""
-
-
-def _call(
-    kernel: Any, name: str, blocks: Blocks, kinds: Sequence[str], outputs: Sequence[tuple[str, DTypeLike]]
-) -> Any:
-    """A function that runs the kernel. Its inputs are those of :data:`_KINDS`, the segments, and then ``kinds``.
-
-    Args:
-        outputs: the kind and the dtype of each output.
-    """
-    L = blocks.L
-    segments = pl.BlockSpec((None, L, 1), lambda b, n, c: (b, blocks.C - 1 - c if blocks.from_last else c, 0))
-    specs = [blocks.array(kind)[1] for kind in (*_KINDS, *kinds)]
-    return call_with_carry(
-        functools.partial(kernel, blocks), name, blocks.grid, (blocks.J, blocks.K, blocks.V),
-        in_specs=[*specs[: len(_KINDS)], segments, *specs[len(_KINDS) :]],
-        out_specs=tuple(blocks.array(kind)[1] for kind, _ in outputs),
-        out_shape=tuple(jax.ShapeDtypeStruct(blocks.array(kind)[0], dtype) for kind, dtype in outputs),
-    )  # fmt: skip
+"""The logical axes of the inputs. The segments are [B, T, 1]."""
 
 
 def _flat(inputs: Sequence[jax.Array]) -> list[jax.Array]:
@@ -264,10 +259,10 @@ def _device_forward(save_states: bool, *arrays: jax.Array) -> tuple[jax.Array, j
     """The outputs of one device, the last state, and (only with ``save_states``) the state before each chunk."""
     *inputs, state_BHKV = arrays
     query, value = inputs[0], inputs[2]
-    blocks = make_blocks(query, value, CHUNK, from_last=False)
+    blocks = make_blocks(query, value, CHUNK, False, vmem_bytes)
     states = "states" if save_states else "one state"
     outputs = [("values", value.dtype), (states, jnp.float32), ("state", jnp.float32)]
-    run = _call(_forward_kernel, "generalized_delta_rule", blocks, ("state",), outputs)
+    run = call_kernel(_forward_kernel, "generalized_delta_rule", blocks, (*_INPUTS, "state"), outputs)
     out_BTX, states_BCHKV, last_BHKV = run(*_flat(inputs), state_BHKV)
     return out_BTX.reshape(value.shape), last_BHKV, states_BCHKV
 
@@ -284,10 +279,10 @@ def _backward(saved: Any, cotangents: Any) -> Any:
 def _device_backward(*arrays: jax.Array) -> tuple[jax.Array, ...]:
     """The gradients of the inputs of one device (without the segments), and of the state before the first step."""
     *inputs, states_BCHKV, dout_BTHV, dlast_BHKV = arrays
-    blocks = make_blocks(inputs[0], inputs[2], CHUNK, from_last=True)
-    outputs = [*((kind, x.dtype) for kind, x in zip(_KINDS, inputs[:-1], strict=True)), ("state", jnp.float32)]
-    kinds = ("states", "values", "state")
-    run = _call(_backward_kernel, "generalized_delta_rule_backward", blocks, kinds, outputs)
+    blocks = make_blocks(inputs[0], inputs[2], CHUNK, True, vmem_bytes)
+    outputs = [*((kind, x.dtype) for kind, x in zip(_INPUTS[:-1], inputs[:-1], strict=True)), ("state", jnp.float32)]
+    kinds = (*_INPUTS, "states", "values", "state")
+    run = call_kernel(_backward_kernel, "generalized_delta_rule_backward", blocks, kinds, outputs)
     dout_BTX = dout_BTHV.reshape(*dout_BTHV.shape[:2], -1)
     *gradients, dstate_BHKV = run(*_flat(inputs), states_BCHKV, dout_BTX, dlast_BHKV)
     return *(dx.reshape(x.shape) for dx, x in zip(gradients, inputs[:-1], strict=True)), dstate_BHKV

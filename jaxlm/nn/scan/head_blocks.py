@@ -45,8 +45,28 @@ MAX_VMEM_BYTES = 15 * 2**20
 """Maximum number of bytes of VMEM for the arrays of a block of heads. The compiler gives a kernel 16 MiB."""
 
 
-def unsupported_reason(query_BTGK: jax.Array, value_BTHV: jax.Array | jax.ShapeDtypeStruct) -> str | None:
-    """Why the kernels do not support the arguments, as a part of an error message; None if they support them."""
+def vmem_bytes(J: int, K: int, V: int) -> int:
+    """Estimate of the bytes in VMEM of a backward kernel for a block of J heads (float32, chunks of 128 steps).
+
+    The inputs and outputs are four arrays of the size of the keys, three of the size of the values, three of the size
+    of the states, and four arrays with scalars of each step. Each of them has two buffers. The carry is another array
+    of the size of the states, with one buffer. The last axis of states and scalars is padded to a multiple of 128. If
+    the heads of a block share one query and key, the four arrays of the size of the keys are smaller than estimated.
+    """
+    L, padded_V = LANES, -(-V // LANES) * LANES
+    return 4 * (2 * L * J * (4 * K + 3 * V) + 7 * J * K * padded_V + 2 * 4 * L * LANES)
+
+
+def unsupported_reason(
+    query_BTGK: jax.Array,
+    value_BTHV: jax.Array | jax.ShapeDtypeStruct,
+    vmem_bytes: Callable[[int, int, int], int] = vmem_bytes,
+) -> str | None:
+    """Why the kernels do not support the arguments, as a part of an error message; None if they support them.
+
+    Args:
+        vmem_bytes: the function with the estimate for the kernels, with the arguments of :func:`vmem_bytes`.
+    """
     if value_BTHV.dtype not in (jnp.float32, jnp.bfloat16):
         return f"supports float32 and bfloat16, not {value_BTHV.dtype}"
     if not query_BTGK.shape[0]:
@@ -58,7 +78,7 @@ def unsupported_reason(query_BTGK: jax.Array, value_BTHV: jax.Array | jax.ShapeD
             f"not {H} and {G}"
         )
     local_groups = G // num_shards if groups_are_sharded(G, H) else G
-    if heads_per_block(local_groups, H // num_shards, K, V) is None:
+    if heads_per_block(local_groups, H // num_shards, K, V, vmem_bytes) is None:
         return (
             "needs a block of J heads that fits into VMEM. J * V must be a multiple of 128, or J must be the number of "
             "all heads. If each head has its own key, the same holds for J * K. If heads share keys, K must be a "
@@ -78,12 +98,15 @@ def groups_are_sharded(G: int, H: int) -> bool:
     return G > 1 or H == 1
 
 
-def heads_per_block(G: int, H: int, K: int, V: int) -> int | None:
+def heads_per_block(
+    G: int, H: int, K: int, V: int, vmem_bytes: Callable[[int, int, int], int] = vmem_bytes
+) -> int | None:
     """J, the number of heads of a block; None if no number is possible. G and H are the numbers on one device.
 
     The heads of a block either all share one query and key, or each of them has its own. So J divides H, and also H / G
     if heads share keys. The last axis of each block, J * V or J * K (K, if heads share keys), must be a multiple of 128
-    or the whole axis of the array. The arrays of a block must fit into VMEM (``MAX_VMEM_BYTES``).
+    or the whole axis of the array. The arrays of a block must fit into VMEM (``MAX_VMEM_BYTES``), according to
+    ``vmem_bytes``.
     """
 
     def is_possible(J: int) -> bool:
@@ -91,22 +114,10 @@ def heads_per_block(G: int, H: int, K: int, V: int) -> int | None:
         whole_values = J * V % LANES == 0 or J == H
         whole_keys = (J * K % LANES == 0 or J == H) if has_own_keys else (K % LANES == 0 or G == 1)
         one_group = has_own_keys or (H // G) % J == 0
-        return H % J == 0 and whole_values and whole_keys and one_group and _vmem_bytes(J, K, V) <= MAX_VMEM_BYTES
+        return H % J == 0 and whole_values and whole_keys and one_group and vmem_bytes(J, K, V) <= MAX_VMEM_BYTES
 
     possible = [J for J in range(1, H + 1) if is_possible(J)]
     return max((J for J in possible if J <= MAX_HEADS), default=min(possible, default=None))
-
-
-def _vmem_bytes(J: int, K: int, V: int) -> int:
-    """Estimate of the bytes in VMEM of a backward kernel for a block of J heads (float32, chunks of 128 steps).
-
-    The inputs and outputs are four arrays of the size of the keys, three of the size of the values, three of the size
-    of the states, and four arrays with scalars of each step. Each of them has two buffers. The carry is another array
-    of the size of the states, with one buffer. The last axis of states and scalars is padded to a multiple of 128. If
-    the heads of a block share one query and key, the four arrays of the size of the keys are smaller than estimated.
-    """
-    L, padded_V = LANES, -(-V // LANES) * LANES
-    return 4 * (2 * L * J * (4 * K + 3 * V) + 7 * J * K * padded_V + 2 * 4 * L * LANES)
 
 
 HEAD_AXES = ("batch", None, "heads", None)
@@ -158,7 +169,8 @@ class Blocks(NamedTuple):
         ``keys``: queries or keys. ``columns`` and ``rows``: the scalars of each step. ``per head``: the gradient of one
         scalar per step and head. ``dkeys``: gradients of queries or keys that heads share. ``state``: the state before
         the first step or after the last one. ``states``: the states before the chunks. ``one state``: the output that
-        replaces ``states`` if they are not saved. Other gradients have the kind of their array.
+        replaces ``states`` if they are not saved. ``segments``: the number of resets of the chunk up to and including
+        each step, the same for all heads. Other gradients have the kind of their array.
         """
         T, L, H, K, V, J, N, chunk = self.T, self.L, self.H, self.K, self.V, self.J, self.grid[1], self._chunk
         block_keys, heads_per_group = J if self.has_own_keys else 1, H // self.G
@@ -178,16 +190,23 @@ class Blocks(NamedTuple):
             "dkeys": ((N, T, K), (None, L, K), scalar_index),
             "state": ((H, K, V), (J, K, V), lambda b, n, c: (b, n, 0, 0)),
             "states": ((self.C, H, K, V), (None, J, K, V), lambda b, n, c: (b, chunk(c), n, 0, 0)),
+            "segments": ((T, 1), (L, 1), lambda b, n, c: (b, chunk(c), 0)),
             "one state": ((1, H, K, V), (None, J, K, V), lambda b, n, c: (b, 0, n, 0, 0)),  # the same for all chunks
         }
         shape, block, index = arrays[kind]
         return (self.B, *shape), pl.BlockSpec((None, *block), index)
 
 
-def make_blocks(query: jax.Array, value: jax.Array, L: int, from_last: bool) -> Blocks:
+def make_blocks(
+    query: jax.Array,
+    value: jax.Array,
+    L: int,
+    from_last: bool,
+    vmem_bytes: Callable[[int, int, int], int] = vmem_bytes,
+) -> Blocks:
     """The :class:`Blocks` for queries [B, T, G, K] and values [B, T, H, V] of one device."""
     (B, T, G, K), (H, V) = query.shape, value.shape[2:]
-    J = heads_per_block(G, H, K, V)
+    J = heads_per_block(G, H, K, V, vmem_bytes)
     assert J is not None  # unsupported_reason checks this
     return Blocks(B, -(-T // L), L, G, H, K, V, J, from_last)
 
@@ -214,7 +233,7 @@ _INPUTS = ("keys", "keys", "values", "columns", "rows")
 """The kinds of the arrays of :func:`padded_inputs`."""
 
 
-def _call(
+def call_kernel(
     kernel: Any, name: str, blocks: Blocks, inputs: Sequence[str], outputs: Sequence[tuple[str, DTypeLike]]
 ) -> Any:
     """A function that runs the kernel. ``inputs``: the kind of each input. ``outputs``: kind and dtype of each output.
@@ -391,7 +410,7 @@ def _device_forward(
     blocks = make_blocks(query, value, L, from_last=False)
     states = "states" if save_states else "one state"
     outputs = [("values", value.dtype), (states, jnp.float32), ("state", jnp.float32)]
-    run = _call(kernels.forward, kernels.name, blocks, (*_INPUTS, "state"), outputs)
+    run = call_kernel(kernels.forward, kernels.name, blocks, (*_INPUTS, "state"), outputs)
     out_BTX, states_BCHKV, last_BHKV = run(*padded_inputs(inputs, blocks), state_BHKV)
     return out_BTX[:, : query.shape[1]].reshape(value.shape), last_BHKV, states_BCHKV
 
@@ -415,7 +434,7 @@ def _device_backward(kernels: Kernels, L: int, is_shared: bool, *arrays: jax.Arr
     dkeys = "keys" if blocks.has_own_keys else "dkeys", jnp.float32 if is_shared else value.dtype
     outputs = [dkeys, dkeys, ("values", value.dtype), *[("per head", jnp.float32)] * 2, ("state", jnp.float32)]
     kinds = (*_INPUTS, "states", "values", "state")
-    run = _call(kernels.backward, f"{kernels.name}_backward", blocks, kinds, outputs)
+    run = call_kernel(kernels.backward, f"{kernels.name}_backward", blocks, kinds, outputs)
     dquery, dkey, dvalue, ddecay, dscale, dstate = run(
         *padded_inputs(inputs, blocks), states_BCHKV, dout_BTX, dlast_BHKV
     )

@@ -281,6 +281,30 @@ def test_heads_of_a_block(shape, heads):
     assert head_blocks.heads_per_block(*shape) == heads
 
 
+@pytest.mark.parametrize(
+    ("shape", "heads"),
+    [
+        ((32, 32, 64, 64), 8),  # rwkv7-1.5b
+        ((16, 16, 128, 128), 4),  # the compiler does not accept blocks of 8 heads
+        ((8, 8, 192, 16), None),
+    ],
+)
+def test_heads_of_a_block_of_the_generalized_delta_rule(shape, heads):
+    assert head_blocks.heads_per_block(*shape, generalized_delta_rule_pallas.vmem_bytes) == heads
+
+
+def test_the_kernel_of_the_generalized_delta_rule_rejects_heads_that_do_not_fit(on_tpu):
+    arguments = generalized_arrays(1, 16, 1, 1, 1900, 8)
+    with pytest.raises(ValueError, match="needs a block of J heads that fits into VMEM"):
+        generalized_delta_rule(*arguments, min_log_decay=-0.61, implementation="pallas")
+
+
+def test_without_a_state_the_generalized_delta_rule_starts_with_zeros(on_tpu):
+    *arguments, state = generalized_arrays(*OWN_KEYS)
+    run = functools.partial(generalized_delta_rule, min_log_decay=-0.61, implementation="pallas")
+    assert_trees_close(jax.jit(run)(*arguments), jax.jit(run)(*arguments, np.zeros_like(state)), 1e-7)
+
+
 def test_several_chunks_of_the_default_size(on_tpu, monkeypatch):
     monkeypatch.setattr(choices, "kernel_chunk", lambda steps: 128)
     shape = (1, 300, 1, 2, 8, 64)
@@ -344,6 +368,7 @@ def test_the_choice_depends_on_the_platform_and_the_arguments(monkeypatch):
         ("gated_delta_rule", (1, 100, 4, 4, 64, 128)),
         ("mlstm", (2, 300, 8, 8, 256, 512)),
         ("generalized_delta_rule", (2, 300, 32, 32, 64, 64)),
+        ("generalized_delta_rule", (8, 1024, 16, 16, 128, 128)),  # VMEM cannot keep complete arrays of this size
     ],
 )
 def test_the_tpu_compiler_accepts_the_kernels(name, shape, dtype):
