@@ -39,17 +39,17 @@ CHUNK = 64
 """L. The scores of two queries and two keys per step are then a matrix of 128 x 128."""
 
 
-def vmem_bytes(J: int, K: int, V: int) -> int:
-    """Estimate of the bytes in VMEM of the backward kernel for a block of J heads (float32); see ``head_blocks``.
+def vmem_bytes(J: int, K: int, V: int, itemsize: int) -> int:
+    """Estimate of the bytes in VMEM of the backward kernel for a block of J heads; see ``head_blocks.vmem_bytes``.
 
-    The inputs and outputs are twelve arrays of the size of the keys, three of the size of the values, three of the size
-    of the states, and the segments. Each of them has two buffers. The carry is another array of the size of the states.
-    For each head, the intermediate results take about as much memory as ten matrices of scores. :func:`_column` has a
-    matrix of K x K.
+    The inputs and outputs are twelve arrays of the size of the keys (four of them float32), three of the size of the
+    values, three of the size of the states, and the segments. Each of them has two buffers. The carry is another array
+    of the size of the states. For each head, the intermediate results take about as much memory as ten matrices of
+    scores. :func:`_column` has a matrix of K x K.
     """
     padded_V = -(-V // LANES) * LANES
-    arrays = 2 * CHUNK * (J * (12 * K + 3 * V) + LANES) + 7 * J * K * padded_V
-    return 4 * (arrays + 10 * J * (2 * CHUNK) ** 2 + K * K)
+    float32_entries = 2 * CHUNK * (4 * J * K + LANES) + 7 * J * K * padded_V + 10 * J * (2 * CHUNK) ** 2 + K * K
+    return 2 * CHUNK * J * (8 * K + 3 * V) * itemsize + 4 * float32_entries
 
 
 def run(

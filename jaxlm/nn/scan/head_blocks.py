@@ -45,22 +45,27 @@ MAX_VMEM_BYTES = 15 * 2**20
 """Maximum number of bytes of VMEM for the arrays of a block of heads. The compiler gives a kernel 16 MiB."""
 
 
-def vmem_bytes(J: int, K: int, V: int) -> int:
-    """Estimate of the bytes in VMEM of a backward kernel for a block of J heads (float32, chunks of 128 steps).
+def vmem_bytes(J: int, K: int, V: int, itemsize: int) -> int:
+    """Estimate of the bytes in VMEM of a backward kernel for a block of J heads and chunks of 128 steps.
 
     The inputs and outputs are four arrays of the size of the keys, three of the size of the values, three of the size
     of the states, and four arrays with scalars of each step. Each of them has two buffers. The carry is another array
     of the size of the states, with one buffer. The last axis of states and scalars is padded to a multiple of 128. If
     the heads of a block share one query and key, the four arrays of the size of the keys are smaller than estimated.
+    For each head, the intermediate results take about as much memory as ten matrices of scores.
+
+    Args:
+        itemsize: bytes of an entry of queries, keys and values. Everything else is float32.
     """
     L, padded_V = LANES, -(-V // LANES) * LANES
-    return 4 * (2 * L * J * (4 * K + 3 * V) + 7 * J * K * padded_V + 2 * 4 * L * LANES)
+    float32_entries = 7 * J * K * padded_V + 2 * 4 * L * LANES + 10 * J * L**2
+    return 2 * L * J * (4 * K + 3 * V) * itemsize + 4 * float32_entries
 
 
 def unsupported_reason(
     query_BTGK: jax.Array,
     value_BTHV: jax.Array | jax.ShapeDtypeStruct,
-    vmem_bytes: Callable[[int, int, int], int] = vmem_bytes,
+    vmem_bytes: Callable[[int, int, int, int], int] = vmem_bytes,
 ) -> str | None:
     """Why the kernels do not support the arguments, as a part of an error message; None if they support them.
 
@@ -78,7 +83,7 @@ def unsupported_reason(
             f"not {H} and {G}"
         )
     local_groups = G // num_shards if groups_are_sharded(G, H) else G
-    if heads_per_block(local_groups, H // num_shards, K, V, vmem_bytes) is None:
+    if heads_per_block(local_groups, H // num_shards, K, V, value_BTHV.dtype.itemsize, vmem_bytes) is None:
         return (
             "needs a block of J heads that fits into VMEM. J * V must be a multiple of 128, or J must be the number of "
             "all heads. If each head has its own key, the same holds for J * K. If heads share keys, K must be a "
@@ -99,7 +104,7 @@ def groups_are_sharded(G: int, H: int) -> bool:
 
 
 def heads_per_block(
-    G: int, H: int, K: int, V: int, vmem_bytes: Callable[[int, int, int], int] = vmem_bytes
+    G: int, H: int, K: int, V: int, itemsize: int, vmem_bytes: Callable[[int, int, int, int], int] = vmem_bytes
 ) -> int | None:
     """J, the number of heads of a block; None if no number is possible. G and H are the numbers on one device.
 
@@ -114,7 +119,9 @@ def heads_per_block(
         whole_values = J * V % LANES == 0 or J == H
         whole_keys = (J * K % LANES == 0 or J == H) if has_own_keys else (K % LANES == 0 or G == 1)
         one_group = has_own_keys or (H // G) % J == 0
-        return H % J == 0 and whole_values and whole_keys and one_group and vmem_bytes(J, K, V) <= MAX_VMEM_BYTES
+        return (
+            H % J == 0 and whole_values and whole_keys and one_group and vmem_bytes(J, K, V, itemsize) <= MAX_VMEM_BYTES
+        )
 
     possible = [J for J in range(1, H + 1) if is_possible(J)]
     return max((J for J in possible if J <= MAX_HEADS), default=min(possible, default=None))
@@ -202,11 +209,11 @@ def make_blocks(
     value: jax.Array,
     L: int,
     from_last: bool,
-    vmem_bytes: Callable[[int, int, int], int] = vmem_bytes,
+    vmem_bytes: Callable[[int, int, int, int], int] = vmem_bytes,
 ) -> Blocks:
     """The :class:`Blocks` for queries [B, T, G, K] and values [B, T, H, V] of one device."""
     (B, T, G, K), (H, V) = query.shape, value.shape[2:]
-    J = heads_per_block(G, H, K, V, vmem_bytes)
+    J = heads_per_block(G, H, K, V, value.dtype.itemsize, vmem_bytes)
     assert J is not None  # unsupported_reason checks this
     return Blocks(B, -(-T // L), L, G, H, K, V, J, from_last)
 

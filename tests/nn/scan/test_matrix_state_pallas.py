@@ -269,28 +269,27 @@ def test_groups_that_the_devices_cannot_share_are_named(on_tpu):
 
 
 @pytest.mark.parametrize(
-    ("shape", "heads"),
+    ("shape", "in_bfloat16", "in_float32"),
     [
-        ((1, 80, 128, 64), 8),  # mamba2-2.7b
-        ((8, 8, 256, 512), 2),  # xlstm-7b
-        ((32, 32, 128, 128), 8),  # qwen3-next-80b-a3b
-        ((32, 32, 192, 8), None),  # the compiler pads the rows of a state to 128 entries, so 16 heads need 23 MiB
+        ((1, 80, 128, 64), 8, 8),  # mamba2-2.7b
+        ((8, 8, 256, 512), 2, 2),  # xlstm-7b
+        ((32, 32, 128, 128), 8, 4),  # qwen3-next-80b-a3b
+        ((32, 32, 192, 8), None, None),  # the compiler pads the rows of a state to 128 entries
     ],
 )
-def test_heads_of_a_block(shape, heads):
-    assert head_blocks.heads_per_block(*shape) == heads
+def test_heads_of_a_block(shape, in_bfloat16, in_float32):
+    assert head_blocks.heads_per_block(*shape, 2) == in_bfloat16
+    assert head_blocks.heads_per_block(*shape, 4) == in_float32
 
 
 @pytest.mark.parametrize(
-    ("shape", "heads"),
-    [
-        ((32, 32, 64, 64), 8),  # rwkv7-1.5b
-        ((16, 16, 128, 128), 4),  # the compiler does not accept blocks of 8 heads
-        ((8, 8, 192, 16), None),
-    ],
+    ("shape", "in_bfloat16", "in_float32"),
+    [((32, 32, 64, 64), 8, 8), ((16, 16, 128, 128), 8, 4), ((8, 8, 192, 16), None, None)],  # the first: rwkv7-1.5b
 )
-def test_heads_of_a_block_of_the_generalized_delta_rule(shape, heads):
-    assert head_blocks.heads_per_block(*shape, generalized_delta_rule_pallas.vmem_bytes) == heads
+def test_heads_of_a_block_of_the_generalized_delta_rule(shape, in_bfloat16, in_float32):
+    estimate = generalized_delta_rule_pallas.vmem_bytes
+    assert head_blocks.heads_per_block(*shape, 2, estimate) == in_bfloat16
+    assert head_blocks.heads_per_block(*shape, 4, estimate) == in_float32
 
 
 def test_the_kernel_of_the_generalized_delta_rule_rejects_heads_that_do_not_fit(on_tpu):
@@ -368,7 +367,11 @@ def test_the_choice_depends_on_the_platform_and_the_arguments(monkeypatch):
         ("gated_delta_rule", (1, 100, 4, 4, 64, 128)),
         ("mlstm", (2, 300, 8, 8, 256, 512)),
         ("generalized_delta_rule", (2, 300, 32, 32, 64, 64)),
-        ("generalized_delta_rule", (8, 1024, 16, 16, 128, 128)),  # VMEM cannot keep complete arrays of this size
+        # VMEM cannot keep complete arrays of these sizes.
+        ("linear_attention", (8, 1024, 16, 16, 128, 128)),
+        ("gated_delta_rule", (8, 1024, 16, 16, 128, 128)),
+        ("generalized_delta_rule", (8, 1024, 16, 16, 128, 128)),
+        ("mlstm", (8, 1024, 8, 8, 256, 512)),
     ],
 )
 def test_the_tpu_compiler_accepts_the_kernels(name, shape, dtype):
