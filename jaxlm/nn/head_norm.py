@@ -16,6 +16,7 @@ from jax import lax
 
 from jaxlm import sharding
 from jaxlm.nn import choices
+from jaxlm.nn.norm import standardize
 from jaxlm.spec import Params, require_arrays
 
 _AXES = "batch", "seq", "heads"
@@ -64,12 +65,7 @@ def head_layer_norm(params: Params, x_BTD: jax.Array, epsilon: float) -> jax.Arr
 
 @functools.partial(jax.checkpoint, static_argnums=3, prevent_cse=False)
 def _head_layer_norm(x_BTD: jax.Array, scale_HK: jax.Array, bias_HK: jax.Array, epsilon: float) -> jax.Array:
-    x32, width = x_BTD.astype(jnp.float32), scale_HK.shape[1]
-    mean = head_sums(x32, width) / width
-    centered = x32 - mean
-    if jnp.finfo(x_BTD.dtype).bits < 32:  # as in ``layer_norm``
-        variance = jnp.maximum(head_sums(jnp.square(x32), width) / width - jnp.square(mean), 0.0)
-    else:
-        variance = head_sums(jnp.square(centered), width) / width
+    width = scale_HK.shape[1]
+    standardized = standardize(x_BTD, lambda x: head_sums(x, width) / width, epsilon)
     scale, bias = (p.astype(jnp.float32).reshape(1, 1, -1) for p in (scale_HK, bias_HK))
-    return (centered * lax.rsqrt(variance + epsilon) * scale + bias).astype(x_BTD.dtype)
+    return (standardized * scale + bias).astype(x_BTD.dtype)

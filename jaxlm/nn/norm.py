@@ -32,19 +32,28 @@ def layer_norm(params: Params, x: jax.Array, epsilon: float) -> jax.Array:
 
 
 def _layer_norm(epsilon: float, x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
+    standardized = standardize(x, functools.partial(jnp.mean, axis=-1, keepdims=True), epsilon)
+    return (standardized * _broadcast(scale, x) + _broadcast(bias, x)).astype(x.dtype)
+
+
+def standardize(x: jax.Array, mean_of: Callable[[jax.Array], jax.Array], epsilon: float) -> jax.Array:
+    """``(x - mean) / sqrt(variance + epsilon)``, float32, with biased variance.
+
+    Args:
+        mean_of: computes the means of a float32 array with the shape of ``x``, for example over the last axis.
+    """
     x32 = x.astype(jnp.float32)
-    mean = jnp.mean(x32, axis=-1, keepdims=True)
+    mean = mean_of(x32)
     centered = x32 - mean
     if jnp.finfo(x.dtype).bits < 32:
         # One pass computes the sums of x and x**2. On a TPU, XLA fuses this pass with the computation of x. The
         # difference of the mean of x**2 and the square of the mean has a cancellation error. If the mean is at most
         # about 1000 standard deviations, this error is smaller than the error of rounding x to half precision. If the
         # mean is larger, the rounding error of x is itself a large part of the standard deviation, or exceeds it.
-        variance = jnp.maximum(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) - jnp.square(mean), 0.0)
+        variance = jnp.maximum(mean_of(jnp.square(x32)) - jnp.square(mean), 0.0)
     else:
-        variance = jnp.mean(jnp.square(centered), axis=-1, keepdims=True)
-    normalized = centered * lax.rsqrt(variance + epsilon)
-    return (normalized * _broadcast(scale, x) + _broadcast(bias, x)).astype(x.dtype)
+        variance = mean_of(jnp.square(centered))
+    return centered * lax.rsqrt(variance + epsilon)
 
 
 def _normalize(function: Callable[..., jax.Array], epsilon: float, x: jax.Array, *params: jax.Array) -> jax.Array:
