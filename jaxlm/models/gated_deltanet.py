@@ -210,27 +210,25 @@ def _query_key_value_gate(
     (B, T, _), G, H = x.shape, cfg.delta_key_heads, cfg.delta_value_heads
     K, values = cfg.delta_key_dim, cfg.delta_value_dim * H // G
     head_ends, channel_ends = (K, 2 * K, 2 * K + values), (G * K, 2 * G * K)
-    projection, convolution = weights["query_key_value_gate"], weights["convolution"]
-
-    def project(weights: Params) -> jax.Array:
-        return constrain(linear(weights, x), ("batch", "seq", "heads", "kv"))
-
     if T == 1:  # slices of the weights would be copied for each token
-        *qkv, gate = jnp.split(project(projection), head_ends, axis=-1)
+        (projected,) = common.project_heads(weights, x, "query_key_value_gate")
+        *qkv, gate = jnp.split(projected, head_ends, axis=-1)
         qkv_BTC = jnp.concatenate([y.reshape(B, T, -1) for y in qkv], axis=-1)
-        qkv_BTC, tail = causal_depthwise_convolution(convolution, layout, qkv_BTC, tail)
+        qkv_BTC, tail = causal_depthwise_convolution(weights["convolution"], layout, qkv_BTC, tail)
         return *jnp.split(jax.nn.silu(qkv_BTC), channel_ends, axis=-1), gate, tail
     # Here, slices of the activations would be copied, and so would their gradients.
-    *qkv, gate = (project({"weight": w}) for w in jnp.split(projection["weight"], head_ends, axis=-1))
+    slices = jnp.split(weights["query_key_value_gate"]["weight"], head_ends, axis=-1)
+    parts = {name: {"weight": w} for name, w in zip(("query", "key", "value", "gate"), slices, strict=True)}
+    *qkv, gate = common.project_heads(parts, x, *parts)
     tails = [None] * 3 if tail is None else jnp.split(tail, channel_ends, axis=-1)
-    convolution_weights = jnp.split(convolution["weight"], channel_ends, axis=-1)
+    filters = jnp.split(weights["convolution"]["weight"], channel_ends, axis=-1)
     results = [
         causal_depthwise_convolution({"weight": w}, layout, y.reshape(B, T, -1), old_tail)
-        for y, w, old_tail in zip(qkv, convolution_weights, tails, strict=True)
+        for y, w, old_tail in zip(qkv, filters, tails, strict=True)
     ]
-    new_tails = [new_tail for _, new_tail in results if new_tail is not None]
-    new_tail = jnp.concatenate(new_tails, axis=-1) if new_tails else None
-    return *(jax.nn.silu(y) for y, _ in results), gate, new_tail
+    convolved, new_tails = zip(*results, strict=True)
+    tail = None if tail is None else jnp.concatenate(new_tails, axis=-1)
+    return *map(jax.nn.silu, convolved), gate, tail
 
 
 def _attention(

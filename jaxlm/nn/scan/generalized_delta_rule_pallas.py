@@ -144,17 +144,12 @@ def _column(x_1K: jax.Array) -> jax.Array:
     return jnp.sum(jnp.where(is_diagonal, x_1K, 0.0), axis=1, keepdims=True)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _dot(x: jax.Array, y: jax.Array, contract: tuple[int, int], dtype: DTypeLike) -> jax.Array:
+def _dot_forward(x: jax.Array, y: jax.Array, contract: tuple[int, int], dtype: DTypeLike) -> Any:
     """The matmul over axis ``contract[0]`` of x and ``contract[1]`` of y, float32.
 
     The inputs of the matmul are cast to ``dtype``, and so are the inputs of the matmuls of its gradients.
     """
-    return dot(x.astype(dtype), y.astype(dtype), contract)
-
-
-def _dot_forward(x: jax.Array, y: jax.Array, contract: tuple[int, int], dtype: DTypeLike) -> Any:
-    return _dot(x, y, contract, dtype), (x, y)
+    return dot(x.astype(dtype), y.astype(dtype), contract), (x, y)
 
 
 def _dot_backward(contract: tuple[int, int], dtype: DTypeLike, saved: Any, dout: jax.Array) -> Any:
@@ -166,16 +161,11 @@ def _dot_backward(contract: tuple[int, int], dtype: DTypeLike, saved: Any, dout:
     return dx.astype(x.dtype), dy.astype(y.dtype)
 
 
-_dot.defvjp(_dot_forward, _dot_backward)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _solve(dtype: DTypeLike, lowers: list[jax.Array], rights: list[jax.Array]) -> list[jax.Array]:
-    """The solution u of ``u + lower @ u = right`` for each strictly lower triangular matrix [L, L], float32."""
-    return _solve_forward(dtype, lowers, rights)[0]
+_dot = custom_vjp.from_rules(_dot_forward, _dot_backward, (2, 3))
 
 
 def _solve_forward(dtype: DTypeLike, lowers: list[jax.Array], rights: list[jax.Array]) -> Any:
+    """The solution u of ``u + lower @ u = right`` for each strictly lower triangular matrix [L, L], float32."""
     inverse = invert_unit_lower(lowers, dtype)
     solutions = [accurate_dot(x, right, dtype) for x, right in zip(inverse, rights, strict=True)]
     return solutions, (inverse, solutions)
@@ -188,7 +178,7 @@ def _solve_backward(dtype: DTypeLike, saved: Any, dsolutions: list[jax.Array]) -
     return [-accurate_dot(dright, u, dtype, (1, 1)) for dright, u in zip(drights, solutions, strict=True)], drights
 
 
-_solve.defvjp(_solve_forward, _solve_backward)
+_solve = custom_vjp.from_rules(_solve_forward, _solve_backward, (0,))
 
 
 def _heads_of_block(blocks: Blocks, references: Sequence[Any]) -> list[tuple[jax.Array, ...]]:
