@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxlm.nn import choices
-from jaxlm.nn.convolution.window import Padding, next_tail, padding_and_count, prepend_tail
+from jaxlm.nn.convolution.window import Padding, next_tail, padding_and_count, prepend_tail, shifted, shifted_inputs
 from jaxlm.nn.custom_gradient import custom_vjp, sum_dtype
 from jaxlm.nn.linear import linear_specs
 from jaxlm.nn.segments import document_numbers
@@ -154,7 +154,7 @@ def _shifted_products_forward(
     total_BTC = jnp.zeros((), dtype)
     same_document = _same_document(taps, documents_BS, tail_BWC)
     for weight_C, offset, same_BT in zip(weight_KC, taps.offsets, same_document, strict=True):
-        tap_BTC = _masked(same_BT, _inputs(x_BTC, tail_BWC, offset, taps.count))
+        tap_BTC = _masked(same_BT, shifted_inputs(x_BTC, tail_BWC, offset, taps.count))
         total_BTC = total_BTC + tap_BTC.astype(dtype) * weight_C.astype(dtype)[None, None]
     return total_BTC.astype(x_BTC.dtype), (weight_KC, x_BTC, tail_BWC, documents_BS)
 
@@ -169,8 +169,8 @@ def _shifted_products_backward(taps: _Taps, saved: Any, dy_BTC: jax.Array) -> An
         total_BTC = jnp.zeros((), dtype)
         for weight_C, offset, same_BT in zip(weight_KC, taps.offsets, same_document, strict=True):
             # The mask is shifted too. If the masked gradient were shifted, XLA would store it for each tap on a TPU.
-            same_BT = None if same_BT is None else _shifted(same_BT, first - offset, count)
-            tap_BTC = _masked(same_BT, _shifted(dy_BTC, first - offset, count))
+            same_BT = None if same_BT is None else shifted(same_BT, first - offset, count)
+            tap_BTC = _masked(same_BT, shifted(dy_BTC, first - offset, count))
             total_BTC = total_BTC + tap_BTC.astype(dtype) * weight_C.astype(dtype)[None, None]
         return total_BTC.astype(x_BTC.dtype)
 
@@ -202,7 +202,7 @@ def _weight_gradient(
     end = begin + blocks * BLOCK
 
     def products(tap: int, start: int, stop: int) -> jax.Array:
-        x_BLC = _inputs(x_BTC, tail_BWC, start + taps.offsets[tap], stop - start).astype(dtype)
+        x_BLC = shifted_inputs(x_BTC, tail_BWC, start + taps.offsets[tap], stop - start).astype(dtype)
         same_BL = None if same_document[tap] is None else same_document[tap][:, start:stop]
         return _masked(same_BL, x_BLC * dy_BTC[:, start:stop].astype(dtype))
 
@@ -229,28 +229,13 @@ def _weight_gradient(
     return dweight_KC + sum_without_blocks(0, begin) + sum_without_blocks(end, taps.count)
 
 
-def _shifted(x_BT: jax.Array, offset: int, count: int) -> jax.Array:
-    """``x[:, t + offset]`` for t in [0, count), with zeros outside ``x``."""
-    widths = [(0, 0, 0), (-offset, count + offset - x_BT.shape[1], 0)] + [(0, 0, 0)] * (x_BT.ndim - 2)
-    return lax.pad(x_BT, jnp.zeros((), x_BT.dtype), widths)
-
-
-def _inputs(x_BTC: jax.Array, tail_BWC: jax.Array | None, first: int, count: int) -> jax.Array:
-    """The inputs [first, first + count), [B, count, C]; a negative index is in the tail."""
-    inputs_BTC = _shifted(x_BTC, first, count)
-    if tail_BWC is None or first >= 0:
-        return inputs_BTC
-    # For each index, one of the two terms is zero.
-    return inputs_BTC + _shifted(tail_BWC, first + tail_BWC.shape[1], count)
-
-
 def _same_document(taps: _Taps, documents_BS: jax.Array | None, tail_BWC: jax.Array | None) -> list[Any]:
     """For each tap, whether its input is in the document of the output, [B, T']; None if each row is one document."""
     if documents_BS is None:
         return [None] * len(taps.offsets)
     first = 0 if tail_BWC is None else tail_BWC.shape[1]  # the index of x_0 in ``documents_BS``
-    output_documents_BT = _shifted(documents_BS, first + taps.document_offset, taps.count)
-    return [_shifted(documents_BS, first + offset, taps.count) == output_documents_BT for offset in taps.offsets]
+    output_documents_BT = shifted(documents_BS, first + taps.document_offset, taps.count)
+    return [shifted(documents_BS, first + offset, taps.count) == output_documents_BT for offset in taps.offsets]
 
 
 def _masked(same_BT: jax.Array | None, x_BTC: jax.Array) -> jax.Array:

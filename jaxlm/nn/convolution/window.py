@@ -133,14 +133,12 @@ def previous_inputs(
     The tails are as in :func:`causal_windows`. The first step of a document gets zeros.
     """
     require_arrays(x_BTC=x_BTC, tail_B1C=tail_B1C)
-    previous_BTC, documents_BS = jnp.pad(x_BTC, ((0, 0), (1, 0), (0, 0)))[:, :-1], layout.documents
+    tail_B1C = None if tail_B1C is None else tail_B1C.astype(x_BTC.dtype)
+    previous_BTC, documents_BS = shifted_inputs(x_BTC, tail_B1C, -1, x_BTC.shape[1]), layout.documents
     if tail_B1C is None:
         documents_BS = None if documents_BS is None else jnp.pad(documents_BS, ((0, 0), (1, 0)))
     else:
-        # At each step, one of the two terms is zero. Joining the tail and ``x`` instead would copy ``x`` on a TPU.
-        previous_BTC += pad_axis(tail_B1C.astype(x_BTC.dtype), 0, x_BTC.shape[1] - 1, axis=1)
-        documents_BS = layout.documents_with_past(1)
-        tail_B1C = next_tail(layout, x_BTC, tail_B1C.astype(x_BTC.dtype))
+        documents_BS, tail_B1C = layout.documents_with_past(1), next_tail(layout, x_BTC, tail_B1C)
     if documents_BS is not None:
         previous_BTC = jnp.where((documents_BS[:, :-1] == documents_BS[:, 1:])[..., None], previous_BTC, 0)
     return previous_BTC, tail_B1C
@@ -160,6 +158,21 @@ def prepend_tail(
     tail_length = tail_BWC.shape[1]
     x_BSC = jnp.concatenate([tail_BWC.astype(x_BTC.dtype), x_BTC], axis=1)
     return x_BSC, layout.documents_with_past(tail_length), "valid", last_real(x_BSC, layout.num_real, tail_length)
+
+
+def shifted_inputs(x_BTC: jax.Array, tail_BWC: jax.Array | None, first: int, count: int) -> jax.Array:
+    """The inputs [first, first + count), [B, count, C]. A negative index is in the tail; None: a tail of zeros."""
+    inputs_BTC = shifted(x_BTC, first, count)
+    if tail_BWC is None or first >= 0:
+        return inputs_BTC
+    # For each index, one of the two terms is zero. Joining the tail and ``x`` instead would copy ``x`` on a TPU.
+    return inputs_BTC + shifted(tail_BWC, first + tail_BWC.shape[1], count)
+
+
+def shifted(x_BT: jax.Array, offset: int, count: int) -> jax.Array:
+    """``x[:, t + offset]`` for t in [0, count), with zeros outside ``x``."""
+    widths = [(0, 0, 0), (-offset, count + offset - x_BT.shape[1], 0)] + [(0, 0, 0)] * (x_BT.ndim - 2)
+    return lax.pad(x_BT, jnp.zeros((), x_BT.dtype), widths)
 
 
 def next_tail(layout: TokenLayout, x_BTC: jax.Array, tail_BWC: jax.Array) -> jax.Array:

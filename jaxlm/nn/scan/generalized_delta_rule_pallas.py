@@ -207,12 +207,9 @@ def _forward_kernel(blocks: Blocks, *references: Any) -> None:
 
 def _backward_kernel(blocks: Blocks, *references: Any) -> None:
     """Compute the gradients of a chunk for a block of heads. ``carry``: the gradient of the state after the chunk."""
-    inputs, (segment, states, dout), gradients, carry = (
-        references[:7],
-        references[7:10],
-        references[10:-1],
-        references[-1],
-    )
+    num_inputs = len(_INPUTS) + 2
+    *inputs, segment, states, dout = references[:num_inputs]
+    *gradients, carry = references[num_inputs:]
     before = [split_non_finite(states[head])[0] for head in range(blocks.J)]
     heads = _heads_of_block(blocks, inputs)
     _, pull_back = jax.vjp(functools.partial(_compute_chunk, segment[...]), before, heads)
