@@ -630,6 +630,26 @@ def norm_kernel(x: jax.Array, *params: jax.Array) -> bool:
     )
 
 
+def rotary_kernel(x_BTHK: jax.Array) -> bool:
+    """Whether the TPU kernel of ``jaxlm.nn.attention.rotary_pallas`` rotates queries or keys.
+
+    With the kernel, a training step of a Llama with 1.3B parameters takes 466 instead of 554 ms on 16 chips of a v5e,
+    and 186 instead of 221 ms on a v6e (TPU compiler's estimate). The kernel is not used for a single time step, whose
+    arrays are small.
+    """
+    B, T, H, K = x_BTHK.shape
+    shards = [sharding.num_shards((axis,)) for axis in ("batch", "seq", "heads")]
+    return (
+        _is_new_tpu()
+        and x_BTHK.dtype != jnp.float16  # the TPU compiler rejects a kernel with float16
+        and T > 1
+        and not any(size % count for size, count in zip((B, T, H), shards, strict=True))
+        and sharding.num_shards(("kv",)) == 1
+        and (K % LANES == 0 or LANES % K == 0)
+        and not _may_reject_pallas_call()
+    )
+
+
 def _has_few_rows(x: jax.Array) -> bool:
     """Whether hidden states [B, T, D] have 1 to ``MAX_KERNEL_ROWS`` rows on a device, and devices split only B."""
     shards = sharding.num_shards(("batch",))

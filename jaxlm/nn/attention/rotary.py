@@ -12,13 +12,17 @@ Shapes: B batch, T time, H heads, K head width, P pairs (K / 2, or fewer if only
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxlm.nn import choices
+from jaxlm.nn.attention import rotary_pallas
+from jaxlm.nn.custom_gradient import custom_vjp
 from jaxlm.spec import require_arrays
 
 ScalingKind = Literal["linear", "dynamic", "llama3", "yarn"]
@@ -204,8 +208,33 @@ def rotate(x_BTHK: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
         (True, False)
     """
     require_arrays(x_BTHK=x_BTHK)
-    cos, sin = (table_BTP[:, :, None, :] for table_BTP in angles)
+    if choices.rotary_kernel(x_BTHK):
+        return _rotate_by_kernel(x_BTHK, *angles)
+    return _rotate(x_BTHK, *angles)
+
+
+def _rotate(x_BTHK: jax.Array, cos_BTP: jax.Array, sin_BTP: jax.Array) -> jax.Array:
+    cos, sin = (table_BTP[:, :, None, :] for table_BTP in (cos_BTP, sin_BTP))
     pairs = cos.shape[-1]
     first, second, rest = jnp.split(x_BTHK.astype(jnp.float32), (pairs, 2 * pairs), axis=-1)
     rotated = [first * cos - second * sin, second * cos + first * sin]
     return jnp.concatenate([*rotated, rest], axis=-1).astype(x_BTHK.dtype)
+
+
+_rotate_by_kernel = custom_vjp(rotary_pallas.rotate)
+
+
+def _forward(x_BTHK: jax.Array, cos_BTP: jax.Array, sin_BTP: jax.Array) -> tuple[jax.Array, Any]:
+    # Second derivatives differentiate this rule. So it calls the function with the custom gradient.
+    return _rotate_by_kernel(x_BTHK, cos_BTP, sin_BTP), (x_BTHK, cos_BTP, sin_BTP)
+
+
+def _backward(saved: Any, dout_BTHK: jax.Array) -> tuple[jax.Array, ...]:
+    x_BTHK, cos_BTP, sin_BTP = saved
+    # The gradient of a rotation is the rotation by the negative angles.
+    dx_BTHK = _rotate_by_kernel(dout_BTHK, cos_BTP, -sin_BTP)
+    # XLA removes the gradients of the angles if they are not used, as for angles of integer positions.
+    return dx_BTHK, *jax.vjp(functools.partial(_rotate, x_BTHK), cos_BTP, sin_BTP)[1](dout_BTHK)
+
+
+_rotate_by_kernel.defvjp(_forward, _backward)
