@@ -346,7 +346,7 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
             axes.plot(num_characters, smooth, label=f"{row['family']} ({row['loss']:.2f})", color=color)
         axes.set(title=f"equal {basis}", xlabel="characters read", ylabel="training loss, nats per character")
         axes.grid(alpha=0.3)
-        axes.legend(frameon=False, title="family (validation loss)")
+        axes.legend(frameon=False, title="family (validation loss)", ncols=2, loc="upper right", fontsize="small")
     figure.savefig(path, dpi=130)
 
 

@@ -169,7 +169,7 @@ RECIPES = {
     "resnet": Recipe(
         "vdcnn-9",
         {"num_labels": len(PLAYS), "max_positions": 256, "channels": 32, "fc_dim": 128, "shortcut": True},
-        "classification", 1500, length=256, optimizer_changes=adamw(1e-3),
+        "classification", 1500, length=256, optimizer_changes=adamw(3e-4),
     ),
     "resnet_lm": Recipe(
         "resnet_lm", {"embed_dim": 64, "blocks": ((128, 4, 1),) * 5}, "causal", 1400, optimizer_changes=adamw(3e-3),

@@ -3,8 +3,8 @@
 XLA computes both halves of each head as separate arrays. If a half has fewer than 128 entries, it pads these arrays to
 128 entries. Then it joins them. The kernel exchanges the halves in registers. It reads and writes each entry once.
 
-Shapes: B batch, T time, H heads, K head width, P rotated pairs of a head, D = H * K channels, R time steps of a block,
-G channels of a group: K, or 128 if K is smaller.
+Shapes: B batch, T time, H heads, K head width, P rotated pairs of a head, D = H * K channels, N = B * T rows on a
+device, R rows of a block, G channels of a group: K, or 128 if K is smaller.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from jaxlm.nn import lazy_pallas
 from jaxlm.nn.lazy_pallas import pl, pltpu
 
 MAX_BLOCK_ENTRIES = 2**19
-"""Maximum number of entries of a block [R, D], unless R is ``MIN_BLOCK_STEPS``."""
-MAX_BLOCK_STEPS = 512
+"""Maximum number of entries of a block [R, D], unless R is ``ROW_MULTIPLE``."""
+MAX_BLOCK_ROWS = 512
 """Maximum of R."""
-MIN_BLOCK_STEPS = 16
-"""Minimum of R, if T is at least as large: the rows of a register for bfloat16."""
+ROW_MULTIPLE = 16
+"""R is a multiple of this number, the rows of a register for bfloat16, or all rows are one block."""
 X_AXES = "batch", "seq", "heads", None
 """The logical axes of the queries or keys."""
 
@@ -38,19 +38,20 @@ def rotate(x_BTHK: jax.Array, cos_BTP: jax.Array, sin_BTP: jax.Array) -> jax.Arr
 
 def _rotate(x_BTHK: jax.Array, cos_BTP: jax.Array, sin_BTP: jax.Array) -> jax.Array:
     B, T, H, K = x_BTHK.shape
-    D, P, G = H * K, cos_BTP.shape[-1], max(K, LANES)
-    R = min(T, MAX_BLOCK_STEPS, max(MIN_BLOCK_STEPS, MAX_BLOCK_ENTRIES // D // MIN_BLOCK_STEPS * MIN_BLOCK_STEPS))
-    block = pl.BlockSpec((None, R, pl.cdiv(D, G) * G), lambda b, t: (b, t, 0))
-    table = pl.BlockSpec((None, R, G), lambda b, t: (b, t, 0))
+    N, D, P, G = B * T, H * K, cos_BTP.shape[-1], max(K, LANES)
+    R = min(N, MAX_BLOCK_ROWS, max(ROW_MULTIPLE, MAX_BLOCK_ENTRIES // D // ROW_MULTIPLE * ROW_MULTIPLE))
+    block = pl.BlockSpec((R, pl.cdiv(D, G) * G), lambda n: (n, 0))
+    table = pl.BlockSpec((R, G), lambda n: (n, 0))
     run = pl.pallas_call(
-        functools.partial(_kernel, K, P), name="rotate", interpret=lazy_pallas.INTERPRET, grid=(B, pl.cdiv(T, R)),
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel")),
-        in_specs=[block, table, table], out_specs=block, out_shape=jax.ShapeDtypeStruct((B, T, D), x_BTHK.dtype),
+        functools.partial(_kernel, K, P), name="rotate", interpret=lazy_pallas.INTERPRET, grid=(pl.cdiv(N, R),),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
+        in_specs=[block, table, table], out_specs=block, out_shape=jax.ShapeDtypeStruct((N, D), x_BTHK.dtype),
     )  # fmt: skip
-    rest = jnp.zeros((B, T, K - 2 * P), jnp.float32)
-    factors = [cos_BTP, cos_BTP, rest + 1.0], [-sin_BTP, sin_BTP, rest]
+    cos_NP, sin_NP = cos_BTP.reshape(N, P), sin_BTP.reshape(N, P)
+    rest = jnp.zeros((N, K - 2 * P), jnp.float32)
+    factors = [cos_NP, cos_NP, rest + 1.0], [-sin_NP, sin_NP, rest]
     tables = [jnp.tile(jnp.concatenate(parts, axis=-1), G // K) for parts in factors]
-    return run(x_BTHK.reshape(B, T, D), *tables).reshape(x_BTHK.shape)
+    return run(x_BTHK.reshape(N, D), *tables).reshape(x_BTHK.shape)
 
 
 def _kernel(width: int, pairs: int, x: Any, factors: Any, partner_factors: Any, out: Any) -> None:

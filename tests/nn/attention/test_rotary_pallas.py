@@ -92,7 +92,8 @@ def test_the_kernel_is_chosen_only_for_supported_arguments_that_the_mesh_splits_
 
     assert use(3, 2, 2, 64)
     assert use(3, 2, 1, 256)
-    assert not use(3, 1, 2, 64)  # one time step
+    assert not use(3, 1, 2, 64)  # one token per row
+    assert not use(0, 2, 2, 64)
     assert not use(3, 2, 2, 96)
     assert not use(3, 2, 2, 192)
     assert not use(3, 2, 2, 64, dtype=jnp.float16)
