@@ -208,9 +208,11 @@ def rotate(x_BTHK: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
         (True, False)
     """
     require_arrays(x_BTHK=x_BTHK)
-    if choices.rotary_kernel(x_BTHK):
-        return _rotate_by_kernel(x_BTHK, *angles)
-    return _rotate(x_BTHK, *angles)
+    if not choices.rotary_kernel(x_BTHK):
+        return _rotate(x_BTHK, *angles)
+    # Angles that all rows share may have a batch axis of size 1.
+    tables = (jnp.broadcast_to(table, (*x_BTHK.shape[:2], table.shape[-1])) for table in angles)
+    return _rotate_by_kernel(x_BTHK, *tables)
 
 
 def _rotate(x_BTHK: jax.Array, cos_BTP: jax.Array, sin_BTP: jax.Array) -> jax.Array:

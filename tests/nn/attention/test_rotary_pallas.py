@@ -76,6 +76,15 @@ def test_second_derivatives_and_vmap(request):
     assert_trees_close(run(), want, 1e-6)
 
 
+def test_rows_can_share_angles(request):
+    x, (cos, sin) = arrays(3, 5, 2, 64, 1.0)
+    want, _ = call(x, (cos[:1], sin[:1]))
+    request.getfixturevalue("kernel")
+    got, num_kernels = call(x, (cos[:1], sin[:1]))
+    assert num_kernels == 2
+    assert_trees_close(got, want, 1e-6)
+
+
 @pytest.mark.parametrize("mesh", ["data=2,tensor=4", "fsdp=4,sequence=2"])
 def test_the_kernel_runs_on_a_mesh(mesh, kernel):
     x, angles = arrays(4, 6, 8, 64, 1.0)
