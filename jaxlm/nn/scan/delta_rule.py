@@ -142,7 +142,7 @@ def generalized_delta_rule(
         min_log_decay: a lower bound of the log decays, at most 0; None: no bound. With a bound, ``chunked`` needs fewer
             operations, but only if ``-min_log_decay`` times the number of steps of a chunk is at most 60
             (``MAX_CHUNK_DECAY``) and the values are not float16. Results may be wrong, NaN or infinite if a log decay
-            is far below the bound. ``pallas`` has chunks of 64 steps and needs a bound of at least -0.93.
+            is far below the bound. ``pallas`` has chunks of 64 steps and needs a bound of at least -0.9375.
         state_BHKV, reset_BT, keep_BT, implementation: see :func:`gated_delta_rule`. On a CPU, if ``implementation`` is
             None, a call that is not differentiated runs as ``reference``, and a call that is differentiated runs as
             ``chunked`` (with fewer than 8 steps as ``reference``).
@@ -182,7 +182,7 @@ def generalized_delta_rule(
     kernel_chunk = generalized_delta_rule_pallas.CHUNK
     unsupported = head_blocks.unsupported_reason(query_BTHK, value_BTHV, generalized_delta_rule_pallas.vmem_bytes)
     if unsupported is None and not is_bounded(kernel_chunk):
-        unsupported = f"needs a min_log_decay of at least {-MAX_CHUNK_DECAY / kernel_chunk:.2f}, not {min_log_decay}"
+        unsupported = f"needs a min_log_decay of at least {-MAX_CHUNK_DECAY / kernel_chunk:g}, not {min_log_decay}"
     implementation = choose_implementation("generalized_delta_rule", implementation, T, default_chunk, unsupported)
     arrays = query_BTHK, key_BTHK, value_BTHV, log_decay_BTHK, a_BTHK, b_BTHK
     if implementation == "pallas":
