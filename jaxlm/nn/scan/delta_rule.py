@@ -20,8 +20,8 @@ The gated delta rule is a special case: ``a = -k``, ``b = exp(g) * beta * k``, a
 channel. The papers use the transposed state.
 
 Shapes: B batch, T time, H heads, K width of queries and keys, V width of values, C chunks, L steps of a chunk (M: the
-same steps, on the axis of the keys), P pairs of blocks of S steps (R: the steps of the earlier block), N kinds of
-scores.
+same steps, on the axis of the keys), P pairs of blocks of S steps (R: the steps of the earlier block), N score
+matrices.
 """
 
 from __future__ import annotations
@@ -338,8 +338,8 @@ def _bounded_scores(
     is_reset_BHL1 = jnp.isneginf(log_BHLK[..., :1])
     segment_BHL1 = jnp.cumsum(is_reset_BHL1, axis=2)  # the number of resets up to and including each step
     sums_BHLK = jnp.cumsum(jnp.where(is_reset_BHL1, 0.0, log_BHLK), axis=2)
-    # The products do not depend on the middle. Without ``stop_gradient``, rounding errors would make the gradient of a
-    # later log decay nonzero.
+    # D(s, t) does not depend on c_m. Without ``stop_gradient``, rounding errors would give the log decays of later
+    # steps (t + 1 to m) a nonzero gradient.
     middle_BH1K = jax.lax.stop_gradient(sums_BHLK[:, :, (L - 1) // 2, None])
     earlier_BHLK = jnp.exp(middle_BH1K - sums_BHLK)
     queries = q_BHLK * jnp.exp(sums_BHLK - middle_BH1K), a_BHLK * jnp.exp(_shift_steps(sums_BHLK) - middle_BH1K)
