@@ -62,8 +62,8 @@ class Shootout:
     """Use tiny models and budgets, to test that the benchmark works; the results have no meaning."""
 
 
-# By family, a function from the width (an integer from 1 to 64, without a unit) to the config fields that depend on it.
-# The recipes in ``experiments.families`` have the other fields.
+# For each family, a function from the width factor (an integer from 1 to 64) to the config fields that depend on this
+# factor. The recipes in ``experiments.families`` have the other fields.
 _FIELDS_BY_WIDTH: dict[str, Callable[[int], dict[str, Any]]] = {
     "gpt": lambda u: {"embed_dim": 16 * u},
     "llama": lambda u: {"embed_dim": 16 * u, "mlp_dim": 44 * u},
@@ -81,7 +81,7 @@ _FIELDS_BY_WIDTH: dict[str, Callable[[int], dict[str, Any]]] = {
     "xlstm": lambda u: {"embed_dim": 16 * u, "mlp_dim": 44 * u, "key_dim": 8 * u, "value_dim": 16 * u},
     "rwkv7": lambda u: {"embed_dim": 16 * u, "mlp_dim": 48 * u},
 }  # fmt: skip
-_MAX_WIDTH = 64
+_MAX_WIDTH_FACTOR = 64
 
 
 def sized(
@@ -93,11 +93,11 @@ def sized(
     unit: str,
     parameters: int,
 ) -> Any:
-    """The model whose width, from 1 to 64, gives the value of ``measure(model) / target`` that is nearest to 1.
+    """The model whose width factor, from 1 to 64, brings ``measure(model) / target`` nearest to 1.
 
     Args:
-        build: a function from the width to the model.
-        measure: the size of a model, which must increase with the width.
+        build: a function from the width factor to the model.
+        measure: a function that returns the size of a model, which must increase with the width factor.
         target: the size to reach.
         family, unit, parameters: for the error message: the family of the models, the unit of ``measure``, and the
             value of ``--parameters``.
@@ -105,7 +105,7 @@ def sized(
     Raises:
         UserError: ``target`` is below the size of the narrowest model or above that of the widest.
     """
-    low, high = 1, _MAX_WIDTH
+    low, high = 1, _MAX_WIDTH_FACTOR
     smallest, largest = measure(build(low)), measure(build(high))
     if not smallest <= target <= largest:
         raise UserError(
@@ -187,8 +187,8 @@ def _set_up(family: str, basis: str, options: Shootout, steps: int, contexts: Se
         )
 
     def make_builder(name: str) -> Callable[[int], Any]:
-        def build(width: int) -> Any:
-            changes = {**RECIPES[name].model, **_FIELDS_BY_WIDTH[name](width)}
+        def build(width_factor: int) -> Any:
+            changes = {**RECIPES[name].model, **_FIELDS_BY_WIDTH[name](width_factor)}
             if "max_positions" in changes:
                 changes["max_positions"] = max(T, contexts[-1] + _DECODE_STEPS + 1)
             if "memory_length" in changes:

@@ -17,10 +17,10 @@ for validation. Objectives of the families:
 Compare each loss with the entropy of the targets. The entropy is the loss of a model that knows only the frequencies of
 the targets. docs/families/index.md has the results.
 
-Each family uses its published optimizer (``jaxlm.training.recipes``). All families except t5 have another learning rate
-and warm-up, for a small model and a minute of training. If the published optimizer needs many more updates, the family
-uses AdamW. A family that is not in the table above, such as a family of another package, is trained with AdamW. Its
-model is the first tiny variant for which the table has an objective, or another variant if there is no tiny one.
+Each family uses its published optimizer (``jaxlm.training.recipes``), or AdamW if the published optimizer needs many
+more updates. For a small model and a minute of training, all families except t5 have another learning rate and warm-up.
+A family that is not in the table above, such as a family of another package, is trained with AdamW. Its model is the
+first tiny variant for which the table has an objective, or another variant if there is no tiny one.
 
 A run directory has ``table.md``, ``results.json`` and ``losses.png``, and for each family a directory with
 ``metrics.jsonl`` and the trained model (``model/``).
@@ -79,7 +79,7 @@ class Recipe:
     objective: str
     """Name of the training objective."""
     steps: int
-    """Number of updates, which take about a minute on two CPU cores."""
+    """Number of updates, which take about a minute on two CPU cores (three minutes for rwkv7)."""
     batch_size: int = 16
     """Rows per batch."""
     length: int = 96

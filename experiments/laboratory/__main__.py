@@ -9,12 +9,12 @@
 Experiments: recall (associative recall), formal_languages (length generalization), state_tracking (group products),
 war_and_peace (LSTMs and GRUs with one to three layers; only with --war-and-peace FILE), copying (copying, induction
 heads, a needle in a text), pronunciation (letters to phonemes; needs ``pip install -e '.[laboratory]'``), learning_rate
-(the best learning rate of each width, with and without muP),
-scaling (power laws between loss and FLOPs, and between loss and number of parameters, from three widths).
+(the best learning rate of each width, with and without muP), scaling (power laws between loss and FLOPs, and between
+loss and number of parameters, from three widths).
 
 The results of an experiment are in OUTPUT/EXPERIMENT.jsonl, one line per run. --output sets OUTPUT (default:
-runs/laboratory). With --quick, the files are in OUTPUT/quick. A run that has a line is skipped. So start an interrupted
-command again to continue it. --page reads these files.
+runs/laboratory). With --quick, the files are in OUTPUT/quick. A run that already has a line in its file is skipped. So
+an interrupted command continues if you start it again. --page reads these files.
 """
 
 from __future__ import annotations

@@ -89,7 +89,7 @@ class Experiment:
 
 
 _RECALL_SIZES = ((64, 4), (128, 8), (256, 16))
-"""Tokens and pairs of the rows of each case."""
+"""For each case, the number of tokens of a row and its number of key-value pairs."""
 
 
 def _recall_case(length: int, pairs: int) -> Case:

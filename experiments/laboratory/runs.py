@@ -41,8 +41,8 @@ class Case:
         max_length: number of tokens of the longest row.
         training: a function that draws a training batch.
         tests: for each test, a function that draws a batch; :data:`VALIDATION` is one of them.
-        accuracy: the metric of the tests. It has the interface of a loss, and the accuracy, in [0, 1], is its sum
-            divided by its weight.
+        accuracy: the metric of the tests. Like a loss, it returns a total, a weight and the model state. The accuracy
+            is the total divided by the weight, in [0, 1].
         fields: config fields of the models of this case. A model ignores the fields that its config does not have.
         base_width: width of the base model for muP (``jaxlm.training.mup``); None: no muP.
         measures_loss: whether results contain the validation loss and the training FLOPs.
@@ -235,8 +235,8 @@ def _test_batches(case_name: str, test: str, sample: Sample, count: int) -> list
 class Results:
     """The results of an experiment, in a file with one JSON object per line. The file need not exist.
 
-    If the last line has no line break, the disk was full or the process was killed while it was written. This line is
-    ignored, and the next result replaces it.
+    The last line has no line break if the disk was full or the process was killed while the line was written. Such a
+    line is ignored, and the next result replaces it.
 
     Raises:
         ValueError: a line is not a result.

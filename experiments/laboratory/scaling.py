@@ -36,7 +36,7 @@ class PowerLaw:
     """loss = factor * x ** exponent, fitted to runs.
 
     Args:
-        x: FLOPs or numbers of parameters, one per run. At least two values must differ.
+        x: FLOPs or numbers of parameters, one per run, with at least two different values.
         loss: validation losses of the runs, in nats.
     """
 

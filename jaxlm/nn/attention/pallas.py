@@ -10,10 +10,10 @@ transpose the arrays, and the projections would use half of the matrix unit.
 
 A grid step computes a block: some or all queries of a few heads. The total width of these heads is a multiple of 128,
 or the block has all heads (:func:`_heads_of_block`). The kernels compute the heads of a block one after the other. The
-queries of a head in a block are one tile by default. They are split into tiles of at most
-``jaxlm.nn.choices.causal_tile`` queries if a causal mask compares indices, and if there are (after padding) as many
-keys as queries and at most ``MAX_CAUSAL_BLOCK`` queries. Such a tile has no keys after its last query. All other scores
-that the mask excludes are computed and then masked.
+queries of a head in a block are one tile by default. With a causal mask that compares indices (``Mask.query_order`` is
+None), they are split into causal tiles of at most ``jaxlm.nn.choices.causal_tile`` queries. This needs (after padding)
+as many keys as queries, and at most ``MAX_CAUSAL_BLOCK`` queries. A causal tile has no keys after its last query. All
+other scores that the mask excludes are computed and then masked.
 
 The backward pass recomputes the scores. Because a tile has whole rows, the backward kernel computes the sums over rows
 itself. It reads no log-sum-exps and no row sums from HBM.

@@ -186,8 +186,8 @@ def rotary_angles(
 
     Both are multiplied by the factor that :func:`rotary_frequencies` returns.
 
-    All layers with the same base and scaling can use the same angles. See :func:`rotary_frequencies` for the arguments
-    and the errors.
+    All layers with equal arguments can use the same angles. See :func:`rotary_frequencies` for the arguments and the
+    errors.
     """
     require_arrays(positions_BT=positions_BT)
     frequencies_P, magnitude = rotary_frequencies(width, base, scaling, max_positions)
@@ -233,7 +233,7 @@ def _forward(x_BTHK: jax.Array, cos_BTP: jax.Array, sin_BTP: jax.Array) -> tuple
 
 def _backward(saved: Any, dout_BTHK: jax.Array) -> tuple[jax.Array, ...]:
     x_BTHK, cos_BTP, sin_BTP = saved
-    # The gradient of a rotation is the rotation by the negative angles.
+    # The gradient of x is the gradient of the result, rotated by the negative angles.
     dx_BTHK = _rotate_by_kernel(dout_BTHK, cos_BTP, -sin_BTP)
     # XLA removes the gradients of the angles if they are not used, as for angles of integer positions.
     return dx_BTHK, *jax.vjp(functools.partial(_rotate, x_BTHK), cos_BTP, sin_BTP)[1](dout_BTHK)

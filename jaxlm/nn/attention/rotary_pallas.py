@@ -26,13 +26,13 @@ MAX_BLOCK_ENTRIES = 2**19
 MAX_BLOCK_ROWS = 512
 """Maximum of R."""
 ROW_MULTIPLE = 16
-"""R is a multiple of this number, the rows of a register for bfloat16, or all rows are one block."""
+"""The number of rows of a register for bfloat16. R is a multiple of it, or one block has all N rows."""
 X_AXES = "batch", "seq", "heads", None
 """The logical axes of the queries or keys."""
 
 
 def rotate(x_BTHK: jax.Array, cos_BTP: jax.Array, sin_BTP: jax.Array) -> jax.Array:
-    """``jaxlm.nn.attention.rotary.rotate(x, (cos, sin))`` without derivatives, computed by the kernel."""
+    """The result of ``jaxlm.nn.attention.rotary.rotate``, computed by the kernel. The kernel has no derivatives."""
     return sharding.map_shards(_rotate, [X_AXES, *[("batch", "seq", None)] * 2], X_AXES)(x_BTHK, cos_BTP, sin_BTP)
 
 

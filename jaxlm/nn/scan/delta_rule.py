@@ -20,8 +20,8 @@ The gated delta rule is a special case: ``a = -k``, ``b = exp(g) * beta * k``, a
 channel. The papers use the transposed state.
 
 Shapes: B batch, T time, H heads, K width of queries and keys, V width of values, C chunks, L steps of a chunk (M: the
-same steps, on the axis of the keys), P pairs of blocks of S steps (R: the steps of the earlier block), N kinds of
-scores.
+same steps, on the axis of the keys), P pairs of blocks of S steps (R: the steps of the earlier block), N score
+matrices.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ def generalized_delta_rule(
         min_log_decay: a lower bound of the log decays, at most 0; None: no bound. With a bound, ``chunked`` needs fewer
             operations, but only if ``-min_log_decay`` times the number of steps of a chunk is at most 60
             (``MAX_CHUNK_DECAY``) and the values are not float16. Results may be wrong, NaN or infinite if a log decay
-            is far below the bound. ``pallas`` has chunks of 64 steps and needs a bound of at least -0.93.
+            is far below the bound. ``pallas`` has chunks of 64 steps and needs a bound of at least -0.9375.
         state_BHKV, reset_BT, keep_BT, implementation: see :func:`gated_delta_rule`. On a CPU, if ``implementation`` is
             None, a call that is not differentiated runs as ``reference``, and a call that is differentiated runs as
             ``chunked`` (with fewer than 8 steps as ``reference``).
@@ -182,7 +182,7 @@ def generalized_delta_rule(
     kernel_chunk = generalized_delta_rule_pallas.CHUNK
     unsupported = head_blocks.unsupported_reason(query_BTHK, value_BTHV, generalized_delta_rule_pallas.vmem_bytes)
     if unsupported is None and not is_bounded(kernel_chunk):
-        unsupported = f"needs a min_log_decay of at least {-MAX_CHUNK_DECAY / kernel_chunk:.2f}, not {min_log_decay}"
+        unsupported = f"needs a min_log_decay of at least {-MAX_CHUNK_DECAY / kernel_chunk:g}, not {min_log_decay}"
     implementation = choose_implementation("generalized_delta_rule", implementation, T, default_chunk, unsupported)
     arrays = query_BTHK, key_BTHK, value_BTHV, log_decay_BTHK, a_BTHK, b_BTHK
     if implementation == "pallas":
@@ -338,8 +338,8 @@ def _bounded_scores(
     is_reset_BHL1 = jnp.isneginf(log_BHLK[..., :1])
     segment_BHL1 = jnp.cumsum(is_reset_BHL1, axis=2)  # the number of resets up to and including each step
     sums_BHLK = jnp.cumsum(jnp.where(is_reset_BHL1, 0.0, log_BHLK), axis=2)
-    # The products do not depend on the middle. Without ``stop_gradient``, rounding errors would make the gradient of a
-    # later log decay nonzero.
+    # D(s, t) does not depend on c_m. Without ``stop_gradient``, rounding errors would give the log decays of later
+    # steps (t + 1 to m) a nonzero gradient.
     middle_BH1K = jax.lax.stop_gradient(sums_BHLK[:, :, (L - 1) // 2, None])
     earlier_BHLK = jnp.exp(middle_BH1K - sums_BHLK)
     queries = q_BHLK * jnp.exp(sums_BHLK - middle_BH1K), a_BHLK * jnp.exp(_shift_steps(sums_BHLK) - middle_BH1K)

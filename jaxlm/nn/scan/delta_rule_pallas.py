@@ -48,9 +48,9 @@ def _high_and_low(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 def invert_unit_lower(lowers: list[jax.Array], dtype: Any) -> list[jax.Array]:
     """The inverse of ``I + lower`` for each strictly lower triangular matrix, [L, L].
 
-    Diagonal blocks of 1, 2, 4, ... rows are joined in pairs, as in ``triangular.inverse_unit_lower``. Here, one formula
-    joins all pairs at once: ``X - X @ C @ X``. X is the matrix of the inverses of the diagonal blocks. C is the matrix
-    of the lower left blocks of all pairs.
+    Diagonal blocks of 1, 2, 4, ... rows are joined in pairs. As in ``triangular._join_masked``, one formula joins all
+    pairs at once: ``X - X @ C @ X``. X is the matrix of the inverses of the diagonal blocks. C is the matrix of the
+    lower left blocks of all pairs.
     """
     L = lowers[0].shape[0]
     t, s = (lax.broadcasted_iota(jnp.int32, (L, L), axis) for axis in (0, 1))

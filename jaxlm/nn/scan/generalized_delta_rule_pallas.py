@@ -100,8 +100,9 @@ def _compute_chunk(
     Args:
         segment_L1: the number of resets of the chunk up to and including each step, float32.
         states: the state before the chunk of each head, finite.
-        heads: for each head, query, key, value, a, b, and two sums of log decays. The first sum has the steps of the
-            chunk up to and including each step, and the second one has the steps before it.
+        heads: for each head, query, key, value, a, b, and two arrays of sums of log decays. At each step, the first
+            array has the sum over the steps of the chunk up to and including this step, and the second array has the
+            sum over the earlier steps only.
     """
     L, dtype = segment_L1.shape[0], heads[0][2].dtype
     # The first L rows and columns are for q and k, the others for a and b.

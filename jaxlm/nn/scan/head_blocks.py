@@ -70,7 +70,7 @@ def unsupported_reason(
     """Why the kernels do not support the arguments, as a part of an error message; None if they support them.
 
     Args:
-        vmem_bytes: the function with the estimate for the kernels, with the arguments of :func:`vmem_bytes`.
+        vmem_bytes: a function that estimates the VMEM of the kernels, such as the function :func:`vmem_bytes`.
     """
     if value_BTHV.dtype not in (jnp.float32, jnp.bfloat16):
         return f"supports float32 and bfloat16, not {value_BTHV.dtype}"
@@ -108,9 +108,9 @@ def heads_per_block(
 ) -> int | None:
     """J, the number of heads of a block; None if no number is possible. G and H are the numbers on one device.
 
-    The heads of a block either all share one query and key, or each of them has its own. So J divides H, and also H / G
-    if heads share keys. The last axis of each block, J * V or J * K (K, if heads share keys), must be a multiple of 128
-    or the whole axis of the array. The arrays of a block must fit into VMEM (``MAX_VMEM_BYTES``), according to
+    J divides H. The heads of a block either all share one query and key, or each of them has its own. So J also divides
+    H / G if heads share keys. The last axis of each block, J * V or J * K (K, if heads share keys), must be a multiple
+    of 128 or the whole axis of the array. The arrays of a block must fit into VMEM (``MAX_VMEM_BYTES``), according to
     ``vmem_bytes``.
     """
 
@@ -326,9 +326,9 @@ class Kernels(NamedTuple):
 
     Attributes:
         name: the name of ``forward`` in the compiled program. ``backward`` has the name ``{name}_backward``.
-        forward, backward: functions. Their arguments are a :class:`Blocks` and the arguments of a kernel of
-            ``lazy_pallas.call_with_carry``, with a carry [J, K, V]. The order of inputs and outputs is that of the
-            calls in :func:`_device_forward` and :func:`_device_backward`.
+        forward, backward: the kernels. Their first argument is a :class:`Blocks`. Their other arguments are those of a
+            kernel of ``lazy_pallas.call_with_carry`` whose carry is [J, K, V]. The order of inputs and outputs is that
+            of the calls in :func:`_device_forward` and :func:`_device_backward`.
         returns_gradient_of_sums: True if ``backward`` returns the gradients of the sums b_t; False if it returns the
             gradients of the log decays.
     """

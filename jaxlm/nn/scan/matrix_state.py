@@ -130,9 +130,9 @@ def linear_attention(
     )
     if scale_BTH is None and implementation != "pallas":
         inputs.pop()  # the scales of 1, which only the kernel needs
-    # For a decay near 0, the gradient of the log decay must not be computed as a difference of two inner products (Yang
-    # et al. 2024, section 4.3): the rounding errors of the difference would be large relative to the gradient. Here,
-    # autodiff differentiates the products of decays.
+    # Here, autodiff differentiates the products of decays. The kernels of ``pallas`` compute the gradient of a log
+    # decay from differences of two inner products (see Yang et al. 2024, section 4.3). For a decay near 0, the rounding
+    # errors of these differences are large relative to the gradient.
     step, run_chunk = (functools.partial(function, jnp.exp) for function in (decay_step, decay_chunk))
     rule = Rule(step, run_chunk, matrix_state_pallas.KERNELS, has_faster_steps=is_default)
     return run_rule(rule, implementation, inputs, state_BHKV, reset_BT)
@@ -165,7 +165,8 @@ def run_rule(
     Args:
         implementation: from :func:`choose_implementation`.
         inputs, state_BHKV, reset_BT: from :func:`jaxlm.nn.scan.chunks.prepare`. The first inputs are queries, keys,
-            values, and one decay per head or per channel.
+            values, and the numbers from which the rule computes the decays (such as log decays), one per head or per
+            channel.
     """
     query, _, value, decay = inputs[:4]
     if isinstance(implementation, Chunked):
@@ -384,7 +385,7 @@ def pair_scores_and_decays(
 
 
 def block_pairs(x_BHLK: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
-    """The earlier and the later block of each pair of blocks of S = ``size`` steps, [B, H, P, S, K] each."""
+    """The earlier and the later block of each pair of blocks of W = ``size`` steps, [B, H, P, W, K] each."""
     B, H, L, K = x_BHLK.shape
     pairs = x_BHLK.reshape(B, H, L // (2 * size), 2, size, K)
     return pairs[:, :, :, 0], pairs[:, :, :, 1]

@@ -97,7 +97,8 @@ def _backward_kernel(blocks: Blocks, *references: Any) -> None:
             # ``y * dy`` and ``scaled_v * dscaled`` must cancel. So both are computed from the same rounded ``weights``
             # and ``scaled_v``.
             weights = (scores * pairs).astype(dtype)
-            # The products of decays of steps s + 1 to t, times the scale of step s, multiply the gradient.
+            # The forward pass multiplies the scores by ``pairs`` and by the scales. So the gradient of the scores has
+            # these factors too.
             dscores += dot(dy[:, own[i]], v[:, own[i]], (1, 1)) * (pairs * decays.scale_rows[head : head + 1])
             ys.append(dot(weights, scaled_v[:, own[i]], (1, 0)))
             dscaleds.append(dot(weights, dy[:, own[i]], (0, 0)))

@@ -93,10 +93,10 @@ def mlstm(
         keep_BT: False where the step is padding. There, the output is zeros and the state does not change (in
             ``chunked`` and ``pallas`` it may change by rounding errors). None: no padding.
         epsilon: added to the divisor of the output.
-        implementation: ``reference`` is a loop over steps. ``chunked`` first computes all stabilizers. With known
-            stabilizers, C and n are the state of :func:`jaxlm.nn.scan.linear_attention`, which computes them in chunks
-            (``jaxlm.nn.scan.Chunked(32)``: of 32 steps) and saves one state per chunk for the backward pass. ``pallas``
-            uses the TPU kernel of ``linear_attention`` instead. None selects the fastest known implementation.
+        implementation: ``reference`` is a loop over steps. ``chunked`` first computes all stabilizers. Then
+            :func:`jaxlm.nn.scan.linear_attention` computes C and n in chunks. It saves one state per chunk for the
+            backward pass. ``jaxlm.nn.scan.Chunked(32)`` sets the number of steps per chunk to 32. ``pallas`` uses the
+            TPU kernel of ``linear_attention`` instead. None selects the fastest known implementation.
 
     Raises:
         ValueError: shapes that do not match, a state that lacks an array, a mask that is not boolean, an unknown

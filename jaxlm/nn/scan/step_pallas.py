@@ -3,9 +3,9 @@
     S_t = decay * S_{t-1} + k (scale * v).T + b (a @ S_{t-1}).T          output: q @ S_t
 
 XLA computes a step with several operations, and some of them read the state again. The kernel reads and writes the
-state once. A grid step computes all heads of a row. The kernel has the transposed state, [V, K] for each head. A TPU
-pads the last axis of an array to a multiple of 128, and K is a multiple of 128 more often than V (Mamba-2: K is 128 and
-V is 64).
+state once. A grid step computes all heads of a row. The kernel gets the state of each head transposed, [V, K]. The
+reason is that a TPU pads the last axis of an array to a multiple of 128, and K is a multiple of 128 more often than V
+(Mamba-2: K is 128 and V is 64).
 
 Shapes: B batch, H heads, G groups of heads, K width of queries and keys, V width of values, E = 1 or K decays per head.
 """
@@ -33,7 +33,8 @@ def supports(query_BTGK: jax.Array, value_BTHV: jax.Array) -> bool:
     (B, T, G, K), (H, V), shards = query_BTGK.shape, value_BTHV.shape[2:], sharding.num_shards(("heads",))
     if not B or T > 1 or not shards_divide_heads(G, H):
         return False
-    # The old and the new state have two buffers each. The last axis of the state is padded to a multiple of 128.
+    # The last axis of the state is padded to a multiple of 128. The old and the new state have two buffers each. One
+    # more state size is left for all other arrays.
     state_bytes = 4 * H // shards * V * (K + -K % 128)
     return 5 * state_bytes <= VMEM_LIMIT_BYTES and all(choices.step_kernel(x.dtype) for x in (query_BTGK, value_BTHV))
 
@@ -44,8 +45,8 @@ def run(
     """The output of one step, [B, 1, H, V] in the dtype of the values, and the new state, [B, H, K, V] float32.
 
     Args:
-        step: ``step(state, mask, *inputs of the step)`` computes the same results with XLA, as in ``scan_steps``. It is
-            the reference of ``lazy_pallas.with_reference``, which describes derivatives and ``vmap``.
+        step: ``step(state, mask, *inputs of the step)`` computes the same results with XLA, as in ``scan_steps``. It
+            replaces the kernel in derivatives and under ``vmap`` (``lazy_pallas.with_reference``).
         inputs: queries and keys [B, 1, G, K], values [B, 1, H, V], log decays [B, 1, H, E]; optionally scales
             [B, 1, H, 1]; and optionally a and b, [B, 1, H, K] each. Without scales, all scales are 1.
         state_BHKV: the state before the step, float32.
