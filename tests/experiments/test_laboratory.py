@@ -22,7 +22,8 @@ from tests.pages import ROOT
 PLAN = runs.Plan(steps=4, widths=(32,), layers=1, learning_rates=(1e-3, 1e-2), seeds=2, test_batches=1)
 
 
-def result(case="64 tokens, 4 pairs", model="gpt", width=64, rate=1e-3, seed=0, accuracy=0.5, layers=2, steps=4000):
+def result(case="64 tokens, 4 pairs", model="gpt", width=64, rate=1e-3, seed=0, accuracy=0.5, layers=2, steps=None):
+    steps = EXPERIMENTS["recall"].plan.steps if steps is None else steps
     accuracies = {"validation": accuracy, "test": accuracy}
     return runs.Result(
         "recall", case, model, width, rate, seed, layers, steps, accuracies, 1000, steps, 1.0, 60.0, "a processor"

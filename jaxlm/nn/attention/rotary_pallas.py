@@ -64,4 +64,6 @@ def _kernel(width: int, pairs: int, x: Any, factors: Any, partner_factors: Any, 
         partner_RG = pltpu.roll(x_RG, pairs, 1)
         if 2 * pairs != G:
             partner_RG = jnp.where(entry_RG < pairs, pltpu.roll(x_RG, G - pairs, 1), partner_RG)
+        if 2 * pairs < width:  # entries without a partner
+            partner_RG = jnp.where(entry_RG < 2 * pairs, partner_RG, 0.0)
         out[:, start : start + G] = (x_RG * factors_RG + partner_RG * partner_factors_RG).astype(out.dtype)

@@ -85,6 +85,12 @@ def test_rows_can_share_angles(request):
     assert_trees_close(got, want, 1e-6)
 
 
+def test_entries_that_are_not_rotated_do_not_depend_on_the_others(kernel):
+    x, angles = arrays(1, 3, 2, 64, 0.5)
+    out = rotate(x.at[..., :32].set(jnp.inf), angles)
+    assert np.array_equal(out[..., 32:], x[..., 32:])
+
+
 @pytest.mark.parametrize("mesh", ["data=2,tensor=4", "fsdp=4,sequence=2"])
 def test_the_kernel_runs_on_a_mesh(mesh, kernel):
     x, angles = arrays(4, 6, 8, 64, 1.0)
