@@ -7,9 +7,9 @@ import pytest
 
 from jaxlm.nn import choices, lazy_pallas
 from jaxlm.nn.attention.rotary import rotary_angles, rotary_width, rotate
-from jaxlm.plan import topology
 from jaxlm.sharding import Sharding, make_mesh
 from jaxlm.testing.helpers import assert_trees_close
+from tests.nn.tpu import one_tpu
 
 SHAPES = {  # B, T, H, K, fraction of rotated entries
     "one head per group": (2, 5, 3, 128, 1.0),
@@ -127,8 +127,7 @@ def test_the_kernel_is_not_chosen_on_a_cpu():
 @pytest.mark.parametrize("shape", [(8, 1024, 16, 128, 1.0), (8, 1000, 9, 64, 0.5), (1, 9, 64, 256, 1.0)])
 @pytest.mark.parametrize("chip", ["v5e:2x2", "v6e:2x2"])
 def test_the_tpu_compiler_accepts_the_kernel(chip, shape, dtype):
-    topology.prepare_environment()
-    target = Sharding(make_mesh({"data": 1}, devices=[topology.get_topology(chip).devices[0]]))
+    target = one_tpu(chip)
     B, T, H, K, fraction = shape
     table = (B, T, rotary_width(K, fraction) // 2)
     x, cos, sin = (

@@ -18,9 +18,9 @@ from jaxlm.nn.scan import (
     mlstm,
     ssd,
 )
-from jaxlm.plan import topology
 from jaxlm.sharding import Sharding, make_mesh
 from jaxlm.testing.helpers import assert_trees_close, relative_error
+from tests.nn.tpu import one_tpu
 
 SHAPES = {  # B, T, G, H, K, V
     "shared keys, padded time": (2, 40, 1, 4, 16, 8),
@@ -375,9 +375,7 @@ def test_the_choice_depends_on_the_platform_and_the_arguments(monkeypatch):
     ],
 )
 def test_the_tpu_compiler_accepts_the_kernels(name, shape, dtype):
-    topology.prepare_environment()
-    device = topology.get_topology("v5e:2x2").devices[0]
-    target = Sharding(make_mesh({"data": 1}, devices=[device]))
+    target = one_tpu("v5e:2x2")
     function, make_arguments = FUNCTIONS[name]
     arguments = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=target.replicated()),
