@@ -76,7 +76,7 @@ class CpuChoices:
         T128 B32 H512     103/344  98/311   92/312   91/306   109/326
         T256 B64 H256     100/388  100/361  99/343   100/350  138/401
     """
-    linear_attention_chunk: int = 32
+    linear_attention_chunk: int = 64
     """Steps of a chunk of ``linear_attention``, ``ssd`` and ``mlstm``, a power of two."""
     gated_delta_rule_chunk: int = 32
     """Steps of a chunk of ``gated_delta_rule``, a power of two."""

@@ -12,7 +12,8 @@ from jax import lax
 
 from jaxlm.devices import SUBLANES
 from jaxlm.nn import choices
-from jaxlm.nn.custom_gradient import custom_vjp
+from jaxlm.nn.custom_gradient import custom_vjp, sum_dtype, vary_equally
+from jaxlm.nn.time_chunks import loop_over_chunks
 from jaxlm.spec import ZEROS, ArraySpec, Initializer, Params, require_arrays
 
 
@@ -122,7 +123,9 @@ def _product_backward(num_input_axes: int, saved: Any, dy: jax.Array) -> tuple[j
     The weight gradient is ``x.T @ dy``. If there are fewer outputs than inputs, it is computed as ``(dy.T @ x).T``,
     because a result with few columns is slow on a CPU. XLA would undo this choice, because it merges the transpose into
     the matmul. So on a CPU, the matmul is computed separately from the operations that follow
-    (``choices.isolate_weight_gradient``).
+    (``choices.isolate_weight_gradient``). XLA also merges the transpose of ``dy`` into the operations that compute
+    ``dy``, which is slow for many rows. A loop over blocks of rows prevents this
+    (``choices.weight_gradient_block_rows``).
     """
     x, weight = saved
     row_axes = tuple(range(x.ndim - num_input_axes))
@@ -130,12 +133,34 @@ def _product_backward(num_input_axes: int, saved: Any, dy: jax.Array) -> tuple[j
     dx = lax.dot_general(dy, weight, ((output_axes, tuple(range(num_input_axes, weight.ndim))), ((), ())))
     outputs_first = math.prod(weight.shape[num_input_axes:]) < math.prod(weight.shape[:num_input_axes])
     left, right = (dy, x) if outputs_first else (x, dy)
-    dweight = lax.dot_general(left, right, ((row_axes, row_axes), ((), ())))
+    rows = math.prod(dy.shape[: len(row_axes)])
+    block_rows = choices.weight_gradient_block_rows(rows, dy.size // max(1, rows)) if outputs_first else rows
+    if block_rows < rows:
+        dweight = _product_of_rows(left, right, len(row_axes), block_rows)
+    else:
+        dweight = lax.dot_general(left, right, ((row_axes, row_axes), ((), ())))
     if choices.isolate_weight_gradient():
         dweight = lax.optimization_barrier(dweight)
     if outputs_first:
         dweight = jnp.moveaxis(dweight, range(len(output_axes)), range(num_input_axes, weight.ndim))
     return dx, dweight
+
+
+def _product_of_rows(left: jax.Array, right: jax.Array, num_row_axes: int, block_rows: int) -> jax.Array:
+    """``left.T @ right``, summed over blocks of ``block_rows`` rows, [left..., right...], in the dtype of ``right``.
+
+    The first ``num_row_axes`` axes of both arrays are rows.
+    """
+    left_NX, right_NY = (x.reshape(-1, math.prod(x.shape[num_row_axes:])) for x in (left, right))
+    dtype = sum_dtype(right)
+
+    def add_block(start: Any, rows: int, total_XY: jax.Array) -> jax.Array:
+        left_RX, right_RY = (lax.dynamic_slice_in_dim(x, start, rows) for x in (left_NX, right_NY))
+        return total_XY + jnp.matmul(left_RX.T, right_RY, preferred_element_type=dtype)
+
+    total_XY, _ = vary_equally((jnp.zeros((left_NX.shape[1], right_NY.shape[1]), dtype), (left_NX, right_NY)))
+    total_XY = loop_over_chunks(left_NX.shape[0], block_rows, add_block, total_XY)
+    return total_XY.astype(right.dtype).reshape(*left.shape[num_row_axes:], *right.shape[num_row_axes:])
 
 
 _product = custom_vjp.from_rules(_product_forward, _product_backward, nondiff_argnums=(2,))

@@ -34,14 +34,16 @@ def draw(*shape):
 
 
 @pytest.mark.parametrize("merge", [True, False])
-@pytest.mark.parametrize("separate", [True, False])
+@pytest.mark.parametrize(("separate", "block_rows"), [(True, None), (False, None), (True, 4)])
 @pytest.mark.parametrize(
     ("rows", "inputs", "shape"),
     [((3, 7), 1, (8, 3, 2, 3)), ((4, 5), 2, (3, 4, 5)), ((22,), 1, (9, 4)), ((6,), 2, (2, 2, 2, 7))],
 )
-def test_gradients_of_linear_equal_autodiff(monkeypatch, rows, inputs, shape, separate, merge):
+def test_gradients_of_linear_equal_autodiff(monkeypatch, rows, inputs, shape, separate, block_rows, merge):
     """Functions before and after the layer make all gradients nonuniform. Weights have more inputs or more outputs."""
     monkeypatch.setattr(choices, "isolate_weight_gradient", lambda: separate)
+    if block_rows:
+        monkeypatch.setattr(choices, "weight_gradient_block_rows", lambda rows, outputs: block_rows)
     monkeypatch.setattr(choices, "merge_head_axes", lambda: merge)
     x = jax.random.normal(jax.random.key(0), (*rows, *shape[:inputs]))
     params = {"weight": jax.random.normal(jax.random.key(1), shape), "bias": jnp.ones(shape[inputs:])}
@@ -58,6 +60,17 @@ def test_gradients_of_linear_equal_autodiff(monkeypatch, rows, inputs, shape, se
 
     got = gradients(lambda params, x: linear(params, x, num_input_axes=inputs))
     assert_trees_close(got, gradients(definition), 1e-5)
+
+
+def test_the_weight_gradient_of_many_rows_is_a_loop_over_blocks():
+    def gradient(rows):
+        loss = lambda weight: jnp.sum(linear({"weight": weight}, jnp.ones((rows, 8))) ** 2)  # noqa: E731
+        return str(jax.make_jaxpr(jax.grad(loss))(jnp.ones((8, 4))))
+
+    rows = 4 * choices.weight_gradient_block_rows(2**30, 4)
+    assert "scan" in gradient(rows)
+    assert "scan" not in gradient(rows - 1)
+    assert choices.weight_gradient_block_rows(2**30, 2**20) == 1024
 
 
 def test_linear_merges_the_axes_of_heads_of_an_empty_batch(monkeypatch):

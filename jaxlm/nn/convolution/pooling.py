@@ -6,13 +6,14 @@ tail (``jaxlm.nn.convolution.window``).
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxlm.nn.convolution.window import Padding, causal_windows, windows
+from jaxlm.nn.convolution.window import Padding, causal_windows, taps
 from jaxlm.nn.token_layout import TokenLayout
 from jaxlm.spec import require_arrays
 
@@ -23,8 +24,10 @@ def max_pool(x_BTC: jax.Array, window: int, *, padding: Padding, stride: int = 1
     ``window`` is the number of taps. See ``jaxlm.nn.convolution.window.windows`` for the other options and the errors.
     Padding counts as minus infinity. If several entries are equal to the maximum, they share the gradient.
     """
-    windows_BTKC = windows(x_BTC, window, padding=padding, stride=stride, dilation=dilation, fill=-jnp.inf)
-    return jnp.max(windows_BTKC, axis=2)
+    require_arrays(x_BTC=x_BTC)
+    # The gradient of ``jnp.max`` of an array of windows takes 2 to 3 times as long on a CPU.
+    options: Any = {"padding": padding, "stride": stride, "dilation": dilation}
+    return functools.reduce(jnp.maximum, taps(x_BTC, window, fill=-jnp.inf, **options))
 
 
 def causal_max_pool(

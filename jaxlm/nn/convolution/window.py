@@ -58,21 +58,29 @@ def windows(
         ValueError: an unknown padding, or an input that is shorter than one window.
     """
     require_arrays(x_BTC=x_BTC, documents_BT=documents_BT)
-    before, after, count = padding_and_count(x_BTC.shape[1], kernel, padding=padding, stride=stride, dilation=dilation)
-
-    def taps(x: jax.Array, fill: float) -> list[jax.Array]:
-        x = jnp.pad(x, ((0, 0), (before, after)) + ((0, 0),) * (x.ndim - 2), constant_values=fill)
-        length = (count - 1) * stride + 1
-        return [lax.slice_in_dim(x, tap * dilation, tap * dilation + length, stride, axis=1) for tap in range(kernel)]
-
-    windows_BTKC = jnp.stack(taps(x_BTC, fill), axis=2)
+    options: Any = {"padding": padding, "stride": stride, "dilation": dilation}
+    windows_BTKC = jnp.stack(taps(x_BTC, kernel, fill=fill, **options), axis=2)
     if documents_BT is None:
         return windows_BTKC
-    tap_documents_BTK = jnp.stack(taps(documents_BT, 0), axis=2)
+    count = windows_BTKC.shape[1]
+    tap_documents_BTK = jnp.stack(taps(documents_BT, kernel, fill=0, **options), axis=2)
     first_step = (kernel - 1) * dilation if padding == "valid" else 0  # window 0 belongs to the document of this step
     end = first_step + (count - 1) * stride + 1
     window_documents_BT = lax.slice_in_dim(documents_BT, first_step, end, stride, axis=1)
     return jnp.where((tap_documents_BTK == window_documents_BT[:, :, None])[..., None], windows_BTKC, fill)
+
+
+def taps(
+    x_BT: jax.Array, kernel: int, *, padding: Padding, stride: int = 1, dilation: int = 1, fill: float = 0.0
+) -> list[jax.Array]:
+    """For each tap, the entries of ``x`` at this tap of all windows, [B, T', ...].
+
+    The arguments and the errors are those of :func:`windows`.
+    """
+    before, after, count = padding_and_count(x_BT.shape[1], kernel, padding=padding, stride=stride, dilation=dilation)
+    x_BT = jnp.pad(x_BT, ((0, 0), (before, after)) + ((0, 0),) * (x_BT.ndim - 2), constant_values=fill)
+    length = (count - 1) * stride + 1
+    return [lax.slice_in_dim(x_BT, tap * dilation, tap * dilation + length, stride, axis=1) for tap in range(kernel)]
 
 
 def padding_and_count(

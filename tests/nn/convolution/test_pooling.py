@@ -20,10 +20,19 @@ X = jnp.asarray(np.random.default_rng(0).standard_normal((2, 13, 5)) - 3.0, jnp.
     [("valid", 3, (0, 0), 1), ("same", 2, (1, 1), 1), ("causal", 1, (4, 0), 2), ("valid", 1, (0, 0), 4)],
 )
 def test_max_pool_equals_that_of_xla(padding, stride, pads, dilation):
-    want = jax.lax.reduce_window(
-        X, -jnp.inf, jax.lax.max, (1, 3, 1), (1, stride, 1), [(0, 0), pads, (0, 0)], window_dilation=(1, dilation, 1)
-    )
-    np.testing.assert_array_equal(max_pool(X, 3, padding=padding, stride=stride, dilation=dilation), want)
+    def pool(x):
+        return max_pool(x, 3, padding=padding, stride=stride, dilation=dilation)
+
+    def pool_of_xla(x):
+        windows = {"window_dilation": (1, dilation, 1), "padding": [(0, 0), pads, (0, 0)]}
+        return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 3, 1), (1, stride, 1), **windows)
+
+    want = pool_of_xla(X)
+    np.testing.assert_array_equal(pool(X), want)
+    if dilation == 1:  # XLA has no gradient of windows with dilation
+        weights = jnp.arange(want.size, dtype=jnp.float32).reshape(want.shape)
+        got_gradient, want_gradient = (jax.grad(lambda x, f=f: jnp.sum(weights * f(x)))(X) for f in (pool, pool_of_xla))
+        np.testing.assert_allclose(got_gradient, want_gradient, rtol=1e-6)
 
 
 @jax.jit
