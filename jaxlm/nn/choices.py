@@ -500,8 +500,7 @@ def expert_block_rows(assignments: int, num_experts: int) -> int:
 
     A block has half the mean number of rows of an expert, so that few rows are padding. A block has at most 256 rows,
     so that it fits into the CPU cache. With fewer than 4 assignments per expert, such as in decoding, a block has one
-    row. If no token is padding and one device has all experts, no such block is empty. Then only the weights of
-    selected experts are read.
+    row.
 
     Args:
         assignments: number of pairs of a token and one of its selected experts.

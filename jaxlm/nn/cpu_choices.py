@@ -77,7 +77,18 @@ class CpuChoices:
         T256 B64 H256     100/388  100/361  99/343   100/350  138/401
     """
     linear_attention_chunk: int = 64
-    """Steps of a chunk of ``linear_attention``, ``ssd`` and ``mlstm``, a power of two."""
+    """Steps of a chunk of ``linear_attention``, ``ssd`` and ``mlstm``, a power of two.
+
+    CPU time in ms, forward and backward together (jaxlib 0.10.2, two cores of an AMD EPYC, Zen 5):
+
+                                                    chunk 16    chunk 32    chunk 64    chunk 128
+        linear_attention B2 T1024 H8 K64            26.9        23.7        21.1        26.3
+        the same, one decay per channel             40.4        39.4        32.6        47.1
+        ssd B1 T512 H24 K128 V64                    25.0        21.5        18.3        22.5
+
+    A training step of a small xLSTM (12 layers of width 768, 2 x 512 tokens) takes 2.31 instead of 2.42 s with 64
+    instead of 32 steps; one of Mamba-2 130M takes 1.9 s with both.
+    """
     gated_delta_rule_chunk: int = 32
     """Steps of a chunk of ``gated_delta_rule``, a power of two."""
     generalized_delta_rule_chunk: int = 16
