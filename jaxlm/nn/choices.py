@@ -368,16 +368,6 @@ def loops_without_gradient(key_width: int, state_size: int, *, per_channel: bool
     return per_channel or (key_width >= 64 and state_size <= cpu_choices().max_loop_state)
 
 
-def constrain_chunk_layout() -> bool:
-    """Whether the inputs of the chunks of a scan are stored in the order of their axes, the chunk axis first.
-
-    Without this constraint, XLA on a CPU copies each input twice before the loop over chunks: once in its old order and
-    once in the new one. The chunks of ``linear_attention`` and ``mlstm`` then take 3 to 10 % more time (B 2, T 1,024,
-    H 8, K 64; jaxlib 0.10.2, two cores of an AMD EPYC, Zen 5).
-    """
-    return _is_single_cpu()
-
-
 def kernel_chunk(steps: int) -> int:
     """The number of steps of a chunk of the TPU kernels of ``linear_attention`` and ``gated_delta_rule``."""
     return min(LINEAR_ATTENTION_CHUNK_ACCELERATOR, steps + -steps % 16)
@@ -510,7 +500,8 @@ def expert_block_rows(assignments: int, num_experts: int) -> int:
 
     A block has half the mean number of rows of an expert, so that few rows are padding. A block has at most 256 rows,
     so that it fits into the CPU cache. With fewer than 4 assignments per expert, such as in decoding, a block has one
-    row.
+    row. If no token is padding and one device has all experts, no such block is empty. Then only the weights of
+    selected experts are read.
 
     Args:
         assignments: number of pairs of a token and one of its selected experts.
@@ -560,25 +551,29 @@ def isolate_weight_gradient() -> bool:
 
 
 WEIGHT_GRADIENT_BLOCK = 2**19
-"""Maximum number of entries of the gradient of the output in a block of rows (:func:`weight_gradient_block_rows`)."""
+"""The number of entries of ``dy`` in a block of rows. Blocks with wide rows can have more, because of the next limit."""
+MIN_WEIGHT_GRADIENT_ROWS = 1024
+"""Minimum number of rows of a block."""
 MIN_WEIGHT_GRADIENT_BLOCKS = 4
-"""Minimum number of blocks of rows. With fewer blocks, one matmul computes the gradient of a weight."""
+"""Minimum number of blocks. With fewer blocks, one matmul computes the gradient of a weight."""
 
 
 def weight_gradient_block_rows(rows: int, outputs: int) -> int:
-    """The number of rows of a block, if the gradient ``dy.T @ x`` of a weight is summed over blocks of rows.
+    """The number of rows of a block if the gradient ``dy.T @ x`` of a weight is a sum over blocks, otherwise ``rows``.
 
-    The result is ``rows`` if one matmul computes the gradient. On one CPU device with many rows, blocks are faster: XLA
-    merges the transpose of ``dy`` into the operations that compute ``dy``, and then writes its entries in an order that
-    the caches do not support. In a loop, XLA transposes only one block at a time. A training step of VDCNN-9 (128 x
-    1,024 characters) takes 1.17 instead of 1.40 s with 4 to 64 blocks (jaxlib 0.10.2, two cores of an AMD EPYC, Zen 5).
+    If the process has one device, a CPU, and there are many rows, blocks are faster. XLA merges the transpose of ``dy``
+    into the operations that compute ``dy``. It then writes ``dy.T`` with a large stride, so it uses the caches badly.
+    In a loop, XLA transposes one block at a time. A training step of VDCNN-9 (128 x 1,024 characters) takes 1.17
+    instead of 1.40 s with 4 to 64 blocks (jaxlib 0.10.2, two cores of an AMD EPYC, Zen 5). With several devices, the
+    rows may be sharded, and XLA would gather them for the loop.
 
     Args:
         rows: number of rows of ``dy``.
         outputs: number of entries of a row of ``dy``.
     """
-    block_rows = max(1024, WEIGHT_GRADIENT_BLOCK // max(1, outputs))
-    return block_rows if _is_single_cpu() and rows >= MIN_WEIGHT_GRADIENT_BLOCKS * block_rows else rows
+    block_rows = max(MIN_WEIGHT_GRADIENT_ROWS, WEIGHT_GRADIENT_BLOCK // max(1, outputs))
+    is_faster = sharding.platform() == "cpu" and jax.device_count() == 1
+    return block_rows if is_faster and rows >= MIN_WEIGHT_GRADIENT_BLOCKS * block_rows else rows
 
 
 MAX_FUSED_VECTOR_BYTES = 2**14

@@ -87,7 +87,7 @@ class CpuChoices:
         ssd B1 T512 H24 K128 V64                    25.0        21.5        18.3        22.5
 
     A training step of a small xLSTM (12 layers of width 768, 2 x 512 tokens) takes 2.31 instead of 2.42 s with 64
-    instead of 32 steps; one of Mamba-2 130M takes 1.9 s with both.
+    instead of 32 steps. A training step of Mamba-2 130M takes 1.9 s with either number.
     """
     gated_delta_rule_chunk: int = 32
     """Steps of a chunk of ``gated_delta_rule``, a power of two."""

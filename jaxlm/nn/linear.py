@@ -151,7 +151,8 @@ def _product_of_rows(left: jax.Array, right: jax.Array, num_row_axes: int, block
 
     The first ``num_row_axes`` axes of both arrays are rows.
     """
-    left_NX, right_NY = (x.reshape(-1, math.prod(x.shape[num_row_axes:])) for x in (left, right))
+    rows = math.prod(left.shape[:num_row_axes])
+    left_NX, right_NY = (x.reshape(rows, math.prod(x.shape[num_row_axes:])) for x in (left, right))
     dtype = sum_dtype(right)
 
     def add_block(start: Any, rows: int, total_XY: jax.Array) -> jax.Array:
@@ -159,7 +160,7 @@ def _product_of_rows(left: jax.Array, right: jax.Array, num_row_axes: int, block
         return total_XY + jnp.matmul(left_RX.T, right_RY, preferred_element_type=dtype)
 
     total_XY, _ = vary_equally((jnp.zeros((left_NX.shape[1], right_NY.shape[1]), dtype), (left_NX, right_NY)))
-    total_XY = loop_over_chunks(left_NX.shape[0], block_rows, add_block, total_XY)
+    total_XY = loop_over_chunks(rows, block_rows, add_block, total_XY)
     return total_XY.astype(right.dtype).reshape(*left.shape[num_row_axes:], *right.shape[num_row_axes:])
 
 

@@ -62,15 +62,18 @@ def test_gradients_of_linear_equal_autodiff(monkeypatch, rows, inputs, shape, se
     assert_trees_close(got, gradients(definition), 1e-5)
 
 
-def test_the_weight_gradient_of_many_rows_is_a_loop_over_blocks():
+def test_the_weight_gradient_of_many_rows_is_a_loop_over_blocks_on_one_device(monkeypatch):
     def gradient(rows):
         loss = lambda weight: jnp.sum(linear({"weight": weight}, jnp.ones((rows, 8))) ** 2)  # noqa: E731
         return str(jax.make_jaxpr(jax.grad(loss))(jnp.ones((8, 4))))
 
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
     rows = 4 * choices.weight_gradient_block_rows(2**30, 4)
     assert "scan" in gradient(rows)
     assert "scan" not in gradient(rows - 1)
     assert choices.weight_gradient_block_rows(2**30, 2**20) == 1024
+    monkeypatch.setattr(jax, "device_count", lambda: 2)
+    assert "scan" not in gradient(rows)
 
 
 def test_linear_merges_the_axes_of_heads_of_an_empty_batch(monkeypatch):

@@ -22,10 +22,11 @@ def max_pool(x_BTC: jax.Array, window: int, *, padding: Padding, stride: int = 1
     """The maximum of each window, for each channel, [B, T', C].
 
     ``window`` is the number of taps. See ``jaxlm.nn.convolution.window.windows`` for the other options and the errors.
-    Padding counts as minus infinity. If several entries are equal to the maximum, they share the gradient.
+    Padding counts as minus infinity. If several entries are equal to the maximum, they share the gradient,
+    not always equally.
     """
     require_arrays(x_BTC=x_BTC)
-    # The gradient of ``jnp.max`` of an array of windows takes 2 to 3 times as long on a CPU.
+    # On a CPU, the gradient of ``jnp.max`` over an array of windows takes 2 to 3 times as long.
     options: Any = {"padding": padding, "stride": stride, "dilation": dilation}
     return functools.reduce(jnp.maximum, taps(x_BTC, window, fill=-jnp.inf, **options))
 

@@ -55,7 +55,7 @@ def windows(
         fill: the value of taps outside the input or the document.
 
     Raises:
-        ValueError: an unknown padding, or an input that is shorter than one window.
+        ValueError: an unknown padding, no taps, or an input that is shorter than one window.
     """
     require_arrays(x_BTC=x_BTC, documents_BT=documents_BT)
     options: Any = {"padding": padding, "stride": stride, "dilation": dilation}
@@ -73,9 +73,9 @@ def windows(
 def taps(
     x_BT: jax.Array, kernel: int, *, padding: Padding, stride: int = 1, dilation: int = 1, fill: float = 0.0
 ) -> list[jax.Array]:
-    """For each tap, the entries of ``x`` at this tap of all windows, [B, T', ...].
+    """One array [B, T', ...] for each tap: the entry of ``x`` at this tap in each window.
 
-    The arguments and the errors are those of :func:`windows`.
+    The arguments and the errors are those of :func:`windows`, without ``documents_BT``.
     """
     before, after, count = padding_and_count(x_BT.shape[1], kernel, padding=padding, stride=stride, dilation=dilation)
     x_BT = jnp.pad(x_BT, ((0, 0), (before, after)) + ((0, 0),) * (x_BT.ndim - 2), constant_values=fill)
@@ -93,6 +93,8 @@ def padding_and_count(
     last_tap = (kernel - 1) * dilation  # relative to the first tap
     if padding not in ("same", "valid", "causal"):
         raise ValueError(f"padding={padding!r} is unknown: choose from 'same', 'valid', 'causal'")
+    if kernel < 1:
+        raise ValueError(f"a window of {kernel} taps must have at least 1 tap")
     before = {"same": last_tap // 2, "valid": 0, "causal": last_tap}[padding]
     after = last_tap - last_tap // 2 if padding == "same" else 0
     count = (length + before + after - last_tap - 1) // stride + 1

@@ -4,14 +4,14 @@ The assignments of tokens to experts are sorted by expert. Then each of the proj
 matmul for all experts.
 
 Shapes: B batch, T time, D model width, E experts, N selected experts of a token, F hidden width of an expert,
-A = B * T * N assignments, M blocks, S rows of a block, P = M * S slots. In a grouped matmul, C is the input width and D
-the output width.
+A = B * T * N assignments, M blocks, S rows of a block, P slots (rows of all blocks). In a grouped matmul, C is the
+input width and D the output width.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxlm.nn import choices
-from jaxlm.nn.experts import blocks
+from jaxlm.nn.custom_gradient import custom_vjp, sum_dtype
 from jaxlm.nn.experts.router import Routing
 from jaxlm.nn.experts.rows import Groups, group_by_expert, permute_rows
 from jaxlm.sharding import map_shards
@@ -78,10 +78,9 @@ def _run_experts(
     groups = group_by_expert(expert_A, E, S)
     matmul = functools.partial(_MATMULS[grouped_matmul], groups=groups)
     x_AD = jnp.broadcast_to(x_BTD.reshape(B * T, 1, D), (B * T, N, D)).reshape(-1, D)
-    assignments_P = groups.assignments.reshape(-1)
-    x_PD = permute_rows(x_AD, assignments_P, groups.slots)
+    x_PD = permute_rows(x_AD, groups.assignments, groups.slots)
     hidden_PF = jax.nn.silu(matmul(x_PD, gate_EDF)) * matmul(x_PD, up_EDF)
-    y_AD = permute_rows(matmul(hidden_PF, down_EFD), groups.slots, assignments_P)
+    y_AD = permute_rows(matmul(hidden_PF, down_EFD), groups.slots, groups.assignments)
     return jnp.einsum("BTND,BTN->BTD", y_AD.reshape(B, T, N, D), weights_BTN)
 
 
@@ -97,10 +96,38 @@ def _ragged_dot(x_PC: jax.Array, w_ECD: jax.Array, groups: Groups) -> jax.Array:
 
 
 def _blocks(x_PC: jax.Array, w_ECD: jax.Array, groups: Groups) -> jax.Array:
-    """The grouped matmul as loops over blocks of rows that have the same expert."""
-    x_MSC = x_PC.reshape(*groups.assignments.shape, x_PC.shape[1])
-    y_MSD = blocks.matmul(x_MSC, w_ECD, groups.blocks, False)
-    return checkpoint_name(y_MSD.reshape(-1, y_MSD.shape[2]), CHECKPOINT_NAME)
+    """The grouped matmul as a loop over blocks of rows that have the same expert."""
+    num_blocks = groups.block_experts.shape[0]
+    y = _block_matmul(
+        x_PC.reshape(num_blocks, x_PC.shape[0] // max(1, num_blocks), x_PC.shape[1]), w_ECD, groups.block_experts
+    )
+    return checkpoint_name(y.reshape(-1, y.shape[2]), CHECKPOINT_NAME)
 
 
 _MATMULS = {"ragged_dot": _ragged_dot, "blocks": _blocks}
+
+
+def _block_matmul_forward(x_MSC: jax.Array, w_ECD: jax.Array, expert_M: jax.Array) -> tuple[jax.Array, Any]:
+    """``x[m] @ w[expert[m]]`` for each of M blocks, and the arrays for the backward pass."""
+    return lax.map(lambda block: block[0] @ w_ECD[block[1]], (x_MSC, expert_M)), (x_MSC, w_ECD, expert_M)
+
+
+def _block_matmul_backward(saved: Any, dy_MSD: jax.Array) -> tuple[jax.Array, jax.Array, None]:
+    """The gradients of ``x`` and ``w``.
+
+    The gradient of ``w`` is summed in place, block by block, in float32 or float64.
+    """
+    x_MSC, w_ECD, expert_M = saved
+    dtype = sum_dtype(w_ECD)
+
+    def step(dw_ECD: jax.Array, block: Any) -> tuple[jax.Array, jax.Array]:
+        x_SC, dy_SD, expert = block
+        dw_CD = jnp.matmul(x_SC.T, dy_SD, preferred_element_type=dtype)
+        dw_ECD = lax.dynamic_update_index_in_dim(dw_ECD, dw_ECD[expert] + dw_CD, expert, 0)
+        return dw_ECD, dy_SD @ w_ECD[expert].T
+
+    dw_ECD, dx_MSC = lax.scan(step, jnp.zeros_like(w_ECD, dtype), (x_MSC, dy_MSD, expert_M))
+    return dx_MSC, dw_ECD.astype(w_ECD.dtype), None
+
+
+_block_matmul = custom_vjp.from_rules(_block_matmul_forward, _block_matmul_backward)

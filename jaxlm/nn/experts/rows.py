@@ -2,8 +2,8 @@
 
 An assignment is a pair of a token and one of its selected experts.
 
-Shapes: R and Q numbers of rows, D width of a row, A assignments, E experts, M blocks, S rows of a block, P = M * S
-slots.
+Shapes: R and Q numbers of rows, D width of a row, A assignments, E experts, S rows of a block, P slots (rows of all
+blocks).
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.nn.custom_gradient import custom_vjp
-from jaxlm.nn.experts.blocks import Blocks
 
 
 def _permute_forward(x_RD: jax.Array, index_Q: jax.Array, inverse_R: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -43,16 +42,16 @@ class Groups(NamedTuple):
     """The assignments, sorted by expert. The slots of each expert begin at the start of a block.
 
     Attributes:
-        assignments: [M, S], the assignment in each slot; A for an empty slot.
+        assignments: [P], the assignment in each slot; A for an empty slot.
         slots: [A], the slot of each assignment; P for an assignment without a slot (:func:`group_by_expert`).
         sizes: [E], the number of assignments of each expert.
-        blocks: the blocks of each expert. Blocks at the end may belong to no expert.
+        block_experts: [P / S], the expert of each block; the last expert for empty blocks at the end.
     """
 
     assignments: jax.Array
     slots: jax.Array
     sizes: jax.Array
-    blocks: Blocks
+    block_experts: jax.Array
 
 
 def group_by_expert(expert_A: jax.Array, num_experts: int, block_rows: int) -> Groups:
@@ -65,8 +64,8 @@ def group_by_expert(expert_A: jax.Array, num_experts: int, block_rows: int) -> G
 
     Example:
         >>> groups = group_by_expert(jnp.array([1, 0, 1, 1]), num_experts=2, block_rows=2)
-        >>> groups.assignments.tolist(), groups.slots.tolist(), groups.blocks.starts.tolist()
-        ([[1, 4], [0, 2], [3, 4]], [2, 0, 3, 4], [0, 1])
+        >>> groups.assignments.tolist(), groups.slots.tolist(), groups.block_experts.tolist()
+        ([1, 4, 0, 2, 3, 4], [2, 0, 3, 4], [0, 1, 1])
     """
     A, E, S = expert_A.shape[0], num_experts, block_rows
     num_blocks = min(A, (A + E * (S - 1)) // S)  # enough for every routing
@@ -77,10 +76,10 @@ def group_by_expert(expert_A: jax.Array, num_experts: int, block_rows: int) -> G
     start_E = jnp.searchsorted(sorted_A, jnp.arange(E + 1, dtype=sorted_A.dtype)).astype(jnp.int32)
     size_E = jnp.diff(start_E)
     blocks_E = -(-size_E // S)
-    start_block_E = jnp.cumsum(blocks_E) - blocks_E
-    first_slot_E = jnp.append(start_block_E * S, P)
+    end_E = jnp.cumsum(blocks_E)
+    first_slot_E = jnp.append((end_E - blocks_E) * S, P)
     rank_A = jnp.arange(A, dtype=jnp.int32) - start_E[sorted_A]
     slot_A = jnp.where(sorted_A < E, first_slot_E[sorted_A] + rank_A, P)
     assignments_P = jnp.full(P, A, jnp.int32).at[slot_A].set(order_A.astype(jnp.int32), mode="drop")
-    slots_A = jnp.zeros(A, jnp.int32).at[order_A].set(slot_A)
-    return Groups(assignments_P.reshape(num_blocks, S), slots_A, size_E, Blocks(start_block_E, blocks_E))
+    block_experts = jnp.minimum(jnp.searchsorted(end_E, jnp.arange(num_blocks), side="right"), E - 1)
+    return Groups(assignments_P, jnp.zeros(A, jnp.int32).at[order_A].set(slot_A), size_E, block_experts)

@@ -13,11 +13,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental.layout import Layout, with_layout_constraint
 from jax.typing import DTypeLike
 
 from jaxlm import sharding
-from jaxlm.nn import choices
 from jaxlm.nn.custom_gradient import vary_equally
 from jaxlm.nn.time_chunks import join_time, split_time
 
@@ -145,10 +143,7 @@ def split_into_chunks(inputs: Sequence[jax.Array], chunk: int) -> tuple[jax.Arra
     """
     T = inputs[0].shape[1]
     L = min(chunk, 1 << (T - 1).bit_length())
-    chunks = tuple(jnp.swapaxes(split_time(x, L), 2, 3) for x in inputs)
-    if choices.constrain_chunk_layout():
-        chunks = tuple(with_layout_constraint(x, Layout(tuple(range(x.ndim)))) for x in chunks)
-    return chunks
+    return tuple(jnp.swapaxes(split_time(x, L), 2, 3) for x in inputs)
 
 
 def product_in(dtype: DTypeLike) -> Callable[..., jax.Array]:

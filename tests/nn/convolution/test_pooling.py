@@ -35,6 +35,11 @@ def test_max_pool_equals_that_of_xla(padding, stride, pads, dilation):
         np.testing.assert_allclose(got_gradient, want_gradient, rtol=1e-6)
 
 
+def test_a_window_without_taps_is_an_error():
+    with pytest.raises(ValueError, match="at least 1 tap"):
+        max_pool(X, 0, padding="valid")
+
+
 @jax.jit
 def run_call(indices, ids, past, tail):
     reordered, layout = move_padding_last(indices, ids, past)
