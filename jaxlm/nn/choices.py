@@ -551,7 +551,7 @@ def isolate_weight_gradient() -> bool:
 
 
 WEIGHT_GRADIENT_BLOCK = 2**19
-"""The number of entries of ``dy`` in a block of rows. Blocks with wide rows can have more, because of the next limit."""
+"""The number of entries of ``dy`` in a block. Blocks of wide rows have more, because of the next limit."""
 MIN_WEIGHT_GRADIENT_ROWS = 1024
 """Minimum number of rows of a block."""
 MIN_WEIGHT_GRADIENT_BLOCKS = 4
