@@ -60,7 +60,7 @@ def windows(
     require_arrays(x_BTC=x_BTC, documents_BT=documents_BT)
     options: Any = {"padding": padding, "stride": stride, "dilation": dilation}
     windows_BTKC = jnp.stack(taps(x_BTC, kernel, fill=fill, **options), axis=2)
-    if documents_BT is None:
+    if documents_BT is None or kernel == 1:  # a window of one tap has only its own step
         return windows_BTKC
     count = windows_BTKC.shape[1]
     tap_documents_BTK = jnp.stack(taps(documents_BT, kernel, fill=0, **options), axis=2)
