@@ -131,10 +131,11 @@ def _product_backward(num_input_axes: int, saved: Any, dy: jax.Array) -> tuple[j
     row_axes = tuple(range(x.ndim - num_input_axes))
     output_axes = tuple(range(len(row_axes), dy.ndim))
     dx = lax.dot_general(dy, weight, ((output_axes, tuple(range(num_input_axes, weight.ndim))), ((), ())))
-    outputs_first = math.prod(weight.shape[num_input_axes:]) < math.prod(weight.shape[:num_input_axes])
+    inputs, outputs = math.prod(weight.shape[:num_input_axes]), math.prod(weight.shape[num_input_axes:])
+    outputs_first = outputs < inputs
     left, right = (dy, x) if outputs_first else (x, dy)
     rows = math.prod(dy.shape[: len(row_axes)])
-    block_rows = choices.weight_gradient_block_rows(rows, dy.size // max(1, rows)) if outputs_first else rows
+    block_rows = choices.weight_gradient_block_rows(rows, outputs) if outputs_first else rows
     if block_rows < rows:
         dweight = _product_of_rows(left, right, len(row_axes), block_rows)
     else:

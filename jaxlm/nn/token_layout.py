@@ -43,9 +43,9 @@ class TokenLayout:
     def documents_with_past(self, num_past: int) -> jax.Array:
         """The document numbers of the last ``num_past`` real tokens of earlier calls and of all tokens of the call.
 
-        There must be a state with at least ``num_past`` past segment ids.
+        With ``num_past`` above 0, there must be a state with at least ``num_past`` past segment ids.
         """
-        return self.documents[:, self.past_segment_ids.shape[1] - num_past :]
+        return self.documents[:, self.documents.shape[1] - self.segment_ids.shape[1] - num_past :]
 
     def reorder(self, x_BT: jax.Array | None) -> jax.Array | None:
         """An array [B, T, ...] of the tokens before reordering, in the order of the layout. None gives None."""

@@ -27,8 +27,8 @@ def max_pool(x_BTC: jax.Array, window: int, *, padding: Padding, stride: int = 1
     """
     require_arrays(x_BTC=x_BTC)
     # On a CPU, the gradient of ``jnp.max`` over an array of windows takes 2 to 3 times as long.
-    options: Any = {"padding": padding, "stride": stride, "dilation": dilation}
-    return functools.reduce(jnp.maximum, taps(x_BTC, window, fill=-jnp.inf, **options))
+    entries = taps(x_BTC, window, padding=padding, stride=stride, dilation=dilation, fill=-jnp.inf)
+    return functools.reduce(jnp.maximum, entries)
 
 
 def causal_max_pool(

@@ -60,7 +60,7 @@ def windows(
     require_arrays(x_BTC=x_BTC, documents_BT=documents_BT)
     options: Any = {"padding": padding, "stride": stride, "dilation": dilation}
     windows_BTKC = jnp.stack(taps(x_BTC, kernel, fill=fill, **options), axis=2)
-    if documents_BT is None or kernel == 1:  # a window of one tap has only its own step
+    if documents_BT is None:
         return windows_BTKC
     count = windows_BTKC.shape[1]
     tap_documents_BTK = jnp.stack(taps(documents_BT, kernel, fill=0, **options), axis=2)
@@ -164,7 +164,7 @@ def prepend_tail(
     "causal", because the first windows need zeros before the new inputs.
     """
     if tail_BWC is None:
-        return x_BTC, layout.documents, "causal", None
+        return x_BTC, None if layout.documents is None else layout.documents_with_past(0), "causal", None
     tail_length = tail_BWC.shape[1]
     x_BSC = jnp.concatenate([tail_BWC.astype(x_BTC.dtype), x_BTC], axis=1)
     return x_BSC, layout.documents_with_past(tail_length), "valid", last_real(x_BSC, layout.num_real, tail_length)
