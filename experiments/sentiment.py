@@ -123,6 +123,7 @@ PRESETS = {
     "attention_rnn": scratch("attention_rnn_lm", *ATTENTION),
     "cnn": scratch("alexnet", "embedding=learned", "embed_dim=300", "channels=300", "kernels=(5,)", "fc_dim=300"),
     "resnet": scratch("resnet", "embed_dim=128", "channels=64", "blocks=(1, 1)", "shortcut=True", "fc_dim=256"),
+    "mamba2": scratch("mamba2", "num_layers=2", "embed_dim=128", "head_dim=32", "state_size=32"),
     "roberta": scratch("roberta", *ENCODER, template="bos_eos"),
     "xlnet": scratch("xlnet", *ENCODER[:3], "mlp_dim=512", template="sep_cls"),
     "minilm": Experiment(

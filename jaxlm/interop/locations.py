@@ -12,6 +12,7 @@ from jax.typing import DTypeLike
 from jaxlm import spec
 from jaxlm.adapt import num_row_axes
 from jaxlm.interop.formats import Format, Layout
+from jaxlm.models.heads import LABEL_HEAD_PARAMETERS
 from jaxlm.models.model import Model
 
 
@@ -101,11 +102,13 @@ def locations_of(model: Model, table: Format, prefix: str | None = None) -> dict
             head.
 
     Raises:
-        ValueError: the format has no tensor for a parameter of the model.
+        ValueError: the format has no tensor for a parameter of the model, except for a head for labels.
     """
     prefix = table.prefix if prefix is None else prefix
     specs = spec.flatten(model.with_known_fields(vocab_multiple=1).specs)
     name_of = {path: prefix + name for path, name in table.tensors.items()} | dict(table.unprefixed_tensors)
+    # A model that is loaded with a new head may have a task without a class in transformers. No file has its head.
+    name_of = {path: path.replace("/", ".") for path in LABEL_HEAD_PARAMETERS} | name_of
     locations = {}
     for path, leaf in specs.items():
         key, layer = spec.split_layer(path)

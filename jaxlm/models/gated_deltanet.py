@@ -37,7 +37,6 @@ from jaxlm.sharding import constrain
 from jaxlm.spec import ArraySpec, InverseSoftplus, LogOfUniform, Normal, Params, State, Uniform
 
 Mixer = Literal["delta_rule", "attention"]
-Task = Literal["causal", "classification", "token_classification", "span_qa", "none"]
 L2_EPSILON = 1e-6
 """Added to the sum of squares in the L2 norm of the queries and keys of the delta rule."""
 
@@ -97,7 +96,7 @@ class Config(experts.ExpertsConfig):
     """Standard deviation of initial weights."""
     tie_embeddings: bool = False
     """Use the token table as the output head."""
-    task: Task = "causal"
+    task: heads.DecoderTask = "causal"
     """Output head: next token (causal), label of the text (classification), label of each token (token_classification),
     answer span (span_qa), or none."""
     num_labels: int = 2

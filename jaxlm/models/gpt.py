@@ -30,7 +30,6 @@ from jaxlm.sharding import constrain
 from jaxlm.spec import ArraySpec, Normal, Params, State, fold_in_name
 
 NormPosition = Literal["before", "after"]
-Task = Literal["causal", "classification", "token_classification", "span_qa", "none"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +58,7 @@ class Config(common.TransformerConfig):
     """Standard deviation of initial weights."""
     tie_embeddings: bool = True
     """Use the token table as the output head."""
-    task: Task = "causal"
+    task: heads.DecoderTask = "causal"
     """Output head: next token (causal), label of the text (classification), label of each token (token_classification),
     answer span (span_qa), or none."""
     num_labels: int = 2

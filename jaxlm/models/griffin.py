@@ -66,8 +66,11 @@ class Config(common.TransformerConfig):
     """Added to the mean square in RMS norms."""
     tie_embeddings: bool = True
     """Use the token table as the output head."""
-    task: Literal["causal", "none"] = "causal"
-    """Output head: next token (causal) or none."""
+    task: heads.DecoderTask = "causal"
+    """Output head: next token (causal), label of the text (classification), label of each token (token_classification),
+    answer span (span_qa), or none."""
+    num_labels: int = 2
+    """Number of labels if the task is classification or token_classification."""
     attention_dropout: float = 0.0
     """Dropout rate on attention probabilities."""
     attention_implementation: Implementation | None = None
@@ -167,6 +170,7 @@ def _attention(
 
 
 logits = heads.decoder_logits
+pool = heads.pool_last_token
 
 
 def lru_width(cfg: Config) -> int:

@@ -13,7 +13,7 @@ Shapes: B batch, T time, D width of hidden states.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -23,8 +23,12 @@ from jaxlm.nn.linear import linear, linear_specs
 from jaxlm.sharding import row_sharding
 from jaxlm.spec import ArraySpec, Initializer, Params
 
+DecoderTask = Literal["causal", "classification", "token_classification", "span_qa", "none"]
+"""The tasks of a decoder with the heads of :func:`decoder_logits`."""
 LABEL_HEADS = {"classification": "classifier", "token_classification": "token_classifier", "span_qa": "span"}
 """The name of the head for labels in the parameters, by task."""
+LABEL_HEAD_PARAMETERS = tuple(f"{head}/{name}" for head in LABEL_HEADS.values() for name in ("weight", "bias"))
+"""The paths of the parameters of all heads for labels."""
 
 
 def head_logits(task: str, params: Params, hidden: jax.Array) -> jax.Array:

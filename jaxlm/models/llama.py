@@ -34,7 +34,6 @@ from jaxlm.spec import ArraySpec, Normal, Params, State, fold_in_name
 
 Block = Literal["llama", "gemma"]
 LayerKind = Literal["full", "window", "no_positions"]
-Task = Literal["causal", "classification", "token_classification", "span_qa", "none"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +86,7 @@ class Config(experts.ExpertsConfig):
     """Standard deviation of initial weights."""
     tie_embeddings: bool = False
     """Use the token table as the output head."""
-    task: Task = "causal"
+    task: heads.DecoderTask = "causal"
     """Output head: next token (causal), label of the text (classification), label of each token (token_classification),
     answer span (span_qa), or none."""
     num_labels: int = 2

@@ -37,7 +37,6 @@ from jaxlm.sharding import constrain
 from jaxlm.spec import ONES, ArraySpec, InverseSoftplus, LogOfUniform, Normal, Params, State, Uniform
 
 Mixer = Literal["mamba2", "attention", "parallel"]
-Task = Literal["causal", "none"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,8 +95,11 @@ class Config(hybrid.AttentionConfig):
     """Maximum of the initial step sizes dt."""
     init_dt_floor: float = 1e-4
     """Initial step sizes below this value are raised to this value."""
-    task: Task = "causal"
-    """Output head: next token (causal) or none."""
+    task: heads.DecoderTask = "causal"
+    """Output head: next token (causal), label of the text (classification), label of each token (token_classification),
+    answer span (span_qa), or none."""
+    num_labels: int = 2
+    """Number of labels if the task is classification or token_classification."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -222,11 +224,13 @@ def _mixer(
 
 
 def logits(cfg: Config, params: Params, hidden: jax.Array) -> jax.Array | Unembedding:
-    """The logits of the next token, as an ``Unembedding``; task none: ``ValueError``."""
-    if cfg.task == "none":
-        raise ValueError("task='none' has no output head: use the hidden states, or set task='causal'")
-    hidden = hidden if cfg.multipliers is None else hidden * cfg.multipliers.head
+    """The logits of the head, as in :func:`jaxlm.models.heads.decoder_logits`."""
+    if cfg.multipliers is not None and cfg.task == "causal":
+        hidden = hidden * cfg.multipliers.head
     return heads.decoder_logits(cfg, params, hidden)
+
+
+pool = heads.pool_last_token
 
 
 def has_attention(cfg: Config) -> bool:

@@ -28,7 +28,6 @@ from jaxlm.spec import ArraySpec, Initializer, Params, State, Uniform, fold_in_n
 
 Direction = Literal["forward", "both"]
 DropoutMask = Literal["locked", "fresh"]
-Task = Literal["causal", "classification", "token_classification", "none"]
 
 
 class LayerFunctions(NamedTuple):
@@ -79,8 +78,9 @@ class RecurrentConfig(common.ModelConfig, abc.ABC):
     """Initial embeddings and heads are uniform in [-init_bound, init_bound]."""
     recurrent_init_bound: float | None = None
     """Bound of the uniform initial weights of the layers; None means 1 / sqrt(width of the layer)."""
-    task: Task = "causal"
-    """Output head: causal, classification, token_classification or none."""
+    task: heads.DecoderTask = "causal"
+    """Output head: next token (causal), label of the text (classification), label of each token (token_classification),
+    answer span (span_qa), or none."""
     num_labels: int = 2
     """Number of labels if the task is classification or token_classification."""
 

@@ -13,7 +13,7 @@ Shapes: B batch, T time, C channels.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,6 @@ from jaxlm.nn.token_layout import move_padding_last, past_segment_specs, restore
 from jaxlm.sharding import constrain
 from jaxlm.spec import ArraySpec, Normal, Params, State, fold_in_name
 
-Task = Literal["causal", "none"]
 Block = tuple[int, int, int]
 """Channels, kernel size and residual of a block. Residual 0 adds nothing, 1 adds the input of the block itself, and n
 adds the input of the block n - 1 blocks earlier. If the added input has another number of channels than the block, a
@@ -53,8 +52,11 @@ class Config(common.ModelConfig):
     residual 3 in its last block adds the input of its first block."""
     dropout: float = 0.1
     """Dropout rate on embeddings and block inputs. The scale of the initial weights depends on this rate."""
-    task: Task = "causal"
-    """Output head: next token (causal) or none."""
+    task: heads.DecoderTask = "causal"
+    """Output head: next token (causal), label of the text (classification), label of each token (token_classification),
+    answer span (span_qa), or none."""
+    num_labels: int = 2
+    """Number of labels if the task is classification or token_classification."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -112,6 +114,7 @@ def apply(
 
 
 logits = heads.decoder_logits
+pool = heads.pool_last_token
 
 
 def _widths(cfg: Config) -> list[int]:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +33,6 @@ from jaxlm.nn.token_layout import TokenLayout, move_padding_last, past_segment_s
 from jaxlm.sharding import constrain
 from jaxlm.spec import ZEROS, ArraySpec, Constant, Normal, Params, State, Uniform
 
-Task = Literal["causal", "none"]
 L2_EPSILON = 1e-24
 """Added to the sum of squares in the L2 norm of removal keys. The authors' code limits the norm to at least 1e-12."""
 
@@ -64,8 +63,11 @@ class Config(common.LayeredConfig):
     """Added to the variance in layer norms."""
     group_norm_epsilon: float = 64e-5
     """Added to the variance in the norm of each head's output."""
-    task: Task = "causal"
-    """Output head: next token (causal) or none."""
+    task: heads.DecoderTask = "causal"
+    """Output head: next token (causal), label of the text (classification), label of each token (token_classification),
+    answer span (span_qa), or none."""
+    num_labels: int = 2
+    """Number of labels if the task is classification or token_classification."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -183,6 +185,7 @@ def _flat(x_BTHK: jax.Array) -> jax.Array:
 
 
 logits = heads.decoder_logits
+pool = heads.pool_last_token
 
 
 @dataclasses.dataclass(frozen=True)

@@ -70,8 +70,11 @@ class Config(common.TransformerConfig):
     """Added to the divisor of the output of an mLSTM."""
     tie_embeddings: bool = False
     """Use the token table as the output head."""
-    task: Literal["causal", "none"] = "causal"
-    """Output head: next token (causal) or none."""
+    task: heads.DecoderTask = "causal"
+    """Output head: next token (causal), label of the text (classification), label of each token (token_classification),
+    answer span (span_qa), or none."""
+    num_labels: int = 2
+    """Number of labels if the task is classification or token_classification."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -160,6 +163,7 @@ def _slstm(
 
 
 logits = heads.decoder_logits
+pool = heads.pool_last_token
 
 
 @dataclasses.dataclass(frozen=True)

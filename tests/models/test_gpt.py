@@ -49,32 +49,6 @@ def test_only_gpt_2_has_smaller_initial_residual_projections():
             assert weight.init == spec.Normal(0.02 * factor)
 
 
-@pytest.mark.plain_cases(1)
-@pytest.mark.parametrize("name", ["gpt2-tiny", "openai-gpt-tiny"])
-@pytest.mark.parametrize(("task", "outputs"), [("classification", 3), ("token_classification", 3), ("span_qa", 2)])
-def test_outputs_of_classification_and_span_heads(name, task, outputs):
-    """Each task has the right number of outputs, and a classifier reads the last real token."""
-    model = tiny_model(name, task=task, num_labels=3, tie_embeddings=False)
-    params, tokens = add_noise(initial_params(model)), random_tokens(model, 2, 8)
-    segments = np.ones_like(tokens)
-    segments[1, :3], segments[0, 6:] = 0, 0
-    hidden, _ = jax.jit(model.apply)(params, tokens, segment_ids=segments)
-    if task == "classification":
-        pooled = model.module.pool(model.config, params, hidden, segments)
-        assert np.array_equal(pooled[:, 0], np.stack([hidden[0, 5], hidden[1, 7]]))
-        hidden = pooled
-    logits = model.logits(params, hidden)
-    assert logits.shape == (*hidden.shape[:2], outputs)
-    assert logits.dtype == jnp.float32
-    assert "head" not in params
-
-
-def test_task_none_has_no_head():
-    model = tiny_model("gpt2-tiny", task="none")
-    with pytest.raises(ValueError, match="task='none'"):
-        model.logits(initial_params(model), jnp.zeros((1, 1, 32)))
-
-
 @pytest.mark.parametrize("name", ["gpt2-tiny", "openai-gpt-tiny"])
 @pytest.mark.parametrize("task", ["causal", "none", "classification"])
 def test_files_round_trip(name, task, tmp_path):

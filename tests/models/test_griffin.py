@@ -94,14 +94,8 @@ def test_logits_are_bounded_and_padded_rows_have_no_probability():
     assert (logits[..., 128:] == np.finfo(np.float32).min).all()
 
 
-def test_untied_head_and_no_head():
-    """An untied head is a parameter; ``task="none"`` has no head and no logits."""
+def test_an_untied_head_is_a_parameter():
     assert "head" in tiny_model("griffin", tie_embeddings=False).specs
-    model, params, tokens = setup("griffin-tiny", task="none", tie_embeddings=False)
-    assert "head" not in model.specs
-    hidden, _ = jax.jit(model.apply)(params, tokens)
-    with pytest.raises(ValueError, match="task='none'"):
-        model.logits(params, hidden)
 
 
 @pytest.mark.parametrize(

@@ -205,7 +205,7 @@ def test_the_residual_stream_is_float32_by_default():
         ({"dt_limit_max": 0.0}, "dt_limit_min=0.0 must be at least 0 and below dt_limit_max=0.0"),
         ({"init_dt_min": 0.2}, "init_dt_min=0.2, init_dt_max=0.1 and init_dt_floor=0.0001 must be above 0"),
         ({"init_dt_floor": 0.0}, "init_dt_floor=0.0 must be above 0"),
-        ({"task": "masked"}, "task='masked' is unknown: choose from 'causal', 'none'"),
+        ({"task": "masked"}, "task='masked' is unknown: choose from 'causal', 'classification'"),
     ],
 )
 def test_errors_name_bad_fields(fields, message):
@@ -217,7 +217,7 @@ def test_task_none_has_no_head():
     model, params, tokens = setup("mamba2-tiny", task="none", tie_embeddings=False)
     assert "head" not in params
     hidden, _ = jax.jit(model.apply)(params, tokens)
-    with pytest.raises(ValueError, match="task='none' has no output head"):
+    with pytest.raises(ValueError, match="task='none' has no head"):
         model.logits(params, hidden)
 
 

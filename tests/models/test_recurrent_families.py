@@ -193,7 +193,7 @@ def test_regularization_equals_the_published_formula(name):
         (
             "task",
             "masked",
-            "task='masked' is unknown: choose from 'causal', 'classification', 'token_classification', 'none'",
+            "task='masked' is unknown: choose from 'causal', 'classification'",
         ),
     ],
 )

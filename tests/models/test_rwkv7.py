@@ -156,7 +156,7 @@ def test_the_value_residual_can_replace_the_values_of_later_blocks_by_those_of_t
         ({"head_dim": 5}, "head_dim=5 does not divide embed_dim=32"),
         ({"value_rank": 0}, "value_rank=0 must be at least 1"),
         ({"mlp_dim": 0}, "mlp_dim=0 must be at least 1"),
-        ({"task": "masked"}, "task='masked' is unknown: choose from 'causal', 'none'"),
+        ({"task": "masked"}, "task='masked' is unknown: choose from 'causal', 'classification'"),
         ({"remat": "some"}, "remat='some' is unknown"),
     ],
 )
