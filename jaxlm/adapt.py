@@ -455,7 +455,7 @@ def _slice_layers(tree: spec.Tree, start: int, stop: int | None) -> spec.Tree:
         return leaf[start:stop]
 
     def slice_stack(stack: spec.Tree) -> spec.Tree:
-        count = len(stack) if isinstance(stack, tuple) else jax.tree.leaves(stack)[0].shape[0]
+        count = spec.num_layers(stack)
         needed = start if stop is None else stop
         if count < needed:
             raise ValueError(f"first_layers={needed}, but a stack of the model has {count} layers")

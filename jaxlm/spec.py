@@ -321,6 +321,11 @@ def map_layers(change: Callable[[Any], Any], tree: Tree) -> Tree:
     return jax.tree.map(walk, tree, is_leaf=lambda node: isinstance(node, dict))
 
 
+def num_layers(layers: LayerTrees) -> int:
+    """The number of layers, from one tree per layer or from stacked layers."""
+    return len(layers) if isinstance(layers, tuple) else int(jax.tree.leaves(layers)[0].shape[0])
+
+
 def init(specs: Tree, key: jax.Array | None = None) -> Tree:
     """Arrays with the initial values of ``specs``.
 

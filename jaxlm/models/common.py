@@ -152,7 +152,12 @@ def run_layers_with_outputs(
     functions = block if isinstance(block, tuple) else (block,)
     remat_functions = {function: _with_remat(function, remat, unrolled=per_layer) for function in functions}
     block = remat_functions[functions[0]]
-    num_layers = len(weights) if per_layer else jax.tree.leaves(weights)[0].shape[0]
+    num_layers = spec.num_layers(weights)
+    if state is not None and spec.num_layers(state) != num_layers:
+        raise ValueError(
+            f"the parameters have {num_layers} layers, but the state has {spec.num_layers(state)}: create both with "
+            "the same config"
+        )
     keys = None if key is None else jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(num_layers))
     if isinstance(weights, tuple):
         new_states, outputs = [], []

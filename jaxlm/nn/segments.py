@@ -74,6 +74,8 @@ def segment_boundaries(
     if reverse:
         segment_ids_BT = jnp.flip(segment_ids_BT, axis=1)
     T = segment_ids_BT.shape[1]
+    if last_segment_B is not None:
+        check_state_rows(last_segment_B.shape[0], segment_ids_BT.shape[0])
     previous_B = jnp.zeros_like(segment_ids_BT[:, 0]) if last_segment_B is None else last_segment_B
     all_BT = jnp.concatenate([previous_B[:, None], segment_ids_BT], axis=1)  # [B, T + 1]
     index_BT = jnp.where(all_BT > 0, jnp.arange(T + 1, dtype=jnp.int32)[None, :], 0)
@@ -116,6 +118,15 @@ def check_masks(
             raise ValueError(f"{name} {list(mask.shape)} must be [batch, time] of the {what}, {list(shape)}")
         if mask is not None and mask.dtype != bool:
             raise ValueError(f"{name} has dtype {mask.dtype}: pass a boolean array, such as segment_ids > 0")
+
+
+def check_state_rows(rows: int, batch: int) -> None:
+    """Raise ``ValueError`` if the number of rows of a state is not that of the tokens, ``batch``."""
+    if rows != batch:
+        raise ValueError(
+            f"the state has {rows} rows, but the tokens have {batch} rows: make a state with {batch} rows, such as "
+            f"model.init_state({batch}, length)"
+        )
 
 
 def check_state(state: State, batch: int, specs: Mapping[str, ArraySpec]) -> None:

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from jaxlm.nn.segments import document_numbers, segment_boundaries, select_state
+from jaxlm.nn.segments import check_state_rows, document_numbers, segment_boundaries, select_state
 from jaxlm.spec import ArraySpec, require_arrays
 
 
@@ -96,6 +96,8 @@ def move_padding_last(
         past_BP: segment ids of the tokens of earlier calls (:func:`past_segment_specs`); None without a state.
     """
     require_arrays(tokens_BT=tokens_BT, segment_ids=segment_ids, past_BP=past_BP)
+    if past_BP is not None:
+        check_state_rows(past_BP.shape[0], tokens_BT.shape[0])
     if segment_ids is None and past_BP is None:
         return tokens_BT, TokenLayout(None, None, None, None, None)
     if segment_ids is None:
@@ -112,7 +114,7 @@ def move_padding_last(
 
 def real_first_indices(segment_ids_BT: jax.Array) -> jax.Array:
     """The indices of each row's real tokens in their order, followed by the indices of its padding, [B, T]."""
-    return jnp.argsort(segment_ids_BT == 0, axis=1, stable=True)
+    return jnp.argsort(segment_ids_BT <= 0, axis=1, stable=True)
 
 
 def restore_order(layout: TokenLayout, hidden_BTC: jax.Array) -> tuple[jax.Array, jax.Array | None]:

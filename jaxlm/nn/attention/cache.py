@@ -22,7 +22,7 @@ from jax.typing import DTypeLike
 
 from jaxlm import spec
 from jaxlm.nn.attention.mask import Mask, document_mask
-from jaxlm.nn.segments import document_numbers, positions_in_segments
+from jaxlm.nn.segments import check_state_rows, document_numbers, positions_in_segments
 from jaxlm.nn.time_chunks import pad_axis
 from jaxlm.spec import ArraySpec, State
 
@@ -230,7 +230,7 @@ def make_context(
         positions: [B, T]; None: positions within the document, continued from the tokens in the state.
 
     Raises:
-        ValueError: there are more new tokens than the state has slots.
+        ValueError: there are more new tokens than the state has slots, or the state has another number of rows.
     """
     B, T = tokens_BT.shape
     if state is None:
@@ -239,7 +239,8 @@ def make_context(
             ones = jnp.ones((B, T), jnp.int32)
             positions = positions_in_segments(ones if segment_ids is None else segment_ids)
         return CacheContext(segment_ids, positions, mask, None, None), None
-    S = state["segment_ids"].shape[1]
+    rows, S = state["segment_ids"].shape
+    check_state_rows(rows, B)
     if T > S:
         raise ValueError(
             f"{T} new tokens do not fit into a state of {S} slots: create a longer state, such as "

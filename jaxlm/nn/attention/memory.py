@@ -30,7 +30,7 @@ from jaxlm.nn.attention import cache, decode
 from jaxlm.nn.attention.bias import AttentionBias
 from jaxlm.nn.attention.cache import CacheView
 from jaxlm.nn.attention.mask import Mask
-from jaxlm.nn.segments import document_numbers
+from jaxlm.nn.segments import check_state_rows, document_numbers
 from jaxlm.nn.time_chunks import pad_axis
 from jaxlm.spec import ArraySpec, State
 
@@ -104,13 +104,16 @@ def make_context(
         window: the number of tokens that a query may attend to, itself included; None: no limit. Needs ``causal``.
 
     Raises:
-        ValueError: the state has the decoding layout, and T is not 1 or ``causal`` is False.
+        ValueError: the state has the decoding layout, and T is not 1 or ``causal`` is False; or the state has another
+            number of rows.
     """
     B, T = tokens_BT.shape
     if state is None and segment_ids is None:
         positions_1T = jnp.arange(T, dtype=jnp.int32)[None]
         return MemoryContext(positions_1T, positions_1T, Mask(causal=causal, window=window), None), None
     segments_BT = jnp.ones((B, T), jnp.int32) if segment_ids is None else jnp.asarray(segment_ids)
+    if state is not None:
+        check_state_rows(state["segment_ids"].shape[0], B)
     if state is not None and "length" in state:
         if T != 1 or not causal:
             raise ValueError(

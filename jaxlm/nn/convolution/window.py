@@ -224,6 +224,6 @@ def pad_to_length(
         tokens_BT, segment_ids = tokens_BT[:, ::-1], None if segment_ids is None else segment_ids[:, ::-1]
     tokens_BT, layout = move_padding_last(tokens_BT, segment_ids, None)
     segment_ids = jnp.ones(tokens_BT.shape, jnp.int32) if segment_ids is None else layout.segment_ids
-    single_B = jnp.all((segment_ids == 0) | (segment_ids == jnp.max(segment_ids, axis=1, keepdims=True)), axis=1)
+    single_B = jnp.all((segment_ids <= 0) | (segment_ids == jnp.max(segment_ids, axis=1, keepdims=True)), axis=1)
     tokens_BT, segment_ids = (pad_axis(x, 0, length - T) for x in (tokens_BT, segment_ids))
     return tokens_BT, segment_ids > 0, single_B

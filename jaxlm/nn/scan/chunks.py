@@ -149,7 +149,11 @@ def split_into_chunks(inputs: Sequence[jax.Array], chunk: int) -> tuple[jax.Arra
 
 
 def product_in(dtype: DTypeLike) -> Callable[..., jax.Array]:
-    """A function like ``jnp.einsum`` that casts its inputs to ``dtype`` and returns float32."""
+    """A function like ``jnp.einsum`` that casts its inputs to ``dtype`` and returns float32.
+
+    For float16, it does not cast: scores, which are products of queries and keys, could overflow.
+    """
+    dtype = jnp.float32 if dtype == jnp.float16 else dtype
 
     def product(subscripts: str, *factors: jax.Array) -> jax.Array:
         return jnp.einsum(subscripts, *(x.astype(dtype) for x in factors), preferred_element_type=jnp.float32)

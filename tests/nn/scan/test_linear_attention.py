@@ -100,6 +100,23 @@ def test_the_reference_multiplies_by_the_scale_in_float32(decay):
     assert relative_error(last, attend(q, k, v, log_decay, state, scale_BTH=scale)[1]) < 1e-6
 
 
+@pytest.mark.parametrize("decays", [1, 64])
+def test_float16_scores_do_not_overflow(decays):
+    """The product of a query and a key is 102,400, above the largest float16, but the outputs are small."""
+    q, v = jnp.full((1, 8, 1, 64), 40.0, jnp.float16), jnp.full((1, 8, 1, 2), 1e-3, jnp.float16)
+    log_decay = jnp.full((1, 8, 1) if decays == 1 else (1, 8, 1, decays), -0.1)
+
+    def run(v, implementation):
+        return linear_attention(q, q, v, log_decay, implementation=implementation)[0]
+
+    expected, expected_vjp = jax.vjp(lambda v: run(v, "reference"), v)
+    out, vjp = jax.vjp(lambda v: run(v, "chunked"), v)
+    assert np.isfinite(expected).all()
+    np.testing.assert_allclose(out, expected, rtol=2e-3)
+    cotangent = jnp.full_like(out, 1e-3)
+    np.testing.assert_allclose(vjp(cotangent)[0], expected_vjp(cotangent)[0], rtol=2e-3)
+
+
 @pytest.mark.plain_cases(2)
 @pytest.mark.parametrize("implementation", ["reference", Chunked(4)])
 @pytest.mark.parametrize("decay", DECAYS)

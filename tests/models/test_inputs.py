@@ -1,0 +1,62 @@
+"""Wrong parameters, states and counts (``Model.apply``, ``Model.rollback``), and negative segment ids."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlm.models import get_model
+from jaxlm.testing.helpers import add_noise, initial_params, random_tokens, tiny_model
+
+
+@pytest.mark.parametrize("name", ["mamba2-tiny", "llama-tiny"])
+@pytest.mark.parametrize("stacked", [False, True])
+def test_parameters_with_another_number_of_layers_are_an_error(name, stacked):
+    two, three = (tiny_model(name, num_layers=layers, scan_layers=stacked) for layers in (2, 3))
+    tokens = random_tokens(two, 1, 4)
+    with pytest.raises(ValueError, match=r"the parameters have 2 layers, but the config has num_layers=3"):
+        jax.eval_shape(three.apply, initial_params(two), tokens)
+    with pytest.raises(ValueError, match="the parameters have 2 layers, but the state has 3: create both"):
+        jax.eval_shape(lambda p, state: two.apply(p, tokens, state=state), initial_params(two), three.init_state(1, 4))
+
+
+@pytest.mark.parametrize("name", ["mamba2-tiny", "llama-tiny", "lstm-tiny", "xlnet-tiny"])
+def test_a_state_with_another_number_of_rows_is_an_error(name):
+    model = get_model(name)
+    tokens = random_tokens(model, 4, 1)
+    with pytest.raises(ValueError, match=r"the state has 1 rows, but the tokens have 4 rows: make a state with 4 rows"):
+        jax.eval_shape(
+            lambda p, state: model.apply(p, tokens, state=state), initial_params(model), model.init_state(1, 8)
+        )
+
+
+@pytest.mark.parametrize("name", ["rwkv7-tiny", "llama-tiny"])
+@pytest.mark.parametrize(
+    ("count", "message"),
+    [
+        ([0, 4], "count has values from 0 to 4, but the last call read 3 tokens: pass numbers from 0 to 3"),
+        ([-1, 3], "count has values from -1 to 3"),
+        ([1.5, 2.0], "count has dtype float32: pass integers"),
+        ([1], r"count \[1\] must be \[batch\], \[2\]"),
+    ],
+)
+def test_rollback_checks_counts(name, count, message):
+    model = tiny_model(name)
+    state = model.init_state(2, 8)
+    with pytest.raises(ValueError, match=message):
+        model.rollback(initial_params(model), state, jnp.ones((2, 3), jnp.int32), state, jnp.array(count))
+
+
+@pytest.mark.parametrize("name", ["mamba2-tiny", "llama-tiny"])
+def test_negative_segment_ids_are_padding(name):
+    model = tiny_model(name)
+    params, tokens = add_noise(initial_params(model)), random_tokens(model, 1, 5)
+
+    @jax.jit
+    def read_twice(segment_ids):
+        hidden, state = model.apply(params, tokens, state=model.init_state(1, 16), segment_ids=segment_ids)
+        return jnp.where(segment_ids[..., None] > 0, hidden, 0), model.apply(params, tokens, state=state)[0]
+
+    zeros, negative = (read_twice(np.array([[padding, 1, padding, 1, 1]], np.int32)) for padding in (0, -1))
+    np.testing.assert_array_equal(zeros[0], negative[0])
+    np.testing.assert_array_equal(zeros[1], negative[1])
