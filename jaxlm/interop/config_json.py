@@ -258,6 +258,11 @@ def _published_fields(config: dict[str, Any], table: Format, config_class: type)
     Raises:
         ValueError: a field in ``config.json`` has a value that is not supported.
     """
+    if quantization := config.get("quantization_config"):
+        raise ValueError(
+            f"quantization_config={quantization!r} is not supported: save the model with float weights, for example "
+            "with model.dequantize() and model.save_pretrained(...) in transformers"
+        )
     for field, value in table.required.items():
         if config.get(field, value) != value:
             raise ValueError(f"{field}={config[field]!r} is not supported: it must be {value!r}")

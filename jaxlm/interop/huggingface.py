@@ -523,6 +523,10 @@ def _match_tensors(description: ModelDescription, tensors: dict[str, _Tensor], d
         other_task = model.task != description.model_in_files.task
         stored_table = format_of(description.model_in_files) if table.is_jaxlm_format else table
         locations_in_files = locations_of(description.model_in_files, stored_table, prefix)
+        locations_in_files = _replace_missing_by_copies(locations_in_files, table, tensors, ())
+    stored_names = [name for location in locations_in_files.values() for name in location.names]
+    locations = _replace_missing_by_copies(locations, table, tensors, stored_names)
+    if description.model_in_files is not None:
         initialized = _paths_to_initialize(description, locations, locations_in_files, tensors)
     stored_path_of = {name: path for path, location in locations_in_files.items() for name in location.names}
     groups = {path.partition("/")[0] for path in locations}
@@ -574,6 +578,29 @@ def _match_tensors(description: ModelDescription, tensors: dict[str, _Tensor], d
                 f"{path}"
             )
     return _Match(locations, tuple(initialized), tuple(unused))
+
+
+def _replace_missing_by_copies(
+    locations: dict[str, Location], table: Format, tensors: Mapping[str, _Tensor], stored_names: Iterable[str]
+) -> dict[str, Location]:
+    """The locations, with the name of a tied tensor for each parameter whose own tensor the files lack.
+
+    ``safetensors.torch.save_model`` keeps only one of several tied tensors. Some published files of T5 lack
+    ``shared.weight``.
+
+    Args:
+        stored_names: names of tensors that belong to other parameters in the files.
+    """
+    used = {name for location in locations.values() for name in location.names}.union(stored_names)
+    names_of = {
+        path: (copy,)
+        for copy, path in table.tied_tensors.items()
+        if copy in tensors and copy not in used and path in locations and not tensors.keys() & {*locations[path].names}
+    }
+    return {
+        path: dataclasses.replace(location, names=names_of.get(path, location.names))
+        for path, location in locations.items()
+    }
 
 
 def _paths_to_initialize(

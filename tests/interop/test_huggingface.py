@@ -27,7 +27,7 @@ from jaxlm.models import FAMILIES, Model, get_model
 from jaxlm.models.registry import family
 from jaxlm.objectives import causal
 from jaxlm.sharding import Rules, Sharding, make_mesh
-from jaxlm.testing.helpers import assert_trees_equal, relative_error
+from jaxlm.testing.helpers import assert_trees_equal, initial_params, relative_error
 
 GOLDENS = Path(__file__).parent / "goldens"
 CASES = ("tied", "untied", "padded", "base")
@@ -386,6 +386,51 @@ def test_a_tied_head_must_equal_the_token_table(directory: Path) -> None:
     edit_weights(directory, lambda tensors: tensors | {"lm_head.weight": np.ones((3, 2), np.float32)})
     with pytest.raises(ValueError, match=r"lm_head.weight must equal"):
         load_pretrained(directory)
+
+
+@pytest.mark.parametrize(
+    ("name", "copy"),
+    [
+        ("gpt2-tiny", "lm_head.weight"),
+        ("t5-tiny", "encoder.embed_tokens.weight"),
+        ("t5-tiny", "decoder.embed_tokens.weight"),
+        ("t5-untied", "decoder.embed_tokens.weight"),
+    ],
+)
+def test_a_copy_replaces_a_missing_tied_tensor(name: str, copy: str, tmp_path: Path) -> None:
+    """``safetensors.torch.save_model`` keeps only one of several tied tensors."""
+    model = get_model("t5-tiny", tie_embeddings=False) if name == "t5-untied" else get_model(name)
+    params = initial_params(model)
+    save_pretrained(tmp_path, model, params)
+    (tmp_path / "checksums.json").unlink()
+    original = {"gpt2-tiny": "transformer.wte.weight"}.get(name, "shared.weight")
+    edit_weights(tmp_path, lambda tensors: {copy if key == original else key: x for key, x in tensors.items()})
+    loaded_model, loaded_params = load_pretrained(tmp_path)
+    assert loaded_model == model
+    assert_trees_equal(loaded_params, params)
+    edit_weights(tmp_path, lambda tensors: {key: x for key, x in tensors.items() if key != copy})
+    with pytest.raises(ValueError, match=f"missing: {original}"):
+        load_pretrained(tmp_path)
+
+
+def test_an_untied_head_does_not_replace_a_missing_token_table(tmp_path: Path) -> None:
+    model = get_model("llama-tiny", tie_embeddings=False)
+    save_pretrained(tmp_path, model, initial_params(model))
+    (tmp_path / "checksums.json").unlink()
+    edit_weights(tmp_path, lambda tensors: {k: x for k, x in tensors.items() if k != "model.embed_tokens.weight"})
+    for overrides in ({}, {"task": "classification"}):
+        with pytest.raises(ValueError, match=r"missing: model.embed_tokens.weight"):
+            load_pretrained(tmp_path, **overrides)
+
+
+def test_quantized_weights_are_an_error(directory: Path) -> None:
+    edit_config(directory, quantization_config={"quant_method": "bitnet", "quantization_mode": "online"})
+    with pytest.raises(
+        ValueError, match=r"quantization_config=.*'bitnet'.* is not supported: save the model with float"
+    ):
+        load_pretrained(directory)
+    edit_config(directory, quantization_config=None)
+    load_pretrained(directory)
 
 
 def test_missing_fields_have_defaults_and_unknown_fields_are_ignored(directory: Path) -> None:

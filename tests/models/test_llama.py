@@ -1,5 +1,6 @@
 """Llama and related models: published sizes, the window, task heads, and supported fields of files."""
 
+import functools
 import json
 import os
 import subprocess
@@ -7,7 +8,6 @@ import sys
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -196,32 +196,6 @@ def test_only_differences_of_positions_matter():
     apply = jax.jit(lambda p: model.apply(params, tokens, positions=p)[0])
     assert relative_error(apply(base_positions + 1000), apply(base_positions)) < 1e-4
     assert relative_error(apply(base_positions * 3), apply(base_positions)) > 1e-3
-
-
-@pytest.mark.plain_cases(1)
-@pytest.mark.parametrize(("task", "outputs"), [("classification", 3), ("token_classification", 3), ("span_qa", 2)])
-def test_outputs_of_classification_and_span_heads(task, outputs):
-    """Each task has the right number of outputs, and a classifier reads the last real token."""
-    model, params, tokens = setup("llama-tiny", task=task, num_labels=3)
-    segments = np.ones_like(tokens)
-    segments[0, 8:] = 0
-    hidden, _ = jax.jit(model.apply)(params, tokens, segment_ids=segments)
-    if task == "classification":
-        hidden_last = model.module.pool(model.config, params, hidden, segments)
-        assert np.array_equal(hidden_last[:, 0], np.stack([hidden[0, 7], hidden[1, 11]]))
-        hidden = hidden_last
-    logits = model.logits(params, hidden)
-    assert logits.shape == (*hidden.shape[:2], outputs)
-    assert logits.dtype == jnp.float32
-    assert "head" not in model.specs
-
-
-@pytest.mark.thorough
-def test_task_none_has_no_head():
-    model, params, tokens = setup("llama-tiny", task="none")
-    hidden, _ = jax.jit(model.apply)(params, tokens)
-    with pytest.raises(ValueError, match="task='none'"):
-        model.logits(params, hidden)
 
 
 @pytest.mark.parametrize(
@@ -420,9 +394,13 @@ def test_null_fields_of_rope_scaling_are_ignored(tmp_path):
 QWEN2 = {"architectures": ["Qwen2Model"], "model_type": "qwen2", "use_sliding_window": True, "sliding_window": 3}
 
 
-def read_window(**fields):
+def read_field(name, **fields):
     table = next(table for table in formats.of("llama") if fields["architectures"][0] in table.architectures)
-    return table.read_fields({"num_hidden_layers": 2, **fields})["window"]
+    return table.read_fields({"num_hidden_layers": 2, **fields})[name]
+
+
+read_window = functools.partial(read_field, "window")
+read_pattern = functools.partial(read_field, "pattern")
 
 
 def test_windows_in_files():
@@ -431,8 +409,12 @@ def test_windows_in_files():
     assert read_window(**QWEN2) is None  # by default, only layers from 28 on have a window
     assert read_window(**{**QWEN2, "use_sliding_window": False}, max_window_layers=0) is None
     assert read_window(**QWEN2, layer_types=["sliding_attention"] * 2) == 3
-    with pytest.raises(ValueError, match="a sliding window in 1 of 2 layers is not supported"):
-        read_window(**QWEN2, max_window_layers=1)
+    assert read_window(**QWEN2, max_window_layers=1) == 3
+    assert read_pattern(**QWEN2, max_window_layers=1) == ("full", "window")
+    assert read_pattern(**QWEN2, layer_types=["sliding_attention", "full_attention"]) == ("window", "full")
+    assert read_pattern(**{**QWEN2, "sliding_window": None}, max_window_layers=1) is None
+    with pytest.raises(ValueError, match="layer_types has {'chunked_attention'}: choose from full_attention, sliding"):
+        read_window(**QWEN2, layer_types=["chunked_attention", "full_attention"])
     assert read_window(architectures=["MistralModel"]) == 4096
     assert read_window(architectures=["MistralModel"], sliding_window=None) is None
 

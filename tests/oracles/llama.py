@@ -87,6 +87,9 @@ _CASES: dict[str, tuple[str, dict[str, Any], str | None]] = {  # class, shape, s
     ),
     "smollm3": ("SmolLM3ForCausalLM", {**_WIDE, "no_rope_layer_interval": 3}, "left"),
     "smollm3_classification": ("SmolLM3ForSequenceClassification", {**_WIDE, "num_labels": 3}, "right"),
+    "qwen2_mixed_windows": (
+        "Qwen2ForCausalLM", {**_WIDE, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}, "left"
+    ),
 }  # fmt: skip
 CASES = ("base", "mistral", "qwen2", "llama3", "classification", "span_qa", "mixtral", "qwen3_moe", "gemma3")
 LIVE = tuple(case for case in _CASES if case not in CASES)

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from jaxlm.config import check_value
 from jaxlm.interop.formats import decoders, experts
 from jaxlm.interop.formats.format import (
     Format,
@@ -59,30 +60,31 @@ def _read_mixtral(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _read_qwen2(config: Mapping[str, Any]) -> dict[str, Any]:
     config = {"num_key_value_heads": 32, **config}  # Qwen2's default
-    window, num_layers = None, read_integer(config, "num_hidden_layers", 32)
+    num_layers = read_integer(config, "num_hidden_layers", 32)
+    window, pattern = None, None
     if config.get("use_sliding_window", False):
-        first_windowed = read_integer(config, "max_window_layers", 28, nullable=True)
-        kinds = _layer_list(config, "layer_types", num_layers)
-        if kinds is None:
-            kinds = ["sliding_attention" if layer >= first_windowed else "" for layer in range(num_layers)]
-        num_windowed = kinds.count("sliding_attention")
-        if 0 < num_windowed < num_layers:
-            raise ValueError(
-                f"a sliding window in {num_windowed} of {num_layers} layers is not supported: use it in all layers or "
-                f"none (max_window_layers={first_windowed}, layer_types={config.get('layer_types')!r})"
-            )
-        window = read_integer(config, "sliding_window", 4096, nullable=True) if num_windowed else None
-    return {**_read_fields(config), "window": window}
+        types = _layer_list(config, "layer_types", num_layers)
+        if types is None:
+            first = read_integer(config, "max_window_layers", 28)
+            types = ["sliding_attention" if layer >= first else "full_attention" for layer in range(num_layers)]
+        kinds = _layer_kinds(types)
+        if "window" in kinds:
+            window, pattern = read_integer(config, "sliding_window", 4096, nullable=True), _pattern(kinds)
+        if window is None:
+            pattern = None  # in transformers, all layers then have full attention
+    return {**_read_fields(config), "window": window, "pattern": pattern}
 
 
 def _write_qwen2(cfg: Config) -> dict[str, Any]:
     # use_sliding_window and layer_types are also written for a model without a window. Otherwise, saving would keep
     # these fields of a loaded config with a window.
-    kind = "full_attention" if cfg.window is None else "sliding_attention"
+    kinds = layer_kinds(cfg)
+    if "no_positions" in kinds:
+        raise ValueError("a model with no_positions layers cannot be written as model_type='qwen2' or 'qwen3'")
     fields = {
         **_write_fields(cfg),
         "use_sliding_window": cfg.window is not None,
-        "layer_types": [kind] * cfg.num_layers,
+        "layer_types": [_TYPE_OF_KIND[kind] for kind in kinds],
     }
     return fields if cfg.window is None else {**fields, "sliding_window": cfg.window, "max_window_layers": 0}
 
@@ -130,12 +132,24 @@ def _layer_list(config: Mapping[str, Any], name: str, num_layers: int) -> list[A
     return None if values is None else values[:num_layers]
 
 
+_TYPE_OF_KIND: dict[LayerKind, str] = {"full": "full_attention", "window": "sliding_attention"}
+"""Kind of layer -> its name in ``layer_types``."""
+
+
+def _layer_kinds(types: list[Any]) -> list[LayerKind]:
+    """The kind of each layer, from the names in ``layer_types``."""
+    kind_of = {name: kind for kind, name in _TYPE_OF_KIND.items()}
+    if unknown := {name for name in types if name not in kind_of}:
+        raise ValueError(f"layer_types has {unknown}: choose from {', '.join(kind_of)}")
+    return [kind_of[name] for name in types]
+
+
 def _read_smollm3(config: Mapping[str, Any]) -> dict[str, Any]:
     config = {"num_key_value_heads": 4, **config}  # SmolLM3's default
     num_layers = read_integer(config, "num_hidden_layers", 36)
     has_rotary = _layer_list(config, "no_rope_layers", num_layers)  # 1: the layer has rotary positions
     if has_rotary is None:
-        interval = read_integer(config, "no_rope_layer_interval", 4)
+        interval = read_integer(config, "no_rope_layer_interval", 4, minimum=1)
         has_rotary = [int((layer + 1) % interval != 0) for layer in range(num_layers)]
     kinds: list[LayerKind] = ["full" if rotary else "no_positions" for rotary in has_rotary]
     return {**_read_fields(config), "pattern": _pattern(kinds)}
@@ -156,18 +170,19 @@ _GEMMA3_PERIOD = 6
 def _read_gemma3(config: Mapping[str, Any]) -> dict[str, Any]:
     config = {"num_key_value_heads": 4, "head_dim": 256, **config}  # Gemma 3's defaults
     num_layers, scalar = read_integer(config, "num_hidden_layers", 26), config.get("query_pre_attn_scalar", 256)
+    check_value(float, scalar, "query_pre_attn_scalar")
+    if scalar <= 0:
+        raise ValueError(f"query_pre_attn_scalar={scalar!r} must be above 0")
     types = _layer_list(config, "layer_types", num_layers)
     if types is None:
-        period = read_integer(config, "sliding_window_pattern", _GEMMA3_PERIOD)
+        period = read_integer(config, "sliding_window_pattern", _GEMMA3_PERIOD, minimum=1)
         types = ["full_attention" if (layer + 1) % period == 0 else "sliding_attention" for layer in range(num_layers)]
-    names: dict[str, LayerKind] = {"full_attention": "full", "sliding_attention": "window"}
-    if unknown := set(types) - set(names):
-        raise ValueError(f"layer_types has {unknown}: choose from {', '.join(names)}")
-    kinds = [names[name] for name in types]
-    window = read_integer(config, "sliding_window", 4096, nullable=True) if "window" in kinds else None
+    kinds = _layer_kinds(types)
+    window = read_integer(config, "sliding_window", 4096) if "window" in kinds else None
     base = config.get("rope_local_base_freq", 10000.0)
     rope = config.get("rope_parameters")
-    if isinstance(rope, dict) and names.keys() & rope.keys():  # transformers 5 has one object for each type of layer
+    # transformers 5 has one object for each type of layer
+    if isinstance(rope, dict) and not rope.keys().isdisjoint(_TYPE_OF_KIND.values()):
         local = {**(rope.get("sliding_attention") or {})}
         base = local.pop("rope_theta", base)
         if local.get("rope_type", "default") != "default":
@@ -195,7 +210,7 @@ def _write_gemma3(cfg: Config) -> dict[str, Any]:
     fields: dict[str, Any] = {
         "head_dim": width,
         "query_pre_attn_scalar": width if cfg.attention_scale is None else cfg.attention_scale**-2,
-        "layer_types": ["full_attention" if kind == "full" else "sliding_attention" for kind in kinds],
+        "layer_types": [_TYPE_OF_KIND[kind] for kind in kinds],
     }
     if cfg.window is not None:
         fields |= {"sliding_window": cfg.window, "rope_local_base_freq": cfg.window_rotary_base}
@@ -280,7 +295,14 @@ _QWEN2 = dataclasses.replace(
     _LLAMA,
     architectures=classes("Qwen2", *decoders.TASKS),
     model_type="qwen2",
-    default_fields={**_NO_EXPERTS, "qkv_bias": True, "vocab_size": 151936, "mlp_dim": 22016, "max_positions": 32768},
+    default_fields={
+        **_LLAMA_BLOCK,
+        "num_experts": None,
+        "qkv_bias": True,
+        "vocab_size": 151936,
+        "mlp_dim": 22016,
+        "max_positions": 32768,
+    },
     read_fields=_read_qwen2,
     write_fields=_write_qwen2,
     required={"hidden_act": "silu"},
