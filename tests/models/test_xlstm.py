@@ -112,7 +112,7 @@ def test_soft_caps_limit_gates_and_logits():
         ({"conv_width": 1}, "conv_width=1 must be at least 2"),
         ({"gate_soft_cap": 0.0}, "gate_soft_cap=0.0 must be positive, or None for no cap"),
         ({"mlp_dim": 0}, "mlp_dim=0 must be at least 1"),
-        ({"task": "classification"}, "task='classification' is unknown: choose from 'causal', 'none'"),
+        ({"task": "masked"}, "task='masked' is unknown: choose from 'causal', 'classification'"),
     ],
 )
 def test_errors_name_bad_fields(fields, message):
