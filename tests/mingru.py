@@ -71,7 +71,7 @@ def apply(
         return x, None if layer_state is None else {"hidden": last}
 
     layers = None if state is None else state["layers"]
-    x, layers = common.run_layers(block, x, params["layers"], layers, key, remat=cfg.remat)
+    x, layers = common.run_layers(block, x, params["layers"], layers, key, remat=cfg.remat, num_layers=cfg.num_layers)
     x = rms_norm(params["final_norm"], x, 1e-6)
     return x, None if state is None else {"layers": layers, "last_segment": last_segment}
 

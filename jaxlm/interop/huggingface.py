@@ -80,8 +80,8 @@ def load_pretrained(
 ) -> tuple[Model, spec.Tree]:
     """The model and its parameters, loaded from a Hugging Face directory.
 
-    Without the overrides ``task`` and ``num_labels``, the files must contain all tensors of the model. In addition,
-    they may contain only the following tensors, which are not loaded:
+    Without the overrides ``task`` and ``num_labels``, the files must contain all tensors of the model. A copy may
+    replace a tied tensor. In addition, the files may contain only the following tensors, which are not loaded:
 
     - copies of tied tensors, which must be equal to the loaded tensor;
     - tensors that are not parameters, such as masks in old files;
@@ -523,9 +523,10 @@ def _match_tensors(description: ModelDescription, tensors: dict[str, _Tensor], d
         other_task = model.task != description.model_in_files.task
         stored_table = format_of(description.model_in_files) if table.is_jaxlm_format else table
         locations_in_files = locations_of(description.model_in_files, stored_table, prefix)
-        locations_in_files = _replace_missing_by_copies(locations_in_files, table, tensors, ())
-    stored_names = [name for location in locations_in_files.values() for name in location.names]
-    locations = _replace_missing_by_copies(locations, table, tensors, stored_names)
+    own_names = {name for paths in (locations, locations_in_files) for name in _names(paths)}
+    locations, locations_in_files = (
+        _replace_missing_by_copies(paths, table, tensors, own_names) for paths in (locations, locations_in_files)
+    )
     if description.model_in_files is not None:
         initialized = _paths_to_initialize(description, locations, locations_in_files, tensors)
     stored_path_of = {name: path for path, location in locations_in_files.items() for name in location.names}
@@ -581,26 +582,33 @@ def _match_tensors(description: ModelDescription, tensors: dict[str, _Tensor], d
 
 
 def _replace_missing_by_copies(
-    locations: dict[str, Location], table: Format, tensors: Mapping[str, _Tensor], stored_names: Iterable[str]
+    locations: dict[str, Location], table: Format, tensors: Mapping[str, _Tensor], own_names: set[str]
 ) -> dict[str, Location]:
-    """The locations, with the name of a tied tensor for each parameter whose own tensor the files lack.
+    """The locations; a parameter whose tensor is missing gets the name of its tied copy.
 
     ``safetensors.torch.save_model`` keeps only one of several tied tensors. Some published files of T5 lack
     ``shared.weight``.
 
     Args:
-        stored_names: names of tensors that belong to other parameters in the files.
+        own_names: names of tensors of parameters, which cannot be copies of other parameters.
     """
-    used = {name for location in locations.values() for name in location.names}.union(stored_names)
     names_of = {
         path: (copy,)
         for copy, path in table.tied_tensors.items()
-        if copy in tensors and copy not in used and path in locations and not tensors.keys() & {*locations[path].names}
+        if copy in tensors
+        and copy not in own_names
+        and path in locations
+        and tensors.keys().isdisjoint(locations[path].names)
     }
     return {
         path: dataclasses.replace(location, names=names_of.get(path, location.names))
         for path, location in locations.items()
     }
+
+
+def _names(locations: Mapping[str, Location]) -> Iterator[str]:
+    """The names of the tensors of all parameters."""
+    return itertools.chain.from_iterable(location.names for location in locations.values())
 
 
 def _paths_to_initialize(

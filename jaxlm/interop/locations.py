@@ -102,12 +102,12 @@ def locations_of(model: Model, table: Format, prefix: str | None = None) -> dict
             head.
 
     Raises:
-        ValueError: the format has no tensor for a parameter of the model, except for a head for labels.
+        ValueError: the format has no tensor for a parameter that is not in a head for labels.
     """
     prefix = table.prefix if prefix is None else prefix
     specs = spec.flatten(model.with_known_fields(vocab_multiple=1).specs)
     name_of = {path: prefix + name for path, name in table.tensors.items()} | dict(table.unprefixed_tensors)
-    # A model that is loaded with a new head may have a task without a class in transformers. No file has its head.
+    # A published format may have no name for a head for labels. A new head gets its path as name.
     name_of = {path: path.replace("/", ".") for path in LABEL_HEAD_PARAMETERS} | name_of
     locations = {}
     for path, leaf in specs.items():

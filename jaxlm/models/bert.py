@@ -126,7 +126,7 @@ def apply(
         x = layer_norm(weights["mlp_norm"], x + _mlp(cfg, weights["mlp"], x, layer_key), cfg.norm_epsilon)
         return constrain(x, ("batch", "seq", "activation_embed")), None
 
-    x, _ = common.run_layers(block, x, params["layers"], None, key, remat=cfg.remat)
+    x, _ = common.run_layers(block, x, params["layers"], None, key, remat=cfg.remat, num_layers=cfg.num_layers)
     if cfg.task == "token_classification":  # the dropout before the head is here, because logits() gets no random key
         x = dropout(x, classifier_dropout(cfg), fold_in_name(key, "token_classifier"))
     return x, None

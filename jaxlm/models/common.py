@@ -96,6 +96,7 @@ def run_layers(
     key: jax.Array | None,
     *,
     remat: Remat,
+    num_layers: int | None = None,
     in_place: bool = False,
 ) -> tuple[Any, Any]:
     """The activations after all layers, and the new state of the layers.
@@ -110,14 +111,23 @@ def run_layers(
         state: state of all layers, in the same layout as ``weights``; None: the layers have no state.
         key: random key; layer i gets ``jax.random.fold_in(key, i)``. None: every layer gets None.
         remat: see :class:`LayeredConfig`.
+        num_layers: the number of layers of the config, to check the parameters; None: no check.
         in_place: in a scan, the block receives and returns views of the stacked state (``cache.CacheView``) instead of
             slices, so that the state of a layer is not copied. No effect in a Python loop.
 
     Raises:
-        ValueError: the state and the parameters have different layouts.
+        ValueError: the state and the parameters have different layouts or numbers of layers, or there are not
+            ``num_layers`` layers.
     """
     x, new_state, _ = run_layers_with_outputs(
-        lambda x, layer: (*block(x, layer), None), x, weights, state, key, remat=remat, in_place=in_place
+        lambda x, layer: (*block(x, layer), None),
+        x,
+        weights,
+        state,
+        key,
+        remat=remat,
+        num_layers=num_layers,
+        in_place=in_place,
     )
     return x, new_state
 
@@ -130,6 +140,7 @@ def run_layers_with_outputs(
     key: jax.Array | None,
     *,
     remat: Remat,
+    num_layers: int | None = None,
     in_place: bool = False,
 ) -> tuple[jax.Array, Any, Any]:
     """The results of :func:`run_layers`, and the outputs of the layers, for a block that returns three values.
@@ -152,16 +163,17 @@ def run_layers_with_outputs(
     functions = block if isinstance(block, tuple) else (block,)
     remat_functions = {function: _with_remat(function, remat, unrolled=per_layer) for function in functions}
     block = remat_functions[functions[0]]
-    num_layers = spec.num_layers(weights)
-    if state is not None and spec.num_layers(state) != num_layers:
-        raise ValueError(
-            f"the parameters have {num_layers} layers, but the state has {spec.num_layers(state)}: create both with "
-            "the same config"
-        )
-    keys = None if key is None else jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(num_layers))
+    count = spec.num_layers(weights)
+    for name, other in (("config", num_layers), ("state", None if state is None else spec.num_layers(state))):
+        # Without this check, the loop would run over the layers of the parameters.
+        if other is not None and other != count:
+            raise ValueError(
+                f"the parameters have {count} layers, but the {name} has {other}: create them with the same config"
+            )
+    keys = None if key is None else jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(count))
     if isinstance(weights, tuple):
         new_states, outputs = [], []
-        for i in range(num_layers):
+        for i in range(count):
             layer_state = state[i] if isinstance(state, tuple) else None
             layer = weights[i], layer_state, None if keys is None else keys[i]
             x, new_state, output = remat_functions[functions[i % len(functions)]](x, layer)
@@ -186,7 +198,7 @@ def run_layers_with_outputs(
         x, views, output = block(x, (layer_weights, views, layer_key))
         return (x, jax.tree.map(lambda _, view: view.stack, state, views)), output
 
-    (x, new_state), stacked_outputs = jax.lax.scan(block_in_place, (x, state), (weights, jnp.arange(num_layers), keys))
+    (x, new_state), stacked_outputs = jax.lax.scan(block_in_place, (x, state), (weights, jnp.arange(count), keys))
     return x, new_state, stacked_outputs
 
 

@@ -169,7 +169,9 @@ def apply_with_routing(
         return constrain(x + y, ("batch", "seq", "activation_embed")), layer_state, statistics
 
     layers = None if state is None else state["layers"]
-    x, layers, statistics = common.run_layers_with_outputs(block, x, params["layers"], layers, key, remat=cfg.remat)
+    x, layers, statistics = common.run_layers_with_outputs(
+        block, x, params["layers"], layers, key, remat=cfg.remat, num_layers=cfg.num_layers
+    )
     hidden, past_segment_ids = restore_order(layout, rms_norm(params["final_norm"], x, cfg.norm_epsilon))
     if "attention" in common.layer_kinds(cfg):
         hidden, state = common.decoder_outputs(hidden, layers, context, state)

@@ -117,7 +117,7 @@ def apply(
 
     kv = None if state is None else state["layers"]
     x, kv = common.run_layers(
-        block, x, params["layers"], kv, key, remat=cfg.remat,
+        block, x, params["layers"], kv, key, remat=cfg.remat, num_layers=cfg.num_layers,
         in_place=cache.updates_in_place(state, tokens.shape[1]),
     )  # fmt: skip
     if cfg.norm_position == "before":

@@ -132,7 +132,7 @@ def apply(
         return constrain(x, ("batch", "seq", "activation_embed")), layer_state
 
     layers = None if state is None else state["layers"]
-    x, layers = common.run_layers(block, x, params["layers"], layers, key, remat=cfg.remat)
+    x, layers = common.run_layers(block, x, params["layers"], layers, key, remat=cfg.remat, num_layers=cfg.num_layers)
     x, segments = restore_order(layout, rms_norm(params["final_norm"], x, cfg.norm_epsilon))
     return x, None if state is None else {**new_state, "layers": layers, "segment_ids": segments}
 

@@ -62,12 +62,12 @@ class Config(experts.ExpertsConfig):
     qk_norm: bool = False
     """Whether an RMS norm is applied to each query and key, before rotary positions (Qwen3)."""
     window: int | None = None
-    """Number of tokens that a token attends to in layers with a window, itself included (Mistral, Gemma 3); None means
-    that no layer has a window."""
+    """Number of tokens that a token attends to in layers with a window, itself included (Mistral, Qwen2, Qwen3,
+    Gemma 3); None means that no layer has a window."""
     pattern: tuple[LayerKind, ...] | None = None
-    """Kinds of attention of the first layers: full (to all earlier tokens), window (to the tokens in the window; Gemma
-    3), or no_positions (to all earlier tokens, without rotary positions; SmolLM3). The other layers repeat the pattern.
-    None: all layers are of kind window if the field ``window`` is set, and otherwise of kind full."""
+    """Kinds of attention of the first layers: full (to all earlier tokens), window (to the tokens in the window; Qwen2,
+    Qwen3, Gemma 3), or no_positions (to all earlier tokens, without rotary positions; SmolLM3). The other layers repeat
+    the pattern. None: all layers are of kind window if the field ``window`` is set, and otherwise of kind full."""
     window_rotary_base: float | None = None
     """Base of rotary positions in layers with a window, without scaling (Gemma 3); None means ``rotary_base`` with
     ``rotary_scaling``."""
@@ -176,7 +176,7 @@ def apply_with_routing(
     blocks = {kind: functools.partial(block, kind) for kind in set(kinds)}
     kv = None if state is None else state["layers"]
     x, kv, statistics = common.run_layers_with_outputs(
-        tuple(blocks[kind] for kind in kinds), x, params["layers"], kv, key, remat=cfg.remat,
+        tuple(blocks[kind] for kind in kinds), x, params["layers"], kv, key, remat=cfg.remat, num_layers=cfg.num_layers,
         in_place=cache.updates_in_place(state, tokens.shape[1]),
     )  # fmt: skip
     x = norm(params["final_norm"], x)

@@ -169,7 +169,7 @@ def apply(
         return x, layer_state
 
     layers = None if state is None else state["layers"]
-    x, layers = common.run_layers(block, x, params["layers"], layers, key, remat=cfg.remat)
+    x, layers = common.run_layers(block, x, params["layers"], layers, key, remat=cfg.remat, num_layers=cfg.num_layers)
     hidden, past_segment_ids = restore_order(layout, rms_norm(params["final_norm"], x, cfg.norm_epsilon).astype(dtype))
     if has_attention(cfg):
         hidden, state = common.decoder_outputs(hidden, layers, context, state)

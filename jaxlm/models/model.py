@@ -175,29 +175,16 @@ class Model:
         given state, or in training of ``resnet`` the running statistics in ``params``.
 
         Raises:
-            ValueError: the family does not accept the value of an input; the parameters do not have ``num_layers``
-                layers; the source is empty but the tokens are not; or T is 0 and the hidden states do not belong to
-                tokens, but to whole texts or to ``targets``.
+            ValueError: the family does not accept the value of an input; the parameters have another number of layers
+                than the config; the source is empty but the tokens are not; or T is 0 and the hidden states do not
+                belong to tokens, but to whole texts or to ``targets``.
             TypeError: an input is not an argument of the family's ``apply``, or is not an array.
         """
         spec.require_arrays(tokens=tokens)
         if 0 in tokens.shape:
             return self._apply_to_empty_batch(params, tokens, inputs)
         self._check_source(inputs.get("source"))
-        self._check_num_layers(params)
         return self.module.apply(self.config, params, tokens, **inputs)
-
-    def _check_num_layers(self, params: Params) -> None:
-        # A loop over the layers of other parameters would run without an error.
-        layers, expected = params.get("layers"), getattr(self.config, "num_layers", None)
-        if layers is None or expected is None:
-            return
-        number = spec.num_layers(layers)
-        if number != expected:
-            raise ValueError(
-                f"the parameters have {number} layers, but the config has num_layers={expected}: use the parameters "
-                "and the config of the same model"
-            )
 
     @property
     def has_experts(self) -> bool:
@@ -507,8 +494,7 @@ class Model:
             inputs: further inputs of the last call, such as ``token_types``. Only ``xlnet`` has them.
 
         Raises:
-            ValueError: ``count`` does not have the shape [B], has another dtype than integers, or has a value outside
-                0 to T.
+            ValueError: ``count`` does not have the shape [B], is not an integer array, or has a value outside 0 to T.
             TypeError: ``tokens``, ``count`` or ``segment_ids`` are not arrays.
 
         Example:
@@ -527,11 +513,10 @@ class Model:
             raise ValueError(f"count has dtype {count.dtype}: pass integers, the number of tokens that each row keeps")
         if not isinstance(count, jax.core.Tracer):
             with jax.ensure_compile_time_eval():  # other arguments may be traced
-                least, most = int(jnp.min(count, initial=0)), int(jnp.max(count, initial=0))
-            if least < 0 or most > T:
+                is_valid = bool(jnp.all((count >= 0) & (count <= T)))
+            if not is_valid:
                 raise ValueError(
-                    f"count has values from {least} to {most}, but the last call read {T} tokens: pass numbers from 0 "
-                    f"to {T}"
+                    f"count={count.tolist()} must be from 0 to {T}, the number of tokens that the last call read"
                 )
         if hasattr(self.module, "rollback"):
             return self.module.rollback(after, T - count)

@@ -112,7 +112,9 @@ def apply(
         return (x, first_value), None if layer_state is None else {**new_state, "channel_mix_tail": tail}
 
     layers = None if state is None else state["layers"]
-    (x, _), layers = common.run_layers(block, (x, None), params["layers"], layers, key, remat=cfg.remat)
+    (x, _), layers = common.run_layers(
+        block, (x, None), params["layers"], layers, key, remat=cfg.remat, num_layers=cfg.num_layers
+    )
     hidden, past_segment_ids = restore_order(layout, layer_norm(params["final_norm"], x, cfg.norm_epsilon))
     return hidden, None if state is None else {"layers": layers, "segment_ids": past_segment_ids}
 

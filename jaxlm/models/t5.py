@@ -114,7 +114,9 @@ def encode(
         x = x + _mlp(cfg, weights["mlp"], _norm(cfg, weights["mlp_norm"], x), x.dtype, layer_key)
         return constrain(x, ("batch", "seq", "activation_embed")), None
 
-    x, _ = common.run_layers(block, x, params["encoder"]["layers"], None, key, remat=cfg.remat)
+    x, _ = common.run_layers(
+        block, x, params["encoder"]["layers"], None, key, remat=cfg.remat, num_layers=cfg.num_layers
+    )
     x = dropout(_norm(cfg, params["encoder"]["final_norm"], x), cfg.dropout, fold_in_name(key, "output"))
     return layout.restore(x)
 
@@ -182,7 +184,9 @@ def apply(
 
     kv = None if state is None else state["layers"]
     in_place = cache.updates_in_place(state, tokens.shape[1])
-    x, kv = common.run_layers(block, x, layers, kv, key, remat=cfg.remat, in_place=in_place)
+    x, kv = common.run_layers(
+        block, x, layers, kv, key, remat=cfg.remat, num_layers=cfg.num_decoder_layers, in_place=in_place
+    )
     x = dropout(_norm(cfg, params["decoder"]["final_norm"], x), cfg.dropout, fold_in_name(key, "output"))
     return common.decoder_outputs(x if state is not None else layout.restore(x), kv, context, state)
 

@@ -143,7 +143,9 @@ def apply(
         return constrain(_mlp(cfg, weights, x, layer_key), ("batch", "seq", "activation_embed")), new_inputs
 
     memories = None if state is None else state["layers"]
-    x, new_inputs = common.run_layers(block, x, params["layers"], memories, key, remat=cfg.remat)
+    x, new_inputs = common.run_layers(
+        block, x, params["layers"], memories, key, remat=cfg.remat, num_layers=cfg.num_layers
+    )
     x = layout.restore(dropout(x, cfg.dropout, fold_in_name(key, "output")))
     return x, None if state is None else {
         **state,

@@ -152,7 +152,9 @@ def apply(
         return constrain(x, axes), new_inputs
 
     memories = None if state is None else state["layers"]
-    x, new_inputs = common.run_layers(block, x, params["layers"], memories, key, remat=cfg.remat)
+    x, new_inputs = common.run_layers(
+        block, x, params["layers"], memories, key, remat=cfg.remat, num_layers=cfg.num_layers
+    )
     hidden = dropout(x[:, T:] if two_streams else x, cfg.dropout, fold_in_name(key, "output"))
     if state is None:
         return hidden, None

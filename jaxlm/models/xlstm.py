@@ -122,7 +122,7 @@ def apply(
         return constrain(x, ("batch", "seq", "activation_embed")), layer_state
 
     layers = None if state is None else state["layers"]
-    x, layers = common.run_layers(block, x, params["layers"], layers, key, remat=cfg.remat)
+    x, layers = common.run_layers(block, x, params["layers"], layers, key, remat=cfg.remat, num_layers=cfg.num_layers)
     hidden, past_segment_ids = restore_order(layout, rms_norm(params["final_norm"], x, cfg.norm_epsilon))
     return hidden, None if state is None else {"layers": layers, "past": past_segment_ids}
 

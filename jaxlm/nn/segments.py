@@ -1,6 +1,6 @@
 """Positions and segments. A position is the index of a token in its document; a segment id identifies the document.
 
-In all modules, segment 0 is padding, and segments 1, 2, ... are documents.
+In all modules, segment 0 (or a negative id) is padding, and segments 1, 2, ... are documents.
 
 Shapes: B batch, T new tokens.
 """
@@ -124,8 +124,8 @@ def check_state_rows(rows: int, batch: int) -> None:
     """Raise ``ValueError`` if the number of rows of a state is not that of the tokens, ``batch``."""
     if rows != batch:
         raise ValueError(
-            f"the state has {rows} rows, but the tokens have {batch} rows: make a state with {batch} rows, such as "
-            f"model.init_state({batch}, length)"
+            f"the state has {rows} rows, but the tokens have {batch} rows: make a state with {batch} rows (for a "
+            f"model, model.init_state({batch}, length))"
         )
 
 

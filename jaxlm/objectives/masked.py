@@ -127,7 +127,7 @@ def batch(
 
     is_special = np.isin(tokens, [config.mask_id, *config.special_ids])
     if segment_ids is not None:
-        is_special |= segment_ids == 0
+        is_special |= segment_ids <= 0
     words = _word_indices(is_special, segment_ids, word_ids)
     if num_predict is None:
         selected = np.take_along_axis(rng.random(tokens.shape) < config.rate, words, axis=1) & ~is_special

@@ -104,7 +104,7 @@ def shift_right(targets: np.ndarray, start_id: int, segment_ids: np.ndarray | No
         return shifted
     is_first = np.ones(targets.shape, bool)
     is_first[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
-    return np.where(is_first | (segment_ids == 0), start_id, shifted).astype(targets.dtype)
+    return np.where(is_first | (segment_ids <= 0), start_id, shifted).astype(targets.dtype)
 
 
 def pad(rows: Sequence[Sequence[int]], length: int | None = None, *, pad_id: int = 0) -> tuple[np.ndarray, np.ndarray]:

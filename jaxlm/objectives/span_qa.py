@@ -57,7 +57,7 @@ def batch(
     if segment_ids is not None:
         if segment_ids.max(initial=0) > 1:
             raise ValueError(f"segment_ids up to {segment_ids.max()}: a row must be one document, segment 1")
-        is_invalid |= is_complete & np.any(np.take_along_axis(segment_ids, targets, axis=1) == 0, axis=1)
+        is_invalid |= is_complete & np.any(np.take_along_axis(segment_ids, targets, axis=1) <= 0, axis=1)
     if is_invalid.any():
         row = int(np.flatnonzero(is_invalid)[0])
         raise ValueError(

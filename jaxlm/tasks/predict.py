@@ -545,7 +545,7 @@ def _label_probabilities(
     logits_BTL = model.logits(params, hidden_BTD).astype(jnp.float32)
     finite_BT = rows_finite(logits_BTL)
     if not has_pooled_output:
-        finite_BT |= segment_ids_BT == 0
+        finite_BT |= segment_ids_BT <= 0
     probabilities_BTL = jax.nn.sigmoid(logits_BTL) if independent else jax.nn.softmax(logits_BTL, axis=-1)
     return probabilities_BTL, jnp.all(finite_BT, axis=1)
 

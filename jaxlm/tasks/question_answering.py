@@ -391,7 +391,7 @@ def _best_spans(
     logits_BT2 = model.logits(params, hidden_BTD).astype(jnp.float32)
     spans_B2, span_logits_B = span_qa.best_spans(logits_BT2, in_context_BT, max_length=max_answer_tokens)
     no_answer_B2 = jnp.take_along_axis(logits_BT2, no_answer_B[:, None, None], axis=1)[:, 0]
-    finite_B = jnp.all(rows_finite(logits_BT2) | (segment_ids_BT == 0), axis=1)
+    finite_B = jnp.all(rows_finite(logits_BT2) | (segment_ids_BT <= 0), axis=1)
     return spans_B2, span_logits_B, no_answer_B2.sum(axis=1), finite_B
 
 

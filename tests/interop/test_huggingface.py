@@ -408,6 +408,8 @@ def test_a_copy_replaces_a_missing_tied_tensor(name: str, copy: str, tmp_path: P
     loaded_model, loaded_params = load_pretrained(tmp_path)
     assert loaded_model == model
     assert_trees_equal(loaded_params, params)
+    _, headless_params = load_pretrained(tmp_path, task="none")
+    assert_trees_equal(headless_params, {name: params[name] for name in headless_params})
     edit_weights(tmp_path, lambda tensors: {key: x for key, x in tensors.items() if key != copy})
     with pytest.raises(ValueError, match=f"missing: {original}"):
         load_pretrained(tmp_path)

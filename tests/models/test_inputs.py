@@ -14,9 +14,11 @@ from jaxlm.testing.helpers import add_noise, initial_params, random_tokens, tiny
 def test_parameters_with_another_number_of_layers_are_an_error(name, stacked):
     two, three = (tiny_model(name, num_layers=layers, scan_layers=stacked) for layers in (2, 3))
     tokens = random_tokens(two, 1, 4)
-    with pytest.raises(ValueError, match=r"the parameters have 2 layers, but the config has num_layers=3"):
+    with pytest.raises(
+        ValueError, match=r"the parameters have 2 layers, but the config has 3: create them with the same config"
+    ):
         jax.eval_shape(three.apply, initial_params(two), tokens)
-    with pytest.raises(ValueError, match="the parameters have 2 layers, but the state has 3: create both"):
+    with pytest.raises(ValueError, match="the parameters have 2 layers, but the state has 3: create them"):
         jax.eval_shape(lambda p, state: two.apply(p, tokens, state=state), initial_params(two), three.init_state(1, 4))
 
 
@@ -34,8 +36,8 @@ def test_a_state_with_another_number_of_rows_is_an_error(name):
 @pytest.mark.parametrize(
     ("count", "message"),
     [
-        ([0, 4], "count has values from 0 to 4, but the last call read 3 tokens: pass numbers from 0 to 3"),
-        ([-1, 3], "count has values from -1 to 3"),
+        ([0, 4], r"count=\[0, 4\] must be from 0 to 3, the number of tokens that the last call read"),
+        ([-1, 3], r"count=\[-1, 3\] must be from 0 to 3"),
         ([1.5, 2.0], "count has dtype float32: pass integers"),
         ([1], r"count \[1\] must be \[batch\], \[2\]"),
     ],

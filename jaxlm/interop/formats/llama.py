@@ -64,29 +64,24 @@ def _read_qwen2(config: Mapping[str, Any]) -> dict[str, Any]:
     window, pattern = None, None
     if config.get("use_sliding_window", False):
         types = _layer_list(config, "layer_types", num_layers)
-        if types is None:
+        if types is None and config.get("sliding_window", 4096) is not None:
             first = read_integer(config, "max_window_layers", 28)
-            types = ["sliding_attention" if layer >= first else "full_attention" for layer in range(num_layers)]
-        kinds = _layer_kinds(types)
+            types = [_TYPE_OF_KIND["full" if layer < first else "window"] for layer in range(num_layers)]
+        kinds = _layer_kinds(types or [])
         if "window" in kinds:
-            window, pattern = read_integer(config, "sliding_window", 4096, nullable=True), _pattern(kinds)
-        if window is None:
-            pattern = None  # in transformers, all layers then have full attention
+            window, pattern = read_integer(config, "sliding_window", 4096), _pattern(kinds)
     return {**_read_fields(config), "window": window, "pattern": pattern}
 
 
 def _write_qwen2(cfg: Config) -> dict[str, Any]:
     # use_sliding_window and layer_types are also written for a model without a window. Otherwise, saving would keep
     # these fields of a loaded config with a window.
-    kinds = layer_kinds(cfg)
-    if "no_positions" in kinds:
-        raise ValueError("a model with no_positions layers cannot be written as model_type='qwen2' or 'qwen3'")
-    fields = {
-        **_write_fields(cfg),
-        "use_sliding_window": cfg.window is not None,
-        "layer_types": [_TYPE_OF_KIND[kind] for kind in kinds],
-    }
-    return fields if cfg.window is None else {**fields, "sliding_window": cfg.window, "max_window_layers": 0}
+    types = _layer_types(cfg, "qwen2")
+    fields = {**_write_fields(cfg), "use_sliding_window": cfg.window is not None, "layer_types": types}
+    if cfg.window is None:
+        return fields
+    first_window = layer_kinds(cfg).index("window")
+    return {**fields, "sliding_window": cfg.window, "max_window_layers": first_window}
 
 
 def _read_qwen3(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -134,6 +129,14 @@ def _layer_list(config: Mapping[str, Any], name: str, num_layers: int) -> list[A
 
 _TYPE_OF_KIND: dict[LayerKind, str] = {"full": "full_attention", "window": "sliding_attention"}
 """Kind of layer -> its name in ``layer_types``."""
+
+
+def _layer_types(cfg: Config, model_type: str) -> list[str]:
+    """The field ``layer_types``, for formats without layers that lack positions."""
+    kinds = layer_kinds(cfg)
+    if "no_positions" in kinds:
+        raise ValueError(f"a model with no_positions layers cannot be written as model_type={model_type!r}")
+    return [_TYPE_OF_KIND[kind] for kind in kinds]
 
 
 def _layer_kinds(types: list[Any]) -> list[LayerKind]:
@@ -197,12 +200,10 @@ def _read_gemma3(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _write_gemma3(cfg: Config) -> dict[str, Any]:
-    kinds, width = layer_kinds(cfg), head_sizes(cfg)[2]
-    if "no_positions" in kinds:
-        raise ValueError("a model with no_positions layers cannot be written as model_type='gemma3_text'")
+    types, width = _layer_types(cfg, "gemma3_text"), head_sizes(cfg)[2]
     if cfg.attention_scale is not None and cfg.attention_scale <= 0:
         raise ValueError(f"model_type='gemma3_text' needs a positive attention_scale, got {cfg.attention_scale}")
-    if "window" in kinds and cfg.window_rotary_base is None:
+    if cfg.window is not None and cfg.window_rotary_base is None:
         raise ValueError(
             "model_type='gemma3_text' needs window_rotary_base: set it to rotary_base (rotary_scaling then has no "
             "effect on the layers with a window)"
@@ -210,7 +211,7 @@ def _write_gemma3(cfg: Config) -> dict[str, Any]:
     fields: dict[str, Any] = {
         "head_dim": width,
         "query_pre_attn_scalar": width if cfg.attention_scale is None else cfg.attention_scale**-2,
-        "layer_types": [_TYPE_OF_KIND[kind] for kind in kinds],
+        "layer_types": types,
     }
     if cfg.window is not None:
         fields |= {"sliding_window": cfg.window, "rope_local_base_freq": cfg.window_rotary_base}

@@ -28,8 +28,8 @@ class Mask:
         window: a query attends only to keys with ``order(q) - order(k) < window``. Needs ``causal``.
         query_order / key_order: [1 or B, T] / [1 or B, S] integers; give both or neither. Used only with ``causal``,
             as int32.
-        query_segments / key_segments: [1 or B, T] / [1 or B, S] integers; give both or neither. 0 is padding, which
-            attends only to padding.
+        query_segments / key_segments: [1 or B, T] / [1 or B, S] integers; give both or neither. 0 (or a negative
+            id) is padding, which attends only to padding.
     """
 
     causal: bool = struct.field(pytree_node=False, default=False)

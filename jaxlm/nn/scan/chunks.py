@@ -126,8 +126,8 @@ def _run_with_resets(
     Args:
         after_reset_B1L1: True at the first reset of the chunk and at all later steps.
     """
-    # 0 * x is 0 if x is finite, otherwise NaN. XLA folds this sum of a constant state quickly; it takes seconds to fold
-    # ``all(isfinite(state))`` for a state of zeros and a scan of one chunk.
+    # 0 * x is 0 if x is finite, otherwise NaN. If the state is constant and there is only one chunk, XLA folds this sum
+    # quickly. Folding ``all(isfinite(state))`` takes seconds.
     is_finite_BH1V = jnp.isfinite(jnp.sum(0.0 * state_BHKV, axis=2, keepdims=True))
     new_BHKV, out_BHLV = run_chunk(jnp.where(is_finite_BH1V, state_BHKV, 0.0), *inputs)
     out_BHLV = jnp.where(is_finite_BH1V | after_reset_B1L1, out_BHLV, jnp.nan)
@@ -151,7 +151,8 @@ def split_into_chunks(inputs: Sequence[jax.Array], chunk: int) -> tuple[jax.Arra
 def product_in(dtype: DTypeLike) -> Callable[..., jax.Array]:
     """A function like ``jnp.einsum`` that casts its inputs to ``dtype`` and returns float32.
 
-    For float16, it does not cast: scores, which are products of queries and keys, could overflow.
+    If ``dtype`` is float16, the inputs are cast to float32, because products of queries and keys can overflow in
+    float16.
     """
     dtype = jnp.float32 if dtype == jnp.float16 else dtype
 
