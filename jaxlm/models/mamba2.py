@@ -112,9 +112,7 @@ class Config(hybrid.AttentionConfig):
         if self.norm_groups is not None and width % self.norm_groups:
             raise ValueError(f"norm_groups={self.norm_groups} does not divide the width of a mixer, {width}")
         if not 0.0 <= self.dt_limit_min < (float("inf") if self.dt_limit_max is None else self.dt_limit_max):
-            raise ValueError(
-                f"dt_limit_min={self.dt_limit_min} must be at least 0 and below dt_limit_max={self.dt_limit_max}"
-            )
+            raise ValueError(f"dt_limit_min={self.dt_limit_min} must be in [0, dt_limit_max={self.dt_limit_max})")
         if not 0.0 < self.init_dt_min <= self.init_dt_max or self.init_dt_floor <= 0.0:
             raise ValueError(
                 f"init_dt_min={self.init_dt_min}, init_dt_max={self.init_dt_max} and init_dt_floor="
@@ -211,7 +209,6 @@ def _mixer(
     # A TPU pads a last axis of head_dim entries to 128. So the elementwise operations below use the shape [B, T, I].
     D_H = weights["D"].astype(jnp.promote_types(x.dtype, jnp.float32))
     y = (y.reshape(z.shape) + jnp.repeat(D_H, cfg.head_dim)[None, None] * x).astype(x.dtype)
-
     gate = jax.nn.silu(z)
     y = y if cfg.norm_before_gate else y * gate
     if cfg.norm_groups is not None:
@@ -225,9 +222,8 @@ def _mixer(
 
 def logits(cfg: Config, params: Params, hidden: jax.Array) -> jax.Array | Unembedding:
     """The logits of the head, as in :func:`jaxlm.models.heads.decoder_logits`."""
-    if cfg.multipliers is not None and cfg.task == "causal":
-        hidden = hidden * cfg.multipliers.head
-    return heads.decoder_logits(cfg, params, hidden)
+    factor = 1.0 if cfg.multipliers is None or cfg.task != "causal" else cfg.multipliers.head
+    return heads.decoder_logits(cfg, params, hybrid.scaled(hidden, factor))
 
 
 pool = heads.pool_last_token
@@ -301,8 +297,8 @@ def state_specs(cfg: Config, batch: int, length: int) -> dict[str, Any]:
 
 def _layers(cfg: Config, mamba2: dict[str, Any], attention: dict[str, Any]) -> Any:
     """The specs of all layers, from the specs of a mamba2 and of an attention layer. A parallel layer has both."""
-    specs_of = {"mamba2": mamba2, "attention": attention, "parallel": {**mamba2, **attention}}
-    return common.layers_of_kinds(cfg, specs_of)
+    parallel = {**mamba2, **attention}
+    return common.layers_of_kinds(cfg, {"mamba2": mamba2, "attention": attention, "parallel": parallel})
 
 
 def carried_state_length(cfg: Config) -> int | None:

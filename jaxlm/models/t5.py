@@ -103,7 +103,8 @@ def encode(
     # The position biases count indices. So padding must not be between the tokens of a document.
     source, layout = move_padding_last(source, segment_ids, None)
     mask = document_mask(layout.segment_ids)
-    bias_fn = _bias_fn(cfg, params["encoder"], source.shape[1], None, bidirectional=True)
+    encoder = params["encoder"]
+    bias_fn = _bias_fn(cfg, encoder, source.shape[1], None, bidirectional=True)
     x = _embed(cfg, params, source, key)
 
     def block(x: jax.Array, layer: Any) -> tuple[jax.Array, None]:
@@ -114,10 +115,8 @@ def encode(
         x = x + _mlp(cfg, weights["mlp"], _norm(cfg, weights["mlp_norm"], x), x.dtype, layer_key)
         return constrain(x, ("batch", "seq", "activation_embed")), None
 
-    x, _ = common.run_layers(
-        block, x, params["encoder"]["layers"], None, key, remat=cfg.remat, num_layers=cfg.num_layers
-    )
-    x = dropout(_norm(cfg, params["encoder"]["final_norm"], x), cfg.dropout, fold_in_name(key, "output"))
+    x, _ = common.run_layers(block, x, encoder["layers"], None, key, remat=cfg.remat, num_layers=cfg.num_layers)
+    x = dropout(_norm(cfg, encoder["final_norm"], x), cfg.dropout, fold_in_name(key, "output"))
     return layout.restore(x)
 
 
@@ -134,8 +133,7 @@ def apply(
         tokens: [B, T] integer ids, the inputs of the decoder. In training, these are ``decoder_start_id`` and then the
             targets without the last target. An id outside the vocabulary gives NaN, also for other tokens of the row.
         source: [B, S] integer ids.
-        source_segment_ids: [B, S] int32, like ``segment_ids``. Document n of the target attends to document n of the
-            source.
+        source_segment_ids: [B, S] int32, like ``segment_ids``. Document n attends to document n of the source.
         state: the result of :func:`init_decode_state`, or the state that the call for the preceding tokens returned. A
             row whose tokens do not fit into the cache gives NaN. Row b reads source ``b // (B / N)`` of the N sources.
         segment_ids: [B, T] int32, 0 for padding and n for document n. Documents do not interact. Default: one document.
@@ -175,7 +173,6 @@ def apply(
         normed = _norm(cfg, weights["attention_norm"], x)
         kv, cached = cache.append_and_read(kv, _project_kv(weights["attention"], normed), context)
         x = x + _attention(cfg, weights, "attention", normed, cached, context.mask, bias_fn(weights), layer_key)
-
         normed = group_rows_by_source(_norm(cfg, weights["cross_norm"], x), num_sources)
         attended = _attention(cfg, weights, "cross_attention", normed, source_kv(weights), cross_mask, None, layer_key)
         x = x + attended.reshape(x.shape)
@@ -185,7 +182,7 @@ def apply(
     kv = None if state is None else state["layers"]
     in_place = cache.updates_in_place(state, tokens.shape[1])
     x, kv = common.run_layers(
-        block, x, layers, kv, key, remat=cfg.remat, num_layers=cfg.num_decoder_layers, in_place=in_place
+        block, x, layers, kv, key, remat=cfg.remat, num_layers=_num_decoder_layers(cfg), in_place=in_place
     )
     x = dropout(_norm(cfg, params["decoder"]["final_norm"], x), cfg.dropout, fold_in_name(key, "output"))
     return common.decoder_outputs(x if state is not None else layout.restore(x), kv, context, state)

@@ -202,7 +202,7 @@ def test_the_residual_stream_is_float32_by_default():
         ({"num_groups": 3}, "num_groups=3 does not divide the 8 heads"),
         ({"state_size": 0}, "state_size=0 must be at least 1"),
         ({"conv_width": 1}, "conv_width=1 must be at least 2"),
-        ({"dt_limit_max": 0.0}, "dt_limit_min=0.0 must be at least 0 and below dt_limit_max=0.0"),
+        ({"dt_limit_max": 0.0}, r"dt_limit_min=0.0 must be in \[0, dt_limit_max=0.0\)"),
         ({"init_dt_min": 0.2}, "init_dt_min=0.2, init_dt_max=0.1 and init_dt_floor=0.0001 must be above 0"),
         ({"init_dt_floor": 0.0}, "init_dt_floor=0.0 must be above 0"),
         ({"task": "masked"}, "task='masked' is unknown: choose from 'causal', 'classification'"),
