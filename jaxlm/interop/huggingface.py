@@ -523,10 +523,9 @@ def _match_tensors(description: ModelDescription, tensors: dict[str, _Tensor], d
         other_task = model.task != description.model_in_files.task
         stored_table = format_of(description.model_in_files) if table.is_jaxlm_format else table
         locations_in_files = locations_of(description.model_in_files, stored_table, prefix)
-    own_names = {name for paths in (locations, locations_in_files) for name in _names(paths)}
-    locations, locations_in_files = (
-        _replace_missing_by_copies(paths, table, tensors, own_names) for paths in (locations, locations_in_files)
-    )
+    own_names = {name for location in (*locations.values(), *locations_in_files.values()) for name in location.names}
+    locations = _replace_missing_by_copies(locations, table, tensors, own_names)
+    locations_in_files = _replace_missing_by_copies(locations_in_files, table, tensors, own_names)
     if description.model_in_files is not None:
         initialized = _paths_to_initialize(description, locations, locations_in_files, tensors)
     stored_path_of = {name: path for path, location in locations_in_files.items() for name in location.names}
@@ -604,11 +603,6 @@ def _replace_missing_by_copies(
         path: dataclasses.replace(location, names=names_of.get(path, location.names))
         for path, location in locations.items()
     }
-
-
-def _names(locations: Mapping[str, Location]) -> Iterator[str]:
-    """The names of the tensors of all parameters."""
-    return itertools.chain.from_iterable(location.names for location in locations.values())
 
 
 def _paths_to_initialize(

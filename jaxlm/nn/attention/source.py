@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxlm import spec
 from jaxlm.nn.attention import cache
 
 SourceKV = Callable[[Any], tuple[Any, Any]]
@@ -63,5 +64,4 @@ def with_source_kv(layers: Any, source_kv: Any, num_heads: int) -> tuple[Any, So
         views = jax.tree.map(lambda stack: cache.CacheView(stack, weights["index"]), source_kv)
         return cache.split_heads(views, num_heads)
 
-    num_layers = jax.tree.leaves(source_kv)[0].shape[0]
-    return {**layers, "index": jnp.arange(num_layers)}, read_in_place
+    return {**layers, "index": jnp.arange(spec.num_layers(source_kv))}, read_in_place
