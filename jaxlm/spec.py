@@ -326,6 +326,22 @@ def num_layers(layers: LayerTrees) -> int:
     return len(layers) if isinstance(layers, tuple) else int(jax.tree.leaves(layers)[0].shape[0])
 
 
+def check_state_layers(params: LayerTrees, state: LayerTrees) -> None:
+    """Raise ``ValueError`` if the layers of a state and of parameters have different layouts or different numbers."""
+    per_layer = isinstance(params, tuple)
+    if isinstance(state, tuple) != per_layer:
+        layout_names = {True: "one tree per layer (scan_layers=False)", False: "stacked layers (scan_layers=True)"}
+        raise ValueError(
+            f"the parameters have {layout_names[per_layer]}, but the state has {layout_names[not per_layer]}: "
+            "create both with the same config"
+        )
+    if num_layers(params) != num_layers(state):
+        raise ValueError(
+            f"the parameters have {num_layers(params)} layers, but the state has {num_layers(state)}: create them with "
+            "the same config"
+        )
+
+
 def init(specs: Tree, key: jax.Array | None = None) -> Tree:
     """Arrays with the initial values of ``specs``.
 

@@ -115,10 +115,11 @@ def apply(
     table = params["token_embedding"]
     if cfg.embedding == "one_hot":
         table = jax.lax.stop_gradient(table)
+    if state is not None and cfg.task != "causal":
+        raise ValueError(f"a model with task={cfg.task!r} reads whole texts and carries no state: leave state=None")
+    common.check_numbered_layers(params, state, len(cfg.kernels))
     if cfg.task == "causal":
         return _causal_hidden_states(cfg, params, table, tokens, state, segment_ids, key)
-    if state is not None:
-        raise ValueError(f"a model with task={cfg.task!r} reads whole texts and carries no state: leave state=None")
     return _text_features(cfg, params, table, tokens, segment_ids), None
 
 

@@ -114,6 +114,7 @@ def apply(
     """
     common.check_tokens(tokens, segment_ids)
     common.check_source(tokens, source, source_segment_ids, state)
+    common.check_numbered_layers(params["decoder"], None if state is None else state["decoder"], cfg.num_layers)
     form, params = _FORMS[cfg.attention], _gather_weights(cfg, params)
     decode_state = state
     if decode_state is None:

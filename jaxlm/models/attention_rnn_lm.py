@@ -108,6 +108,7 @@ def apply(
     common.check_tokens(tokens, segment_ids)
     if state is not None and cfg.task != "causal":
         raise ValueError(f"task={cfg.task!r} reads the whole sequence at once and carries no state: leave state=None")
+    common.check_numbered_layers(params, state, cfg.num_layers)
     segments = common.segment_ids_or_ones(tokens, segment_ids)
     reset, keep, last_segment = segment_boundaries(segments, None if state is None else state["last_segment"])
     new_state: dict[str, Any] = {"last_segment": last_segment}

@@ -154,22 +154,14 @@ def run_layers_with_outputs(
             equal.
     """
     per_layer = isinstance(weights, tuple)
-    if state is not None and isinstance(state, tuple) != per_layer:
-        layout_names = {True: "one tree per layer (scan_layers=False)", False: "stacked layers (scan_layers=True)"}
-        raise ValueError(
-            f"the parameters have {layout_names[per_layer]}, but the state has {layout_names[not per_layer]}: "
-            "create both with the same config"
-        )
+    if state is not None:
+        spec.check_state_layers(weights, state)
     functions = block if isinstance(block, tuple) else (block,)
     remat_functions = {function: _with_remat(function, remat, unrolled=per_layer) for function in functions}
     block = remat_functions[functions[0]]
     count = spec.num_layers(weights)
-    for name, other in (("config", num_layers), ("state", None if state is None else spec.num_layers(state))):
-        # Without this check, the loop would run over the layers of the parameters.
-        if other is not None and other != count:
-            raise ValueError(
-                f"the parameters have {count} layers, but the {name} has {other}: create them with the same config"
-            )
+    if num_layers is not None:
+        _check_num_layers("parameters have", count, num_layers)
     keys = None if key is None else jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(count))
     if isinstance(weights, tuple):
         new_states, outputs = [], []
@@ -200,6 +192,26 @@ def run_layers_with_outputs(
 
     (x, new_state), stacked_outputs = jax.lax.scan(block_in_place, (x, state), (weights, jnp.arange(count), keys))
     return x, new_state, stacked_outputs
+
+
+def check_numbered_layers(params: Params, state: State | None, num_layers: int) -> None:
+    """Raise ``ValueError`` if parameters or a state with entries ``layer_0``, ``layer_1``, ... have other layers.
+
+    Without this check, a model would ignore further layers.
+
+    Args:
+        num_layers: the number of layers of the config.
+    """
+    for owner_has, tree in (("parameters have", params), ("state has", state)):
+        if tree is not None:
+            _check_num_layers(owner_has, sum(entry.startswith("layer_") for entry in tree), num_layers)
+
+
+def _check_num_layers(owner_has: str, count: int, num_layers: int) -> None:
+    if count != num_layers:
+        raise ValueError(
+            f"the {owner_has} {count} layers, but the config has {num_layers}: create them with the same config"
+        )
 
 
 def _with_remat(block: Callable[..., Any], remat: Remat, *, unrolled: bool) -> Callable[..., Any]:

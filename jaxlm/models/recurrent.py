@@ -137,6 +137,7 @@ def apply_with_outputs(
     common.check_tokens(tokens, segment_ids)
     if state is not None and cfg.direction == "both":
         raise ValueError("direction='both' needs the whole sequence at once and carries no state: leave state out")
+    common.check_numbered_layers(params, state, cfg.num_layers)
     layer = cfg.cell.layer
     x = embed(params["token_embedding"], tokens, jnp.dtype(cfg.dtype), size=cfg.vocab_size)
     if key is not None and cfg.embedding_dropout > 0.0:

@@ -112,6 +112,7 @@ def apply(
     if state is not None:
         raise ValueError("a classifier of whole texts carries no state: leave state=None")
     common.check_tokens(tokens, segment_ids)
+    common.check_numbered_layers(params, None, sum(cfg.blocks))
     training = key is not None
     x = common.embed_padded_text(cfg, params["token_embedding"], tokens, segment_ids)
     # Time is not split over the mesh: the mesh axis of ``seq`` might not divide the halved lengths of later blocks.

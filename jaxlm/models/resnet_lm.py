@@ -89,6 +89,7 @@ def apply(
         key: random key for dropout; None: no dropout.
     """
     common.check_tokens(tokens, segment_ids)
+    common.check_numbered_layers(params, None, len(cfg.blocks))  # blocks of one tap have no state
     tokens, layout = move_padding_last(tokens, segment_ids, None if state is None else state["segment_ids"])
     x = embed(params["token_embedding"], tokens, jnp.dtype(cfg.dtype), size=cfg.vocab_size)
     x = dropout(x, cfg.dropout, fold_in_name(key, "embedding"))

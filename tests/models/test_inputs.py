@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxlm import spec
 from jaxlm.models import get_model
-from jaxlm.testing.helpers import add_noise, initial_params, random_tokens, tiny_model
+from jaxlm.testing.helpers import add_noise, initial_params, random_tokens, source_inputs, tiny_model
 
 
 @pytest.mark.parametrize("name", ["mamba2-tiny", "llama-tiny"])
@@ -20,6 +21,42 @@ def test_parameters_with_another_number_of_layers_are_an_error(name, stacked):
         jax.eval_shape(three.apply, initial_params(two), tokens)
     with pytest.raises(ValueError, match="the parameters have 2 layers, but the state has 3: create them"):
         jax.eval_shape(lambda p, state: two.apply(p, tokens, state=state), initial_params(two), three.init_state(1, 4))
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "two", "three"),
+    [
+        ("lstm-tiny", "num_layers", 2, 3),
+        ("attention-rnn-lm-tiny", "num_layers", 2, 3),
+        ("attention-rnn-luong-tiny", "num_layers", 2, 3),
+        ("resnet-tiny", "blocks", (1, 1), (1, 2)),
+        ("resnet-lm-tiny", "blocks", ((8, 3, 0),) * 2, ((8, 3, 0),) * 3),
+    ],
+)
+def test_named_layers_of_parameters_and_state_are_counted(name, field, two, three):
+    small, large = (tiny_model(name, **{field: value}) for value in (two, three))
+    source = source_inputs(small, 1)
+    tokens = random_tokens(small, 1, 4)
+    for params_of, model, numbers in ((large, small, (3, 2)), (small, large, (2, 3))):
+        message = "the parameters have {} layers, but the config has {}: create them".format(*numbers)
+        with pytest.raises(ValueError, match=message):
+            jax.eval_shape(lambda p, model=model: model.apply(p, tokens, **source), initial_params(params_of))
+    if name in ("lstm-tiny", "attention-rnn-lm-tiny"):
+        with pytest.raises(ValueError, match="the state has 3 layers, but the config has 2"):
+            jax.eval_shape(
+                lambda p, state: small.apply(p, tokens, state=state), initial_params(small), large.init_state(1, 4)
+            )
+
+
+def test_a_t5_state_with_other_layers_is_an_error():
+    """T5's state also has the keys and values of the source for each layer."""
+    two, three = (tiny_model("t5-tiny", num_decoder_layers=layers) for layers in (2, 3))
+    params, source, tokens = initial_params(three), np.ones((1, 4), np.int32), np.ones((1, 2), np.int32)
+    state = three.init_decode_state(params, source, 8)
+    with pytest.raises(ValueError, match=r"the parameters have one tree per layer .* but the state has stacked layers"):
+        jax.eval_shape(lambda state: three.apply(params, tokens, state=state), spec.restack(state))
+    with pytest.raises(ValueError, match="the parameters have 2 layers, but the state has 3: create them"):
+        jax.eval_shape(lambda state: two.apply(initial_params(two), tokens, state=state), state)
 
 
 @pytest.mark.parametrize("name", ["mamba2-tiny", "llama-tiny", "lstm-tiny", "xlnet-tiny"])

@@ -55,7 +55,11 @@ def with_source_kv(layers: Any, source_kv: Any, num_heads: int) -> tuple[Any, So
         layers: the weights of all layers, as in :func:`project_source`.
         source_kv: the keys and values from :func:`project_source`.
         num_heads: H, the number of heads of the keys and values.
+
+    Raises:
+        ValueError: ``layers`` and ``source_kv`` have different layouts or numbers of layers.
     """
+    spec.check_state_layers(layers, source_kv)
     if isinstance(layers, tuple):
         layers = tuple({**layer, "source_kv": kv} for layer, kv in zip(layers, source_kv, strict=True))
         return layers, lambda weights: cache.split_heads(weights["source_kv"], num_heads)
