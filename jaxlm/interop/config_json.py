@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import re
 import typing
 from collections.abc import Mapping
 from pathlib import Path
@@ -182,12 +183,26 @@ def describe_model(config: dict[str, Any], path: Path, overrides: dict[str, Any]
             implied = {}  # the class of the files implies these fields only for its own task
         model = get_model(name, **{**fields, **implied, **overrides})
     except (TypeError, ValueError, ZeroDivisionError) as error:
-        raise ValueError(f"{path}{f' with {overrides}' if overrides else ''}: {error}") from error
+        names = "" if table is None else _names_in_file(table, str(error), overrides)
+        raise ValueError(f"{path}{f' with {overrides}' if overrides else ''}: {error}{names}") from error
     table = _native_format(model) if table is None else table
     if model.task not in _LABEL_TASKS:
         labels = None
     metadata = Metadata(labels=labels, token_ids=_token_ids(model, table, config, path), config=config)
     return ModelDescription(dataclasses.replace(model, metadata=metadata), table, model_in_files)
+
+
+def _names_in_file(table: Format, message: str, overrides: Mapping[str, Any]) -> str:
+    """A note on the fields of an error message that have another name in the file; "" if there are none.
+
+    The error of a family's ``Config`` has jaxlm's names of the fields, but a user changes the file.
+    """
+    notes = [
+        f"{name} is {hf_name}"
+        for name, hf_name in table.hf_name_of_field.items()
+        if name != hf_name and name not in overrides and re.search(rf"\b{name}=", message)
+    ]
+    return f" (in this file, {' and '.join(notes)})" if notes else ""
 
 
 def _check_task(name: str, task: Any) -> None:

@@ -854,3 +854,27 @@ def test_a_recurrent_language_model_loads_as_a_classifier(variant: str, tmp_path
     assert all(path.startswith("classifier") for path in classifier.metadata.initialized)
     del params["head"], loaded["classifier"]
     assert_trees_equal(loaded, params)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            {"model_type": "gpt2", "n_embd": 16, "n_head": 3},
+            r"num_heads=3 does not .* \(in this file, num_heads is n_head and embed_dim is n_embd\)",
+        ),
+        (
+            {"model_type": "llama", "rope_theta": 0},
+            r"rotary_base=0 must .* \(in this file, .* is rope_theta\)",
+        ),
+        ({"model_type": "llama", "vocab_size": 0}, r"vocab_size=0 must be at least 1$"),
+    ],
+)
+def test_errors_of_fields_also_have_the_names_in_the_file(config, message):
+    with pytest.raises(ValueError, match=message):
+        config_json.describe_model(config, Path("config.json"), {})
+
+
+def test_an_error_of_an_override_has_only_the_name_of_the_override():
+    with pytest.raises(ValueError, match=r"num_heads=5 does not .* \(in this file, embed_dim is n_embd\)"):
+        config_json.describe_model({"model_type": "gpt2"}, Path("config.json"), {"num_heads": 5})
