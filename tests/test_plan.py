@@ -295,6 +295,49 @@ def test_the_newest_schedule_of_a_kernel_is_used(tmp_path, monkeypatch):
     assert kernels.schedule_of("kernel.1", since=0) is None
 
 
+SPARSE_CORE = """HloModule m
+
+%on_sparse_core (p: f32[8]) -> f32[8] {
+  ROOT %scatter = f32[8] fusion(%p), kind=kCustom, backend_config={"estimated_cycles":"9223372036854775807"}
+}, execution_thread="sparsecore"
+
+ENTRY %main (p: f32[8]) -> f32[8] {
+  %start = ((f32[8]), f32[8], u32[]) call-start(%p), async_execution_thread="sparsecore", to_apply=%on_sparse_core
+  ROOT %add = f32[8] fusion(%p), kind=kLoop, backend_config={"estimated_cycles":"7"}
+}
+"""
+
+
+def test_an_operation_without_an_estimate_is_named_and_not_counted():
+    costs = hlo.costs(hlo.parse(SPARSE_CORE))
+    assert costs.cycles == 7
+    assert costs.unknown_operations == ["scatter"]
+    assert planning._notes(costs, []) == ["operation without an estimate, not counted: scatter"]
+
+
+def test_a_ragged_dot_takes_at_least_its_copies_and_matmuls(tmp_path, monkeypatch):
+    def call(x, w, sizes):
+        return jax.lax.ragged_dot(x, w, sizes)
+
+    x, w, sizes = (
+        jax.ShapeDtypeStruct(shape, dtype)
+        for shape, dtype in (((64, 128), jnp.bfloat16), ((4, 128, 256), jnp.bfloat16), ((4,), jnp.int32))
+    )
+    calls = flops.kernel_calls(jax.make_jaxpr(call)(x, w, sizes).jaxpr)
+    kernel_flops, size = 2 * 64 * 128 * 256, 2 * (64 * 128 + 4 * 128 * 256 + 64 * 256) + 4 * 128
+    assert calls == {(flops.RAGGED_DOT, ((64, 256),)): {flops.KernelCall(None, size, kernel_flops)}}
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", f"--xla_jf_dump_to={tmp_path}")
+    text = "ENTRY %main () -> bf16[64,256] {\n"
+    for name, shape in (("ragged-dot-metadata", "(s32[5], s32[11])"), ("ragged-dot-none.3", "bf16[64,256]")):
+        text += f'  %{name} = {shape} custom-call(), custom_call_target="tpu_custom_call"\n'
+        (tmp_path / f"9-{name}-01-final_bundles.txt").write_text(BUNDLES)
+    costs, device = hlo.costs(hlo.parse(f"{text}}}")), devices.device_by_kind("TPU v5 lite")
+    metadata, dot = planning._kernels(costs, calls, 0, device)
+    assert (metadata.grid_steps, metadata.cycles) == (None, 9)  # the bundles, each once
+    assert (dot.grid_steps, dot.cycles) == (None, round(size / device.bandwidth * device.clock))
+    assert "a lower bound" in " ".join(planning._notes(costs, [metadata, dot]))
+
+
 def test_equal_kernels_share_the_schedule_of_the_first(tmp_path, monkeypatch):
     monkeypatch.setenv("LIBTPU_INIT_ARGS", f"--xla_jf_dump_to={tmp_path}")
     (tmp_path / "9-kernel.1-01-final_bundles.txt").write_text(BUNDLES)

@@ -115,10 +115,10 @@ def beam_search(
     limits = np.asarray(max_new_tokens)
     if not np.issubdtype(limits.dtype, np.integer):
         raise TypeError(f"max_new_tokens={limits.tolist()} must be an integer, or one integer for each prompt")
-    if limits.ndim and (limits.shape != np.shape(prompts)[:1] or limits.min() < 1):
+    if limits.ndim and (limits.shape != np.shape(prompts)[:1] or limits.min(initial=1) < 1):
         raise ValueError(f"max_new_tokens={limits.tolist()} must be one number of at least 1 for each prompt")
     shared = check_and_make_settings(
-        model, prompts, segment_ids, int(limits.max()), GREEDY, None, end_id, num_allowed_ids, state
+        model, prompts, segment_ids, int(limits.max(initial=1)), GREEDY, None, end_id, num_allowed_ids, state
     )
     limits_B = jnp.broadcast_to(jnp.asarray(limits, jnp.int32), prompts.shape[:1])
     settings = _Settings(limits_B, jnp.float32(beams.length_penalty), beams.num_beams, beams.early_stopping, shared)

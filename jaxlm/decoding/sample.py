@@ -90,8 +90,11 @@ class Sampling:
             value = getattr(self, name)
             if value is not None and not 0.0 < value <= 1.0:
                 raise ValueError(f"{name}={value} must be in (0, 1]; {off} turns it off")
-        if self.repetition_penalty <= 0.0:
-            raise ValueError(f"repetition_penalty={self.repetition_penalty} must be positive; 1 turns it off")
+        if not MIN_TEMPERATURE <= self.repetition_penalty <= 1 / MIN_TEMPERATURE:
+            raise ValueError(
+                f"repetition_penalty={self.repetition_penalty} must be from {MIN_TEMPERATURE} to "
+                f"{1 / MIN_TEMPERATURE:g}, because penalized logits must fit in float32; 1 turns it off"
+            )
 
 
 GREEDY = Sampling(temperature=0.0)
@@ -239,8 +242,9 @@ def generate(
             model has a larger vocabulary. None: all ids of the model's vocabulary.
         state: the initial model state, with B rows. For an encoder-decoder, it is required: the state with the encoded
             source (``model.init_decode_state``); each prompt then begins with the decoder's start id. For other
-            models, it is the state after earlier tokens; default: an empty state. A state needs cache slots for the
-            prompt and all new tokens except the last.
+            models, it is the state after earlier tokens; default: an empty state. The prompt and the new tokens are
+            document 1. So they continue a row of the state only if the last document of the row has the segment id 1.
+            A state needs cache slots for the prompt and all new tokens except the last.
 
     Raises:
         TypeError: the family has no model state, or the prompts or segment ids are not an array.

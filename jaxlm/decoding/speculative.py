@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from jaxlm.config import check_min
+from jaxlm.config import check_min, check_value
 from jaxlm.decoding.finite import check_finite, rows_finite
 from jaxlm.decoding.loop import loop_params
 from jaxlm.decoding.prompts import (
@@ -63,7 +63,7 @@ class SpeculativeModels:
             higher acceptance rate and for a faster draft model.
 
     Raises:
-        ValueError: ``num_proposed`` is below 1.
+        ValueError: ``num_proposed`` is not an integer, or below 1.
     """
 
     target: Model = struct.field(pytree_node=False)
@@ -73,6 +73,7 @@ class SpeculativeModels:
     num_proposed: int = struct.field(pytree_node=False, default=4)
 
     def __post_init__(self) -> None:
+        check_value(int, self.num_proposed, "num_proposed")
         check_min(1, num_proposed=self.num_proposed)
 
     @property
@@ -158,7 +159,7 @@ def speculative_generate(
         raise ValueError(
             f"repetition_penalty={sampling.repetition_penalty} is not supported in speculative decoding: set it to 1"
         )
-    capacity_factor = getattr(models.target.config, "capacity_factor", None)
+    capacity_factor = models.target.config.capacity_factor if models.target.has_experts else None
     if capacity_factor is not None:
         raise ValueError(
             f"the target model has capacity_factor={capacity_factor}. Its logits depend on the number of tokens that "
@@ -232,7 +233,9 @@ def _generate(
         Generation(
             tokens=jnp.full((B, N), settings.end_ids[0] if settings.end_ids else 0, jnp.int32).at[:, 0].set(newest_B),
             lengths=jnp.ones(B, jnp.int32),
-            log_probs=jnp.zeros((B, N)).at[:, 0].set(_log_probs_of_tokens(jax.nn.log_softmax(logits_BV), newest_B)),
+            log_probs=jnp.zeros((B, N), jnp.float32)
+            .at[:, 0]
+            .set(_log_probs_of_tokens(jax.nn.log_softmax(logits_BV), newest_B)),
             finite=rows_finite(logits_BV),
         ),
         rounds=jnp.zeros(B, jnp.int32),

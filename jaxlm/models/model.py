@@ -511,6 +511,10 @@ class Model:
             raise ValueError(f"count {list(count.shape)} must be [batch], {[B]}: one number for each row of tokens")
         if not jnp.issubdtype(count.dtype, jnp.integer):
             raise ValueError(f"count has dtype {count.dtype}: pass integers, the number of tokens that each row keeps")
+        from jaxlm.nn.attention import cache  # imported here, because `import jaxlm` must not import flax
+        from jaxlm.nn.embedding import widen_ids
+
+        count = widen_ids(count)  # T may not fit into a smaller dtype
         if not isinstance(count, jax.core.Tracer):
             with jax.ensure_compile_time_eval():  # other arguments may be traced
                 is_valid = bool(jnp.all((count >= 0) & (count <= T)))
@@ -525,8 +529,6 @@ class Model:
         # A dropped token may be an id outside the vocabulary. As padding, it must not give NaN.
         _, state = self.apply(params, jnp.where(is_kept, tokens, 0), state=before, segment_ids=segments, **inputs)
         assert state is not None
-        from jaxlm.nn.attention import cache  # imported here, because `import jaxlm` must not import flax
-
         return cache.rollback(state, T - count) if self.has_cache else state
 
     @property

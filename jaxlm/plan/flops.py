@@ -240,11 +240,15 @@ Kernel = tuple[str, tuple[tuple[int, ...], ...]]
 """The name of a Pallas kernel and the shapes of its results, because kernels of one name can have different shapes."""
 
 
+RAGGED_DOT, RAGGED_DOT_METADATA = "ragged-dot-none", "ragged-dot-metadata"
+"""Names of the two kernels that libtpu makes from ``jax.lax.ragged_dot``."""
+
+
 class KernelCall(NamedTuple):
-    """A call of a Pallas kernel.
+    """A call of a Pallas kernel or of :data:`RAGGED_DOT`.
 
     Attributes:
-        grid: number of grid steps.
+        grid: number of grid steps; None: unknown.
         bytes: estimate of the bytes that are copied between HBM and VMEM. For each array, this is the sum of the blocks
             of all grid steps, but at most the size of the array, because a block that consecutive steps share is copied
             once. The number is too small if a block is copied again after other blocks. It is too large if steps share
@@ -252,7 +256,7 @@ class KernelCall(NamedTuple):
         flops: FLOPs of the dots of all grid steps (:func:`counted_flops`).
     """
 
-    grid: int
+    grid: int | None
     bytes: int
     flops: float
 
@@ -263,7 +267,7 @@ def _padded_size(shape: Sequence[int]) -> int:
 
 
 def kernel_calls(jaxpr: Any) -> dict[Kernel, set[KernelCall]]:
-    """The calls of the Pallas kernels in a jaxpr.
+    """The calls of the Pallas kernels and ragged dots in a jaxpr.
 
     Each value is a set, because several kernels can have the same name and the same shapes of the results.
     """
@@ -279,6 +283,11 @@ def kernel_calls(jaxpr: Any) -> dict[Kernel, set[KernelCall]]:
                 )
                 size += entries * block.array_aval.dtype.itemsize
             calls.setdefault(kernel, set()).add(KernelCall(steps, size, _count_equation(equation)))
+        if equation.primitive.name == "ragged_dot_general":
+            arrays = [variable.aval for variable in (*equation.invars, *equation.outvars)]
+            size = sum(_padded_size(array.shape) * array.dtype.itemsize for array in arrays)
+            call = KernelCall(None, size, _count_equation(equation))
+            calls.setdefault((RAGGED_DOT, (arrays[-1].shape,)), set()).add(call)
         for inner in _inner_jaxprs(equation.params):
             for kernel, inner_calls in kernel_calls(inner).items():
                 calls.setdefault(kernel, set()).update(inner_calls)

@@ -25,6 +25,7 @@ KERNELS = ("tpu_custom_call", "__gpu$xla.gpu.triton", "mosaic_gpu", "mosaic_gpu_
 _BYTES = {"pred": 1, "token": 0, "opaque": 0, "c64": 8, "c128": 16}
 _ARRAY = re.compile(r"\b([a-z]+[0-9]*[a-z0-9]*)\[([0-9,<=]*)\]")
 _CYCLES = re.compile(r'"estimated_cycles":"?(\d+)')
+_UNKNOWN_CYCLES = 2**63 - 1  # what the compiler writes for an operation that it cannot estimate
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"?(\d+)')
 _NAME = re.compile(r'op_name="((?:[^"\\]|\\.)*)"')
 _TARGET = re.compile(r'custom_call_target="([^"]*)"')
@@ -58,7 +59,13 @@ class Instruction:
     def cycles(self) -> int | None:
         """The compiler's estimate of the cycles of one execution; None if there is no estimate."""
         match = _CYCLES.search(self.attribute_text)
-        return int(match[1]) if match else None
+        return int(match[1]) if match and int(match[1]) != _UNKNOWN_CYCLES else None
+
+    @property
+    def has_unknown_cycles(self) -> bool:
+        """Whether the compiler says that it cannot estimate the cycles, such as for scatters on a SparseCore."""
+        match = _CYCLES.search(self.attribute_text)
+        return match is not None and int(match[1]) == _UNKNOWN_CYCLES
 
     @property
     def op_name(self) -> str:
@@ -117,7 +124,7 @@ def parse(text: str) -> Program:
             if header:
                 current = computations[header[2]] = []
                 entry = header[2] if header[1] else entry
-        elif line == "}":
+        elif _ends_computation(line):
             current = None
         else:
             instruction = _parse_instruction(line)
@@ -132,13 +139,17 @@ def _joined_lines(text: str) -> Iterator[str]:
     """The lines of the module. The lines of an instruction that spans several lines are joined into one."""
     statement = ""
     for line in text.splitlines():
-        starts = line == "}" or line.startswith(("  %", "  ROOT ", "%", "ENTRY ", "HloModule")) or not line
+        starts = line.startswith(("  %", "  ROOT ", "%", "ENTRY ", "HloModule")) or not line or _ends_computation(line)
         if starts and statement:
             yield statement
             statement = ""
         statement = line if starts else f"{statement} {line.strip()}" if statement.startswith("  ") else line
     if statement:
         yield statement
+
+
+def _ends_computation(line: str) -> bool:
+    return line == "}" or line.startswith("}, execution_thread=")  # for example of a SparseCore
 
 
 def _parse_instruction(line: str) -> Instruction | None:
@@ -316,17 +327,20 @@ class Costs:
         operations: all operations with an estimate, and all Pallas kernels.
         collectives: operations between devices.
         unknown_loops: op names of loops whose trip count is unknown. Their bodies are counted once.
+        unknown_operations: op names of operations whose cycles the compiler cannot estimate.
     """
 
     operations: list[Operation]
     collectives: list[Collective]
     unknown_loops: list[str]
+    unknown_operations: list[str]
 
     def add(self, other: Costs) -> None:
         """Append the operations, collectives and loops of ``other``."""
         self.operations.extend(other.operations)
         self.collectives.extend(other.collectives)
         self.unknown_loops.extend(other.unknown_loops)
+        self.unknown_operations.extend(other.unknown_operations)
 
     @property
     def cycles(self) -> int:
@@ -349,13 +363,16 @@ def costs(program: Program) -> Costs:
     return _costs_of(program, program.entry, 1)
 
 
-_CALLED = {"while": ("body", "condition"), "call": ("to_apply", "calls"), "async-start": ("to_apply", "calls")}
+_CALLED = {
+    "while": ("body", "condition"), "call": ("to_apply", "calls"), "call-start": ("to_apply", "calls"),
+    "async-start": ("to_apply", "calls"),
+}  # fmt: skip
 """Opcode -> the attributes with the computations that an instruction runs, except ``conditional`` and ``fusion``."""
 
 
 def _costs_of(program: Program, name: str, times: int) -> Costs:
     """The costs of a computation that runs ``times`` times."""
-    computation, total = program.computations[name], Costs([], [], [])
+    computation, total = program.computations[name], Costs([], [], [], [])
     channels: set[str] = set()
     for instruction in computation:
         times_called = times
@@ -375,6 +392,8 @@ def _costs_of(program: Program, name: str, times: int) -> Costs:
         kind = instruction.opcode.removesuffix("-start")
         if kind in COLLECTIVES:
             total.collectives.append(_collective(computation, instruction, kind, times))
+        if instruction.has_unknown_cycles:
+            total.unknown_operations.append(instruction.op_name)
         if instruction.cycles is not None or instruction.is_kernel:
             total.operations.append(Operation(instruction, times))
     return total

@@ -393,10 +393,11 @@ def _kernels(
         matching_calls = calls.get((base_name, hlo.array_shapes(operation.instruction.shape)), set())
         grids = {call.grid for call in matching_calls}
         grid = grids.pop() if len(grids) == 1 else None  # unknown if kernels of this name and shape have several grids
+        is_ragged_dot = base_name == flops.RAGGED_DOT and bool(matching_calls)
         cycles = None
-        if schedule is not None and grid is not None:
-            cycles = kernels.cycles(schedule, grid)
-            if device is not None and device.clock is not None:
+        if schedule is not None and (grid is not None or is_ragged_dot or base_name == flops.RAGGED_DOT_METADATA):
+            cycles = kernels.cycles(schedule, 1 if grid is None else grid)
+            if matching_calls and device is not None and device.clock is not None:
                 copy_seconds = max(call.bytes for call in matching_calls) / device.bandwidth
                 matmul_seconds = max(call.flops for call in matching_calls) / (device.tflops * 1e12)
                 cycles = max(cycles, round(max(copy_seconds, matmul_seconds) * device.clock))
@@ -407,11 +408,17 @@ def _kernels(
 
 def _notes(costs: hlo.Costs, kernel_stats: list[KernelStats]) -> list[str]:
     notes = [f"loop of unknown length, counted once: {name}" for name in costs.unknown_loops]
+    notes += [f"operation without an estimate, not counted: {name}" for name in costs.unknown_operations]
     for kernel in kernel_stats:
         if kernel.cycles is None:
             notes.append(f"kernel without a known schedule or grid, so the time of the step is unknown: {kernel.name}")
         elif len(kernel.bundles or ()) > 2:
             notes.append(f"kernel with inner loops, whose iterations are counted once: {kernel.name}")
+    if any(kernel.name.startswith(flops.RAGGED_DOT) and kernel.cycles is not None for kernel in kernel_stats):
+        notes.append(
+            "the grids of the kernels of jax.lax.ragged_dot are unknown: their cycles are a lower bound, the copies "
+            "between HBM and VMEM or the matmuls at the peak of bfloat16"
+        )
     if kernel_stats and all(kernel.cycles is not None for kernel in kernel_stats):
         notes.append(
             "the cycles of a kernel are the maximum of three estimates: bundles times grid steps (including code that "

@@ -234,6 +234,11 @@ def test_maximum_lengths_must_be_integers(gpt: Pair, limits: Any) -> None:
         beam_search(*gpt, np.array([[5, 6]]), max_new_tokens=limits, beams=BeamConfig(2))
 
 
+def test_no_prompts_with_a_maximum_length_for_each_are_an_error(gpt: Pair) -> None:
+    with pytest.raises(ValueError, match=r"prompts \[0, 3\] are empty: give at least one row"):
+        beam_search(*gpt, np.ones((0, 3), np.int32), max_new_tokens=np.zeros(0, np.int32), beams=BeamConfig(2))
+
+
 def test_a_list_of_prompts_with_a_maximum_length_for_each_is_rejected(gpt: Pair) -> None:
     with pytest.raises(TypeError, match="prompts"):
         beam_search(*gpt, [[5, 6]], max_new_tokens=np.array([2]), beams=BeamConfig(2))  # type: ignore[arg-type]

@@ -49,6 +49,8 @@ PAIRS = [
     ("gpt", "lstm"),
     ("gru", "llama"),
     ("transformer_xl", "resnet_lm"),
+    ("xlnet", "gru"),
+    ("attention_rnn_lm", "gpt"),
 ]
 """Pairs of a target and a draft model, with states of many kinds."""
 
@@ -99,8 +101,9 @@ def test_logits_after_the_last_token_of_a_row_may_be_not_finite():
 
 
 @pytest.mark.thorough
-def test_an_encoder_decoder_with_a_decoder_as_draft():
-    models = models_of("t5", "lstm", num_layers=1)
+@pytest.mark.parametrize("target", ["t5", "attention_rnn"])
+def test_an_encoder_decoder_with_a_decoder_as_draft(target):
+    models = models_of(target, "lstm", num_layers=1)
     source = source_inputs(models.target, 3)["source"]
     prompts = np.zeros((3, 1), np.int32)
     state = decode_state(models.target, models.target_params, source, 20)
@@ -108,6 +111,8 @@ def test_an_encoder_decoder_with_a_decoder_as_draft():
     states = state, models.draft.init_state(3, 20)
     got = speculative_generate(models, prompts, max_new_tokens=8, num_allowed_ids=64, states=states)
     np.testing.assert_array_equal(got.generation.tokens, want.tokens)
+    if not models.target.has_cache:
+        return
     states = models.target.init_state(3, 10), states[1]
     with pytest.raises(ValueError, match="10 free cache slots, but the prompts and the new tokens need 11"):
         speculative_generate(models, prompts, max_new_tokens=8, num_allowed_ids=64, states=states)
@@ -211,6 +216,8 @@ def test_errors_name_the_bad_input():
     run = functools.partial(speculative_generate, prompts=PROMPTS, max_new_tokens=4)
     with pytest.raises(ValueError, match="num_proposed=0 must be at least 1"):
         run(models.replace(num_proposed=0))
+    with pytest.raises(ValueError, match=r"num_proposed=2.0 must be a whole number"):
+        models.replace(num_proposed=2.0)
     draft, draft_params = model_and_params("transformer_xl")
     with pytest.raises(ValueError, match=r"128 token ids and the draft model 64: .* set num_allowed_ids"):
         run(models.replace(draft=draft, draft_params=draft_params))

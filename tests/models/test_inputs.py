@@ -86,6 +86,15 @@ def test_rollback_checks_counts(name, count, message):
         model.rollback(initial_params(model), state, jnp.ones((2, 3), jnp.int32), state, jnp.array(count))
 
 
+@pytest.mark.parametrize("dtype", [jnp.uint8, jnp.int8])
+def test_rollback_of_more_tokens_than_the_dtype_of_count_can_represent(dtype):
+    model = tiny_model("gpt2-tiny", num_layers=1, max_positions=300)
+    params, tokens, before = initial_params(model), random_tokens(model, 2, 300), model.init_state(2, 300)
+    _, after = jax.jit(lambda p, state: model.apply(p, tokens, state=state))(params, before)
+    state = model.rollback(params, before, tokens, after, jnp.array([10, 120], dtype))
+    assert state["length"].tolist() == [10, 120]
+
+
 @pytest.mark.parametrize("name", ["mamba2-tiny", "llama-tiny"])
 def test_negative_segment_ids_are_padding(name):
     model = tiny_model(name)

@@ -36,9 +36,11 @@ pytestmark = pytest.mark.live
         "Qwen3ForCausalLM",
         "Qwen3MoeForCausalLM",
         "Gemma3ForCausalLM",
+        "SmolLM3ForCausalLM",
     ],
 )
-def test_cached_decoding_with_a_window_equals_torch(name: str, tmp_path: Path) -> None:
+def test_cached_decoding_equals_torch(name: str, tmp_path: Path) -> None:
+    """All layers have a window, except the sixth layer of Gemma 3, and all layers of SmolLM3, which has no windows."""
     import torch
     import transformers
 
@@ -49,7 +51,10 @@ def test_cached_decoding_with_a_window_equals_torch(name: str, tmp_path: Path) -
         "num_experts_per_tok": 2, "moe_intermediate_size": 12,
     }  # fmt: skip
     if name.startswith("Gemma3"):
-        shape |= {"num_hidden_layers": 6, "query_pre_attn_scalar": 9, "rope_theta": 1000.0}  # layer 6 has no window
+        shape |= {"num_hidden_layers": 6, "query_pre_attn_scalar": 9, "rope_theta": 1000.0}
+    if name.startswith("SmolLM3"):
+        shape |= {"num_hidden_layers": 4, "pad_token_id": 0}  # layer 4 has no rotary positions
+        window = {"use_sliding_window": False}
     torch.manual_seed(0)
     torch_model = getattr(transformers, name)(getattr(transformers, name).config_class(**shape, **window)).eval()
     with torch.no_grad():
@@ -57,7 +62,7 @@ def test_cached_decoding_with_a_window_equals_torch(name: str, tmp_path: Path) -
             parameter.add_(0.25 * torch.randn(parameter.shape))
     torch_model.save_pretrained(tmp_path)
     model, params = jaxlm.load_pretrained(tmp_path)
-    assert model.config.window == 4
+    assert model.config.window == window.get("sliding_window")
     tokens = np.random.default_rng(0).integers(0, 31, (2, 16)).astype(np.int32)
     step = jax.jit(lambda p, t, s: model.apply(p, t, state=s))
     past, state = None, model.init_state(2, 16)

@@ -52,9 +52,6 @@ _CASES: dict[str, tuple[str, dict[str, Any], str | None]] = {  # class, shape, s
 CASES = ("base", "pure", "classification", "experts")
 LIVE = tuple(case for case in _CASES if case not in CASES)
 
-# The references compute in float32. So the rounding errors of both libraries add up, in the worst case to 2.0e-5.
-TOLERANCES = {"gradient": 3e-5}
-
 
 def reference(case: str, directory: Path) -> dict[str, np.ndarray]:
     """Write the files of a random model, and return its results for random texts."""

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from tests.interop.classes import declare_tied_head
+from tests.oracles._float64 import as_float32, float64
 
 _TINY = {"vocab_size": 31, "n_positions": 12, "n_embd": 9, "n_layer": 2, "n_head": 3}
 _WIDE = {"vocab_size": 131, "n_positions": 40, "n_embd": 48, "n_layer": 3, "n_head": 4}
@@ -43,7 +44,10 @@ def reference(case: str, directory: Path) -> dict[str, np.ndarray]:
 
 
 def reference_results(name: str, config: Any, padding: str | None, seed: int, directory: Path) -> dict[str, np.ndarray]:
-    """Write the files of a random model, class ``name`` of transformers with ``config``, and return its results."""
+    """Write the files of a random model, class ``name`` of transformers with ``config``, and return its results.
+
+    The results are computed in float64.
+    """
     import torch
     import transformers
 
@@ -67,29 +71,33 @@ def reference_results(name: str, config: Any, padding: str | None, seed: int, di
     # No real token has the padding id: classifiers search for this id, and its embedding may get no gradient in torch.
     tokens = torch.randint(1, config.vocab_size, (B, T)).masked_fill(mask == 0, config.pad_token_id)
     inputs = {"input_ids": tokens, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
-    result = {
-        "input/tokens": tokens.int(),
-        "hidden": getattr(model, "model", model.base_model)(**inputs).last_hidden_state,
-    }
+    with float64(model):
+        results = _run(model, inputs)
     if padding is not None:
-        result["input/segment_ids"] = mask.int()
+        results["input/segment_ids"] = mask.int()
+    return as_float32({"input/tokens": tokens.int(), **results})
 
+
+def _run(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+    """The hidden states of a torch model; and with a head, logits, random targets and weights, loss and gradients."""
+    import torch
+
+    (B, T), mask = inputs["input_ids"].shape, inputs["attention_mask"]
+    result = {"hidden": getattr(model, "model", model.base_model)(**inputs).last_hidden_state}
     output = model(**inputs)
-    if "last_hidden_state" not in output:
-        logits = (
-            torch.stack([output.start_logits, output.end_logits], -1) if "start_logits" in output else output.logits
-        )
-        if "start_logits" in output:  # a softmax over positions for the start and one for the end
-            targets, weights = torch.randint(T, (B, 2)), torch.ones(B)
-            losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none").mean(1)
-        elif logits.ndim == 2:
-            targets, weights = torch.randint(logits.shape[-1], (B,)), torch.ones(B)
-            losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
-        else:
-            targets, weights = torch.randint(logits.shape[-1], (B, T)), mask * (torch.rand(B, T) < 0.8)
-            losses = torch.nn.functional.cross_entropy(logits.mT, targets, reduction="none")
-        loss = (losses * weights).sum() / weights.sum()
-        loss.backward()
-        result |= {"logits": logits, "targets": targets.int(), "weights": weights.float(), "loss": loss}
-        result |= {f"gradient/{key}": parameter.grad for key, parameter in model.named_parameters()}
-    return {key: value.detach().numpy() for key, value in result.items()}
+    if "last_hidden_state" in output:
+        return result
+    logits = torch.stack([output.start_logits, output.end_logits], -1) if "start_logits" in output else output.logits
+    if "start_logits" in output:  # a softmax over positions for the start and one for the end
+        targets, weights = torch.randint(T, (B, 2)), torch.ones(B)
+        losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none").mean(1)
+    elif logits.ndim == 2:
+        targets, weights = torch.randint(logits.shape[-1], (B,)), torch.ones(B)
+        losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+    else:
+        targets, weights = torch.randint(logits.shape[-1], (B, T)), mask * (torch.rand(B, T) < 0.8).double()
+        losses = torch.nn.functional.cross_entropy(logits.mT, targets, reduction="none")
+    loss = (losses * weights).sum() / weights.sum()
+    loss.backward()
+    gradients = {f"gradient/{key}": parameter.grad for key, parameter in model.named_parameters()}
+    return {**result, "logits": logits, "targets": targets.int(), "weights": weights, "loss": loss, **gradients}

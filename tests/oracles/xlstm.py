@@ -42,8 +42,6 @@ _EQUATION_CASES: dict[str, tuple[dict[str, Any], str]] = {  # config fields, seg
 }
 CASES = ("base", "slstm")
 LIVE = ("wide", "caps", "headless", "slstm_wide")
-# The reference computes in float32. So the rounding errors of both libraries add up: 2.6e-5 with several CPU devices.
-TOLERANCES = {"gradient": 3e-5}
 
 
 def reference(case: str, directory: Path) -> dict[str, np.ndarray]:

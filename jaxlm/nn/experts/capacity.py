@@ -37,8 +37,9 @@ def with_capacity(
         factor: the capacity factor of the formula above.
     """
     (B, T, D), N, E = x_BTD.shape, routing.experts.shape[2], weights["gate"].shape[0]
-    limits = np.ceil(np.round(factor * np.arange(T + 1) * N / E, 9))  # without round, 1.1 * 100 / 2 would give 56
-    limit_by_num_tokens = np.minimum(limits, T).astype(np.int32)
+    num_tokens = np.arange(T + 1)
+    limits = np.ceil(np.round(factor * num_tokens * N / E, 9))  # without round, 1.1 * 100 / 2 would give 56
+    limit_by_num_tokens = np.clip(limits, np.minimum(num_tokens, 1), T).astype(np.int32)  # round may give 0
     C = int(limit_by_num_tokens[T])
     A, P = T * N, E * C
     # The slot of a token depends on all earlier tokens of its row. So all tokens of a row must be on the same device.

@@ -62,11 +62,13 @@ def test_each_token_gets_the_weighted_sum_of_its_experts(implementation, renorma
         assert relative_error(y[b, t], weights @ outputs_ED[best]) < 1e-5
 
 
-def value_and_gradients(params, x, keep_BT=None, **options):
+def value_and_gradients(params, x, keep_BT=None, renormalize=True, **options):
     """A scalar function of the outputs at real tokens and of the statistics: its value and its gradients."""
 
     def function(params, x):
-        y, statistics = mixture_of_experts(params, x, num_selected=3, renormalize=True, keep_BT=keep_BT, **options)
+        y, statistics = mixture_of_experts(
+            params, x, num_selected=3, renormalize=renormalize, keep_BT=keep_BT, **options
+        )
         y = y if keep_BT is None else jnp.where(keep_BT[..., None], y, 0.0)
         return jnp.sum(jnp.sin(y.astype(jnp.float32))) + load_balance_loss(statistics) + router_z_loss(statistics)
 
@@ -78,15 +80,16 @@ KEEP[0, :4] = KEEP[1, 8:] = False
 
 
 @pytest.mark.plain_cases(2)
+@pytest.mark.parametrize("renormalize", [True, False])
 @pytest.mark.parametrize("keep_BT", [None, KEEP], ids=["all", "padded"])
 @pytest.mark.parametrize(
     "options", [{"implementation": "ragged_dot"}, {"implementation": "blocks"}, {"capacity_factor": 9.0}]
 )
-def test_all_implementations_have_equal_values_and_gradients(options, keep_BT):
+def test_all_implementations_have_equal_values_and_gradients(options, keep_BT, renormalize):
     params, x = setup(shared_hidden=4)
-    want = value_and_gradients(params, x, keep_BT, implementation="reference")
+    want = value_and_gradients(params, x, keep_BT, renormalize, implementation="reference")
     assert all(np.abs(leaf).max() > 1e-3 for leaf in jax.tree.leaves(want[1]))
-    assert_trees_close(value_and_gradients(params, x, keep_BT, **options), want, 1e-5)
+    assert_trees_close(value_and_gradients(params, x, keep_BT, renormalize, **options), want, 1e-5)
 
 
 @pytest.mark.parametrize(
@@ -173,6 +176,41 @@ def test_an_expert_accepts_the_first_tokens_of_a_row(factor):
             np.testing.assert_allclose(y[b, t], weights @ outputs_ED[best], atol=1e-5)
     assert dropped > 0
     assert (y[~KEEP] == 0).all()
+
+
+@pytest.mark.parametrize("renormalize", [True, False])
+def test_gradients_with_dropped_tokens_equal_those_of_the_definition(renormalize):
+    """In the definition, each expert computes all tokens. A token has weight 0 for an expert that did not accept it."""
+    (params, x), factor = setup(), 0.5
+    limit = int(np.ceil(factor * T * 2 / E))
+
+    def definition(params, x):
+        probabilities_BTE = jax.nn.softmax(x @ params["router"]["weight"])
+        best_BTN, experts_BTN = jax.lax.top_k(probabilities_BTE, 2)
+        weights_BTN = best_BTN / jnp.sum(best_BTN, axis=-1, keepdims=True) if renormalize else best_BTN
+        is_selected_BTNE = jax.nn.one_hot(experts_BTN, E)
+        is_selected_BTE = jnp.sum(is_selected_BTNE, axis=2)
+        is_accepted_BTE = (is_selected_BTE == 1.0) & (jnp.cumsum(is_selected_BTE, axis=1) <= limit)
+        weights_BTE = jnp.sum(is_selected_BTNE * weights_BTN[..., None], axis=2)
+        gate, up = (jnp.einsum("btd,edf->betf", x, params[name]["weight"]) for name in ("gate", "up"))
+        y_BETD = jnp.einsum("betf,efd->betd", jax.nn.silu(gate) * up, params["down"]["weight"])
+        return jnp.einsum("bte,betd->btd", jnp.where(is_accepted_BTE, weights_BTE, 0.0), y_BETD), is_accepted_BTE
+
+    def run(params, x):
+        y, _ = mixture_of_experts(params, x, num_selected=2, renormalize=renormalize, capacity_factor=factor)
+        return y
+
+    assert np.sum(definition(params, x)[1]) < B * T * 2  # some tokens are dropped
+    got, want = (
+        jax.jit(jax.value_and_grad(lambda p, x, f=function: jnp.sum(jnp.sin(f(p, x))), (0, 1)))(params, x)
+        for function in (run, lambda p, x: definition(p, x)[0])
+    )
+    assert_trees_close(got, want, 1e-5)
+
+
+def test_a_tiny_capacity_is_one_token():
+    params, x = setup()
+    np.testing.assert_array_equal(with_capacity(params, x, 1e-10), with_capacity(params, x, 1e-3))
 
 
 @pytest.mark.plain_cases(1)
