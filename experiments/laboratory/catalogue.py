@@ -217,7 +217,8 @@ _STATE_TRACKING = Experiment(
         "3,000 steps of 64 rows. So the rows for S5 contain only transpositions, and the rows for A5 only 3-cycles. "
         "The models are trained on rows of 16 elements, and tested on rows of 16, 32 and 64 elements. The published "
         "experiments use longer rows and more training. Merrill et al. train one model per length and count the layers "
-        "that are needed. Here models of one and four layers are also trained on A5; all other rows have two layers."
+        "that are needed. Here models of one and four layers are also trained on A5; all other rows have two layers. "
+        "We know no published form of mLSTM or sLSTM with negative eigenvalues."
     ),
     cases={**_WORD_CASES, **_DEPTH_CASES},
     plan=Plan(steps=2000, widths=(64,), layers=2, learning_rates=(3e-3, 1e-2)),
