@@ -21,8 +21,10 @@ if jaxlib.version.__version_info__ < (0, 11):
     # The older fusion emitters compile four times as fast. Later versions do not have them and reject unknown flags.
     XLA_DEFAULTS["xla_cpu_use_fusion_emitters"] = "false"
 if (worker := os.environ.get("PYTEST_XDIST_WORKER")) and hasattr(os, "sched_setaffinity"):
-    # Each process of pytest gets its own cores: if XLA's threads of two processes share cores, tests take 10 % longer.
-    cores = sorted(os.sched_getaffinity(0))[int(worker[2:]) :: int(os.environ["PYTEST_XDIST_WORKER_COUNT"])]
+    # Give each process its own cores, if there are enough. If XLA's threads of two processes share cores, the tests
+    # take 10 % longer.
+    count = int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    cores = sorted(os.sched_getaffinity(0))[int(worker[2:]) % count :: count]
     if cores:
         os.sched_setaffinity(0, cores)
 flags = os.environ.get("XLA_FLAGS", "")

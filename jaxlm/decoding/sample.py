@@ -40,6 +40,8 @@ from jaxlm.spec import Array, Params, State
 
 MIN_TEMPERATURE = 1e-30
 """The smallest temperature above 0. With a smaller temperature, logits / temperature may overflow in float32."""
+REPETITION_PENALTY_LIMITS = 1e-30, 1e30
+"""With other penalties, penalized logits may overflow in float32."""
 
 
 def check_temperature(temperature: float) -> None:
@@ -69,7 +71,7 @@ class Sampling:
         min_p: keep tokens whose probability is at least ``min_p`` times the largest probability (Nguyen et al. 2024).
         repetition_penalty: for each token that occurs in the prompt or the output, a positive logit is divided by the
             penalty and a negative logit is multiplied by the penalty (Keskar et al. 2019, section 4.1, with the sign
-            rule of Hugging Face). 1 has no effect.
+            rule of Hugging Face). From 1e-30 to 1e30; 1 has no effect.
 
     Raises:
         ValueError: a value has the wrong type or is outside its range.
@@ -90,10 +92,11 @@ class Sampling:
             value = getattr(self, name)
             if value is not None and not 0.0 < value <= 1.0:
                 raise ValueError(f"{name}={value} must be in (0, 1]; {off} turns it off")
-        if not MIN_TEMPERATURE <= self.repetition_penalty <= 1 / MIN_TEMPERATURE:
+        low, high = REPETITION_PENALTY_LIMITS
+        if not low <= self.repetition_penalty <= high:
             raise ValueError(
-                f"repetition_penalty={self.repetition_penalty} must be from {MIN_TEMPERATURE} to "
-                f"{1 / MIN_TEMPERATURE:g}, because penalized logits must fit in float32; 1 turns it off"
+                f"repetition_penalty={self.repetition_penalty} must be from {low} to {high}, because penalized logits "
+                "must fit in float32; 1 turns it off"
             )
 
 

@@ -183,7 +183,7 @@ def describe_model(config: dict[str, Any], path: Path, overrides: dict[str, Any]
             implied = {}  # the class of the files implies these fields only for its own task
         model = get_model(name, **{**fields, **implied, **overrides})
     except (TypeError, ValueError, ZeroDivisionError) as error:
-        names = "" if table is None else _names_in_file(table, str(error), overrides)
+        names = "" if table is None else _names_in_file(table, str(error))
         raise ValueError(f"{path}{f' with {overrides}' if overrides else ''}: {error}{names}") from error
     table = _native_format(model) if table is None else table
     if model.task not in _LABEL_TASKS:
@@ -192,7 +192,7 @@ def describe_model(config: dict[str, Any], path: Path, overrides: dict[str, Any]
     return ModelDescription(dataclasses.replace(model, metadata=metadata), table, model_in_files)
 
 
-def _names_in_file(table: Format, message: str, overrides: Mapping[str, Any]) -> str:
+def _names_in_file(table: Format, message: str) -> str:
     """A note on the fields of an error message that have another name in the file; "" if there are none.
 
     The error of a family's ``Config`` has jaxlm's names of the fields, but a user changes the file.
@@ -200,7 +200,7 @@ def _names_in_file(table: Format, message: str, overrides: Mapping[str, Any]) ->
     notes = [
         f"{name} is {hf_name}"
         for name, hf_name in table.hf_name_of_field.items()
-        if name != hf_name and name not in overrides and re.search(rf"\b{name}=", message)
+        if name != hf_name and re.search(rf"\b{name}=", message)
     ]
     return f" (in this file, {' and '.join(notes)})" if notes else ""
 

@@ -117,7 +117,8 @@ def apply(
         table = jax.lax.stop_gradient(table)
     if state is not None and cfg.task != "causal":
         raise ValueError(f"a model with task={cfg.task!r} reads whole texts and carries no state: leave state=None")
-    common.check_numbered_layers(params, state, len(cfg.kernels))
+    num_stateful = sum(kernel > 1 for kernel in cfg.kernels)
+    common.check_numbered_layers(params, state, len(cfg.kernels), num_stateful)
     if cfg.task == "causal":
         return _causal_hidden_states(cfg, params, table, tokens, state, segment_ids, key)
     return _text_features(cfg, params, table, tokens, segment_ids), None

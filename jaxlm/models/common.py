@@ -194,17 +194,24 @@ def run_layers_with_outputs(
     return x, new_state, stacked_outputs
 
 
-def check_numbered_layers(params: Params, state: State | None, num_layers: int) -> None:
-    """Raise ``ValueError`` if parameters or a state with entries ``layer_0``, ``layer_1``, ... have other layers.
+def check_numbered_layers(
+    params: Params, state: State | None, num_layers: int, num_stateful: int | None = None
+) -> None:
+    """Check that the parameters and the state have the entries ``layer_0``, ``layer_1``, ... of all layers.
 
     Without this check, a model would ignore further layers.
 
     Args:
         num_layers: the number of layers of the config.
+        num_stateful: the number of layers that have an entry in the state; None: all layers.
+
+    Raises:
+        ValueError: there are other numbers of entries.
     """
-    for owner_has, tree in (("parameters have", params), ("state has", state)):
+    num_stateful = num_layers if num_stateful is None else num_stateful
+    for owner_has, tree, expected in (("parameters have", params, num_layers), ("state has", state, num_stateful)):
         if tree is not None:
-            _check_num_layers(owner_has, sum(entry.startswith("layer_") for entry in tree), num_layers)
+            _check_num_layers(owner_has, sum(entry.startswith("layer_") for entry in tree), expected)
 
 
 def _check_num_layers(owner_has: str, count: int, num_layers: int) -> None:

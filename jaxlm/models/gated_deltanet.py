@@ -342,7 +342,7 @@ VARIANTS = {
     ),
     "gated_deltanet-tiny": dataclasses.replace(_TINY, max_positions=None, num_layers=2, pattern=("delta_rule",)),
     "gated_deltanet-hybrid-tiny": _TINY,
-    # Without renormalization, another choice of experts, which rounding in bfloat16 can cause, changes little.
+    # Rounding in bfloat16 can change the selected experts. Without renormalization, this changes the output little.
     "gated_deltanet-experts-tiny": dataclasses.replace(
         _TINY, num_experts=4, expert_dim=20, shared_expert_dim=12, renormalize_experts=False
     ),

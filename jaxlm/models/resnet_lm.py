@@ -89,7 +89,8 @@ def apply(
         key: random key for dropout; None: no dropout.
     """
     common.check_tokens(tokens, segment_ids)
-    common.check_numbered_layers(params, None, len(cfg.blocks))  # blocks of one tap have no state
+    num_stateful = sum(kernel > 1 for _, kernel, _ in cfg.blocks)
+    common.check_numbered_layers(params, state, len(cfg.blocks), num_stateful)
     tokens, layout = move_padding_last(tokens, segment_ids, None if state is None else state["segment_ids"])
     x = embed(params["token_embedding"], tokens, jnp.dtype(cfg.dtype), size=cfg.vocab_size)
     x = dropout(x, cfg.dropout, fold_in_name(key, "embedding"))

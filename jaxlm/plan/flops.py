@@ -266,6 +266,16 @@ def _padded_size(shape: Sequence[int]) -> int:
     return math.prod(shape[:-1]) * (-(-shape[-1] // LANES) * LANES) if shape else 1
 
 
+def _ragged_dot_bytes(equation: Any) -> int:
+    """The smallest number of bytes that a ragged dot copies between HBM and VMEM."""
+    rows, matrices, sizes, output = (variable.aval for variable in (*equation.invars, *equation.outvars))
+    # A group without rows does not need its matrix.
+    num_matrices = min(matrices.shape[0], rows.shape[0]) if matrices.ndim == 3 else matrices.shape[0]
+    shapes = rows.shape, (num_matrices, *matrices.shape[1:]), sizes.shape, output.shape
+    arrays = zip(shapes, (rows, matrices, sizes, output), strict=True)
+    return sum(_padded_size(shape) * array.dtype.itemsize for shape, array in arrays)
+
+
 def kernel_calls(jaxpr: Any) -> dict[Kernel, set[KernelCall]]:
     """The calls of the Pallas kernels and ragged dots in a jaxpr.
 
@@ -284,10 +294,9 @@ def kernel_calls(jaxpr: Any) -> dict[Kernel, set[KernelCall]]:
                 size += entries * block.array_aval.dtype.itemsize
             calls.setdefault(kernel, set()).add(KernelCall(steps, size, _count_equation(equation)))
         if equation.primitive.name == "ragged_dot_general":
-            arrays = [variable.aval for variable in (*equation.invars, *equation.outvars)]
-            size = sum(_padded_size(array.shape) * array.dtype.itemsize for array in arrays)
-            call = KernelCall(None, size, _count_equation(equation))
-            calls.setdefault((RAGGED_DOT, (arrays[-1].shape,)), set()).add(call)
+            output = equation.outvars[0].aval.shape
+            call = KernelCall(None, _ragged_dot_bytes(equation), _count_equation(equation))
+            calls.setdefault((RAGGED_DOT, (output,)), set()).add(call)
         for inner in _inner_jaxprs(equation.params):
             for kernel, inner_calls in kernel_calls(inner).items():
                 calls.setdefault(kernel, set()).update(inner_calls)

@@ -336,7 +336,7 @@ class Costs:
     unknown_operations: list[str]
 
     def add(self, other: Costs) -> None:
-        """Append the operations, collectives and loops of ``other``."""
+        """Append the contents of ``other``."""
         self.operations.extend(other.operations)
         self.collectives.extend(other.collectives)
         self.unknown_loops.extend(other.unknown_loops)
@@ -392,7 +392,7 @@ def _costs_of(program: Program, name: str, times: int) -> Costs:
         kind = instruction.opcode.removesuffix("-start")
         if kind in COLLECTIVES:
             total.collectives.append(_collective(computation, instruction, kind, times))
-        if instruction.has_unknown_cycles:
+        if instruction.has_unknown_cycles and not instruction.is_kernel:
             total.unknown_operations.append(instruction.op_name)
         if instruction.cycles is not None or instruction.is_kernel:
             total.operations.append(Operation(instruction, times))

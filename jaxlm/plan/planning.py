@@ -107,7 +107,8 @@ class KernelStats:
         grid_steps: number of grid steps per call; None if unknown.
         bundles: number of VLIW bundles (one per cycle) at each loop depth (see ``jaxlm.plan.kernels``); None if there
             is no dump of the schedule.
-        cycles: the cycles of all calls; None if the schedule or ``grid_steps`` is unknown. The cycles of one call are
+        cycles: the cycles of all calls; None if the schedule or ``grid_steps`` is unknown, except for the kernels of
+            ``jax.lax.ragged_dot``, which count one grid step. The cycles of one call are
             the cycles of its bundles (``jaxlm.plan.kernels.cycles``). If the clock rate is known, they are the largest
             of three numbers: the cycles of the bundles, of the copies between HBM and VMEM, and of the matmuls at the
             peak rate of bfloat16. The bundles include instructions that a grid step skips (``pl.when``), and one
@@ -133,8 +134,8 @@ class Plan:
             ``reason`` gives the numbers.
         memory: None if the compiler rejected the step because it does not fit into memory. Then the plan has no
             estimates of the compiler.
-        cycles: estimated cycles of all operations, including Pallas kernels; None if the compiler estimates no cycles
-            or the cycles of a kernel are unknown.
+        cycles: estimated cycles of all operations, including Pallas kernels, except operations that ``notes`` name;
+            None if the compiler estimates no cycles or the cycles of a kernel are unknown.
         seconds: estimated time of the computation without communication, ``cycles`` / clock rate; None if one of them
             is unknown.
         communication_seconds: lower bound of the total seconds of the collectives (:class:`CollectiveStats`); 0 without
@@ -393,7 +394,8 @@ def _kernels(
         matching_calls = calls.get((base_name, hlo.array_shapes(operation.instruction.shape)), set())
         grids = {call.grid for call in matching_calls}
         grid = grids.pop() if len(grids) == 1 else None  # unknown if kernels of this name and shape have several grids
-        is_ragged_dot = base_name == flops.RAGGED_DOT and bool(matching_calls)
+        has_clock = device is not None and device.clock is not None
+        is_ragged_dot = base_name == flops.RAGGED_DOT and bool(matching_calls) and has_clock
         cycles = None
         if schedule is not None and (grid is not None or is_ragged_dot or base_name == flops.RAGGED_DOT_METADATA):
             cycles = kernels.cycles(schedule, 1 if grid is None else grid)
@@ -408,7 +410,8 @@ def _kernels(
 
 def _notes(costs: hlo.Costs, kernel_stats: list[KernelStats]) -> list[str]:
     notes = [f"loop of unknown length, counted once: {name}" for name in costs.unknown_loops]
-    notes += [f"operation without an estimate, not counted: {name}" for name in costs.unknown_operations]
+    unknown = dict.fromkeys(costs.unknown_operations)
+    notes += [f"operation without an estimate, not counted: {name}" for name in unknown]
     for kernel in kernel_stats:
         if kernel.cycles is None:
             notes.append(f"kernel without a known schedule or grid, so the time of the step is unknown: {kernel.name}")
@@ -416,8 +419,8 @@ def _notes(costs: hlo.Costs, kernel_stats: list[KernelStats]) -> list[str]:
             notes.append(f"kernel with inner loops, whose iterations are counted once: {kernel.name}")
     if any(kernel.name.startswith(flops.RAGGED_DOT) and kernel.cycles is not None for kernel in kernel_stats):
         notes.append(
-            "the grids of the kernels of jax.lax.ragged_dot are unknown: their cycles are a lower bound, the copies "
-            "between HBM and VMEM or the matmuls at the peak of bfloat16"
+            "the grids of the kernels of jax.lax.ragged_dot are unknown: their cycles are a lower bound, the largest "
+            "of one grid step, the copies and the matmuls"
         )
     if kernel_stats and all(kernel.cycles is not None for kernel in kernel_stats):
         notes.append(

@@ -390,6 +390,7 @@ def test_a_trace_is_not_reused_for_another_sharding(gpt: Pair) -> None:
         ({"top_p": 0.0}, r"top_p=0.0 must be in \(0, 1\]"),
         ({"min_p": 1.5}, r"min_p=1.5 must be in \(0, 1\]"),
         ({"repetition_penalty": 0.0}, r"repetition_penalty=0.0 must be from 1e-30 to 1e\+30"),
+        ({"repetition_penalty": 2e30}, r"repetition_penalty=2e\+30 must be from 1e-30 to 1e\+30"),
         ({"top_k": True}, "top_k=True must be a whole number or None"),
         ({"top_k": 2.5}, "top_k=2.5 must be a whole number or None"),
         ({"temperature": "0.5"}, "temperature='0.5' must be a finite number"),

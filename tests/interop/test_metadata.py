@@ -873,8 +873,3 @@ def test_a_recurrent_language_model_loads_as_a_classifier(variant: str, tmp_path
 def test_errors_of_fields_also_have_the_names_in_the_file(config, message):
     with pytest.raises(ValueError, match=message):
         config_json.describe_model(config, Path("config.json"), {})
-
-
-def test_an_error_of_an_override_has_only_the_name_of_the_override():
-    with pytest.raises(ValueError, match=r"num_heads=5 does not .* \(in this file, embed_dim is n_embd\)"):
-        config_json.describe_model({"model_type": "gpt2"}, Path("config.json"), {"num_heads": 5})

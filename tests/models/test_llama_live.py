@@ -40,7 +40,7 @@ pytestmark = pytest.mark.live
     ],
 )
 def test_cached_decoding_equals_torch(name: str, tmp_path: Path) -> None:
-    """All layers have a window, except the sixth layer of Gemma 3, and all layers of SmolLM3, which has no windows."""
+    """Layers have a window, except layer 6 of Gemma 3. SmolLM3 has no windows."""
     import torch
     import transformers
 
