@@ -57,6 +57,12 @@ class ExpertsConfig(common.TransformerConfig):
                 f"{self.capacity_factor}: set one of them to None"
             )
         if self.num_experts is None:
+            for name in ExpertsConfig.__annotations__:
+                value = getattr(self, name)
+                if value != getattr(ExpertsConfig, name):
+                    raise ValueError(
+                        f"{name}={value!r} has no effect without experts: set num_experts, or leave {name} out"
+                    )
             return
         if self.experts_per_token > self.num_experts:
             raise ValueError(

@@ -177,7 +177,7 @@ def without_recomputation(model: Model) -> Model:
     in which each expert processes only the tokens that selected it. This is not possible for a model with a
     ``capacity_factor``. There, each expert processes all its slots, including empty ones.
     """
-    if getattr(model.config, "capacity_factor", None) is None:
+    if model.has_experts and model.config.capacity_factor is None:
         model = model.with_known_fields(experts_implementation="ragged_dot")
     return model.with_known_fields(remat="none", attention_implementation="reference")
 
