@@ -159,7 +159,7 @@ def speculative_generate(
         raise ValueError(
             f"repetition_penalty={sampling.repetition_penalty} is not supported in speculative decoding: set it to 1"
         )
-    capacity_factor = getattr(models.target.config, "capacity_factor", None)
+    capacity_factor = models.target.config.capacity_factor if models.target.has_experts else None
     if capacity_factor is not None:
         raise ValueError(
             f"the target model has capacity_factor={capacity_factor}. Its logits depend on the number of tokens that "

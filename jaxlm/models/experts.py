@@ -27,7 +27,7 @@ class ExpertsConfig(common.TransformerConfig):
     """
 
     num_experts: int | None = None
-    """Number of experts of a layer; None: every layer has an MLP."""
+    """Number of experts of a layer; None: every layer has an MLP, and the other fields of experts have no effect."""
     experts_per_token: int = 2
     """Number of experts that each token selects."""
     expert_dim: int | None = None
@@ -57,12 +57,6 @@ class ExpertsConfig(common.TransformerConfig):
                 f"{self.capacity_factor}: set one of them to None"
             )
         if self.num_experts is None:
-            for name in ExpertsConfig.__annotations__:
-                value = getattr(self, name)
-                if value != getattr(ExpertsConfig, name):
-                    raise ValueError(
-                        f"{name}={value!r} has no effect without experts: set num_experts, or leave {name} out"
-                    )
             return
         if self.experts_per_token > self.num_experts:
             raise ValueError(

@@ -206,7 +206,6 @@ def test_only_differences_of_positions_matter():
         ({"head_dim": 5}, "the head width 5 is odd"),
         ({"window": 0}, "window=0 must be at least 1"),
         ({"num_experts": 0}, "num_experts=0 must be at least 1"),
-        ({"dense_layers": (1,)}, r"dense_layers=\(1,\) has no effect without experts: set num_experts, or leave"),
         ({"num_experts": 4, "experts_per_token": 5}, "experts_per_token=5 must be at most num_experts=4"),
         ({"num_experts": 4, "dense_layers": (2,)}, r"dense_layers=\(2,\) must be in \[0, num_layers=2\)"),
         ({"num_experts": 4, "dense_layers": (0, 1)}, "no layer has experts with expert_interval=1"),

@@ -73,15 +73,17 @@ def _run_experts(
 ) -> jax.Array:
     """The output of the experts with the consecutive indices ``indices_E``; other experts add 0."""
     (B, T, D), N, E = x_BTD.shape, experts_BTN.shape[2], indices_E.shape[0]
-    expert_A = experts_BTN.reshape(-1) - indices_E[0]
+    # The first B * T assignments are those of the first selected experts. In arrays [B * T, N, D], a TPU would pad the
+    # axis N to the size of its tiles, 8 or 16.
+    expert_A = jnp.moveaxis(experts_BTN, 2, 0).reshape(-1) - indices_E[0]
     S = choices.expert_block_rows(expert_A.shape[0], E) if grouped_matmul == "blocks" else 1
     groups = group_by_expert(expert_A, E, S)
     matmul = functools.partial(_MATMULS[grouped_matmul], groups=groups)
-    x_AD = jnp.broadcast_to(x_BTD.reshape(B * T, 1, D), (B * T, N, D)).reshape(-1, D)
+    x_AD = jnp.broadcast_to(x_BTD.reshape(1, B * T, D), (N, B * T, D)).reshape(-1, D)
     x_PD = permute_rows(x_AD, groups.assignments, groups.slots)
     hidden_PF = jax.nn.silu(matmul(x_PD, gate_EDF)) * matmul(x_PD, up_EDF)
     y_AD = permute_rows(matmul(hidden_PF, down_EFD), groups.slots, groups.assignments)
-    return jnp.einsum("BTND,BTN->BTD", y_AD.reshape(B, T, N, D), weights_BTN)
+    return jnp.einsum("NBTD,BTN->BTD", y_AD.reshape(N, B, T, D), weights_BTN)
 
 
 def _ragged_dot(x_PC: jax.Array, w_ECD: jax.Array, groups: Groups) -> jax.Array:
