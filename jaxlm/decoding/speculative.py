@@ -229,13 +229,12 @@ def _generate(
     keys_B = sampling_keys(settings, key, B)
     logits_BV = logits_BV[:, : settings.num_ids]
     newest_B = _draw(settings, keys_B, jnp.zeros(B, jnp.int32), _log_probs(settings, logits_BV))
+    log_probs_B = _log_probs_of_tokens(jax.nn.log_softmax(logits_BV), newest_B)
     result = SpeculativeGeneration(
         Generation(
             tokens=jnp.full((B, N), settings.end_ids[0] if settings.end_ids else 0, jnp.int32).at[:, 0].set(newest_B),
             lengths=jnp.ones(B, jnp.int32),
-            log_probs=jnp.zeros((B, N), jnp.float32)
-            .at[:, 0]
-            .set(_log_probs_of_tokens(jax.nn.log_softmax(logits_BV), newest_B)),
+            log_probs=jnp.zeros((B, N), jnp.float32).at[:, 0].set(log_probs_B),
             finite=rows_finite(logits_BV),
         ),
         rounds=jnp.zeros(B, jnp.int32),
