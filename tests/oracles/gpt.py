@@ -72,32 +72,27 @@ def reference_results(name: str, config: Any, padding: str | None, seed: int, di
     tokens = torch.randint(1, config.vocab_size, (B, T)).masked_fill(mask == 0, config.pad_token_id)
     inputs = {"input_ids": tokens, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
     with float64(model):
-        results = _run(model, inputs)
+        hidden = getattr(model, "model", model.base_model)(**inputs).last_hidden_state
+        output = model(**inputs)
+    result = {"input/tokens": tokens.int(), "hidden": hidden}
     if padding is not None:
-        results["input/segment_ids"] = mask.int()
-    return as_float32({"input/tokens": tokens.int(), **results})
+        result["input/segment_ids"] = mask.int()
 
-
-def _run(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
-    """The hidden states of a torch model; and with a head, logits, random targets and weights, loss and gradients."""
-    import torch
-
-    (B, T), mask = inputs["input_ids"].shape, inputs["attention_mask"]
-    result = {"hidden": getattr(model, "model", model.base_model)(**inputs).last_hidden_state}
-    output = model(**inputs)
-    if "last_hidden_state" in output:
-        return result
-    logits = torch.stack([output.start_logits, output.end_logits], -1) if "start_logits" in output else output.logits
-    if "start_logits" in output:  # a softmax over positions for the start and one for the end
-        targets, weights = torch.randint(T, (B, 2)), torch.ones(B)
-        losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none").mean(1)
-    elif logits.ndim == 2:
-        targets, weights = torch.randint(logits.shape[-1], (B,)), torch.ones(B)
-        losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
-    else:
-        targets, weights = torch.randint(logits.shape[-1], (B, T)), mask * (torch.rand(B, T) < 0.8).double()
-        losses = torch.nn.functional.cross_entropy(logits.mT, targets, reduction="none")
-    loss = (losses * weights).sum() / weights.sum()
-    loss.backward()
-    gradients = {f"gradient/{key}": parameter.grad for key, parameter in model.named_parameters()}
-    return {**result, "logits": logits, "targets": targets.int(), "weights": weights, "loss": loss, **gradients}
+    if "last_hidden_state" not in output:
+        logits = (
+            torch.stack([output.start_logits, output.end_logits], -1) if "start_logits" in output else output.logits
+        )
+        if "start_logits" in output:  # a softmax over positions for the start and one for the end
+            targets, weights = torch.randint(T, (B, 2)), torch.ones(B)
+            losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none").mean(1)
+        elif logits.ndim == 2:
+            targets, weights = torch.randint(logits.shape[-1], (B,)), torch.ones(B)
+            losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+        else:
+            targets, weights = torch.randint(logits.shape[-1], (B, T)), mask * (torch.rand(B, T) < 0.8)
+            losses = torch.nn.functional.cross_entropy(logits.mT, targets, reduction="none")
+        loss = (losses * weights).sum() / weights.sum()
+        loss.backward()
+        result |= {"logits": logits, "targets": targets.int(), "weights": weights.float(), "loss": loss}
+        result |= {f"gradient/{key}": parameter.grad for key, parameter in model.named_parameters()}
+    return as_float32(result)
